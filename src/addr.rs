@@ -1,0 +1,80 @@
+//! Owns the role newtypes for addresses, prefixes, ports and MTUs. Never does I/O.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+/// An address on the underlay, the real network between nodes: never unspecified, loopback-free choice is
+/// the caller's; never multicast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct UnderlayAddr(IpAddr);
+
+impl UnderlayAddr {
+    /// Takes any unicast address; `None` for an unspecified, multicast or IPv4 broadcast one.
+    #[must_use]
+    pub fn new(addr: IpAddr) -> Option<Self> {
+        let unusable = addr.is_unspecified()
+            || addr.is_multicast()
+            || matches!(addr, IpAddr::V4(v4) if v4.is_broadcast());
+        (!unusable).then_some(Self(addr))
+    }
+
+    /// The plain address.
+    #[must_use]
+    pub const fn ip(self) -> IpAddr {
+        self.0
+    }
+}
+
+impl fmt::Display for UnderlayAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A link or path limit in bytes, counted from the IP header on. At least 68 (RFC 791 section 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct Mtu(u16);
+
+impl Mtu {
+    /// The smallest MTU of IPv4, RFC 791.
+    pub const MIN: Self = Self(68);
+    /// The smallest MTU of IPv6, RFC 8200 section 5.
+    pub const MIN_V6: Self = Self(1280);
+
+    /// Takes 68 to 65535; `None` outside.
+    #[must_use]
+    pub fn new(bytes: u32) -> Option<Self> {
+        u16::try_from(bytes).ok().filter(|&b| b >= Self::MIN.0).map(Self)
+    }
+
+    /// The number of bytes.
+    #[must_use]
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+
+    /// What is left for the inner packet after `overhead` bytes of outer headers; `None` below [`Mtu::MIN`].
+    #[must_use]
+    pub fn less(self, overhead: u16) -> Option<Self> {
+        self.0.checked_sub(overhead).and_then(|b| Self::new(u32::from(b)))
+    }
+}
+
+impl fmt::Display for Mtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Bytes of outer headers in front of the inner packet for raw IP-in-UDP: IP header plus 8 bytes of UDP.
+#[must_use]
+pub const fn udp_overhead(underlay: IpAddr) -> u16 {
+    match underlay {
+        IpAddr::V4(_) => 28,
+        IpAddr::V6(_) => 48,
+    }
+}
