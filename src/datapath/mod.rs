@@ -1,1 +1,232 @@
-//! (stub)
+//! Owns the packet path between the TUN device and the underlay sockets, and its workers. Never talks to a
+//! store or a backend, never uses `tokio`.
+
+pub mod drop;
+pub mod status;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+pub use drop::{Direction, DropReason};
+pub use status::Status;
+
+use crate::addr::Mtu;
+
+/// Which implementation of the packet path runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineKind {
+    /// Batched system calls, offloads, one worker per core.
+    Mmsg,
+    /// One packet per system call, no offload, one thread: the oracle, and what runs on the oldest kernel.
+    Portable,
+}
+
+/// How far the source of a datagram is checked before its inner packet is accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceCheck {
+    /// The outer source is a known peer, and the inner source lies in that peer's lease or is its address.
+    Strict,
+    /// Any outer source; the inner source lies in some peer's lease (peers behind NAT).
+    Loose,
+}
+
+/// How the source port of outgoing datagrams is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourcePort {
+    /// By the inner flow, from a small fixed set, so that receivers and routers can spread load.
+    Spread,
+    /// Always the tunnel's port, as the original does.
+    Fixed,
+}
+
+/// What on this node the data plane delivers to and answers from.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// The subnets leased to this node; inner destinations must lie inside (or equal one of `addrs`).
+    pub nets: Vec<IpNet>,
+    /// This node's own underlay addresses, accepted as inner destinations.
+    pub addrs: Vec<IpAddr>,
+    /// Source address of ICMP errors that we send, the lease's first address as in the original.
+    pub icmp_v4: Option<Ipv4Addr>,
+    /// Source address of ICMPv6 errors.
+    pub icmp_v6: Option<Ipv6Addr>,
+}
+
+/// Everything the data plane needs to open; all values are validated by whoever builds it.
+#[derive(Clone)]
+pub struct Settings {
+    /// The engine to run.
+    pub engine: EngineKind,
+    /// Number of workers, at least 1 (the portable engine always uses one).
+    pub workers: usize,
+    /// Pin worker i to the i-th CPU this process may use.
+    pub pin: bool,
+    /// TUN name template as `TUNSETIFF` takes it, `flannel%d`.
+    pub device: String,
+    /// Where peers reach us: the external interface's address and the tunnel port.
+    pub bind: SocketAddr,
+    /// MTU of the overlay, the TUN's.
+    pub mtu: Mtu,
+    /// Strictness on decap.
+    pub source_check: SourceCheck,
+    /// Source port policy on encap.
+    pub source_port: SourcePort,
+    /// What is local.
+    pub local: Local,
+    /// Called from worker threads for rare things worth a log line; must not block.
+    pub on_event: Arc<dyn Fn(Event) + Send + Sync>,
+}
+
+/// One overlay prefix and the peer that owns it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerRoute {
+    /// The peer's subnet.
+    pub net: IpNet,
+    /// Where its datagrams go.
+    pub addr: SocketAddr,
+    /// The peer decapsulates with RFC 6040 normal mode, so the outer ECN field may carry the inner one.
+    pub ecn: bool,
+}
+
+/// Something rare that happened on the packet path and that the control plane logs or acts upon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The TUN device vanished or refuses everything; the control plane reopens the data plane.
+    DeviceGone {
+        /// The error that told.
+        error: String,
+    },
+    /// A capability was withdrawn at run time.
+    CapabilityWithdrawn {
+        /// Which (`udp-gso`, `tun-uso`, ...).
+        capability: &'static str,
+        /// The next hop it was withdrawn for; `None` is the device or all of them.
+        next_hop: Option<SocketAddr>,
+        /// Why, in the kernel's terms.
+        reason: String,
+    },
+    /// A withdrawn capability works again.
+    CapabilityRestored {
+        /// Which.
+        capability: &'static str,
+        /// The next hop concerned; `None` is the device or all of them.
+        next_hop: Option<SocketAddr>,
+    },
+    /// The first packet from this outer source was dropped for this reason.
+    FirstDrop {
+        /// The reason.
+        reason: DropReason,
+        /// The outer source.
+        outer: SocketAddr,
+        /// The inner source, where one could be read.
+        inner: Option<IpAddr>,
+    },
+    /// The path MTU towards a peer changed.
+    PathMtu {
+        /// The peer.
+        next_hop: SocketAddr,
+        /// What the path carries, outer headers included.
+        mtu: Mtu,
+    },
+    /// A peer's host answered that nothing listens on the tunnel port.
+    PeerRefused {
+        /// The peer.
+        next_hop: SocketAddr,
+    },
+    /// A worker ended unexpectedly; the control plane reopens the data plane.
+    WorkerDied {
+        /// Which worker.
+        worker: usize,
+        /// Its last words.
+        error: String,
+    },
+}
+
+/// Why the data plane could not be opened. Each message names the missing thing and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another daemon in this network namespace holds the name, the port or the device.
+    #[error("{what} is already in use by another daemon in this network namespace (pid {pid}): stop it first")]
+    Locked {
+        /// `device flannel0`, `port 192.0.2.1:8285`.
+        what: String,
+        /// The holder, where known (0 otherwise).
+        pid: i32,
+    },
+    /// The port is bound by something else.
+    #[error("cannot bind {bind}: {source}: stop what holds the port (ss -ulnp) or set Backend.Port")]
+    Bind {
+        /// The address and port.
+        bind: SocketAddr,
+        /// The kernel's error.
+        source: std::io::Error,
+    },
+    /// No `/dev/net/tun`.
+    #[error("cannot open /dev/net/tun: {0}: load the tun module (modprobe tun), and give the container the device")]
+    NoTun(std::io::Error),
+    /// The device could not be created.
+    #[error("cannot create TUN device {device}: {source}: run as root or with CAP_NET_ADMIN")]
+    Device {
+        /// The name asked for.
+        device: String,
+        /// The kernel's error.
+        source: std::io::Error,
+    },
+    /// Any other step.
+    #[error("cannot set up the data plane: {step}: {source}")]
+    Step {
+        /// What was being done.
+        step: String,
+        /// The kernel's error.
+        source: std::io::Error,
+    },
+}
+
+/// An opened data plane: device and sockets exist; workers run between [`Datapath::start`] and
+/// [`Datapath::stop`]. Dropping it closes everything, and the TUN device goes with it.
+pub struct Datapath {
+    _settings: Settings,
+}
+
+impl Datapath {
+    /// Takes the locks, opens the TUN device and the sockets, probes capabilities. Starts nothing.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing is left behind.
+    pub fn open(settings: Settings) -> Result<Self, OpenError> {
+        Ok(Self { _settings: settings })
+    }
+
+    /// The device's name as the kernel chose it, `flannel0`.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        ""
+    }
+
+    /// Replaces the whole forwarding table; workers see it at their next burst. Peers that stay keep their
+    /// path MTU and counters.
+    pub fn publish(&self, _routes: &[PeerRoute]) {}
+
+    /// Starts the workers. The device must be up.
+    ///
+    /// # Errors
+    /// A thread could not be started.
+    pub fn start(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// Counters, capabilities, peers, at this moment.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        Status::default()
+    }
+
+    /// Stops the workers after they finish the burst in hand, joins them, closes everything.
+    pub fn stop(self) {}
+}

@@ -1,0 +1,88 @@
+//! Owns the list of reasons why a packet does not continue. Never counts; `stats` does.
+
+use serde::{Serialize, Serializer};
+
+/// Direction of a packet through the data plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// TUN to underlay.
+    Encap,
+    /// Underlay to TUN.
+    Decap,
+}
+
+macro_rules! drop_reasons {
+    ($($(#[$meta:meta])* $variant:ident => $name:literal, $remedy:literal;)*) => {
+        /// Why a packet did not continue. Each has one counter per worker and direction, counted in inner
+        /// packets (segments).
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum DropReason {
+            $($(#[$meta])* $variant,)*
+        }
+
+        impl DropReason {
+            /// Every reason, in the order of the counters.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+            /// How many reasons there are.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The stable name used in counters, status and documents.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// One line: what an operator does about it.
+            #[must_use]
+            pub const fn remedy(self) -> &'static str {
+                match self { $(Self::$variant => $remedy,)* }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    /// Not a well-formed IPv4 or IPv6 packet.
+    Malformed => "malformed", "find the sender of broken packets: capture on the device named in status";
+    /// The virtio-net header of a TUN read contradicts its packet.
+    BadVnetHeader => "bad_vnet_header", "report it: the kernel described a superpacket that cannot be segmented";
+    /// No lease covers the destination and no answer was due.
+    NoRoute => "no_route", "check that a lease exists for the destination (loden status, peers)";
+    /// The TTL or hop limit ran out and no answer was due.
+    TtlExpired => "ttl_expired", "look for a routing loop between the overlay and the underlay";
+    /// Larger than the path to the peer carries, and no answer was due.
+    TooBig => "too_big", "lower the overlay MTU or repair path MTU discovery on the underlay";
+    /// The datagram did not fit the receive buffer (`MSG_TRUNC`).
+    Truncated => "truncated", "a peer sends more than 65535 bytes: check who sends to the tunnel port";
+    /// Shorter than an IP header: not a tunnelled packet.
+    TooShort => "too_short", "something that is not an overlay peer sends to the tunnel port";
+    /// The outer source is no known peer.
+    UnknownPeer => "unknown_peer", "check that the sender has a lease with this public IP, or set SourceCheck to loose behind NAT";
+    /// The inner source lies outside the lease of the peer that sent it.
+    SpoofedSource => "spoofed_source", "the peer sends for addresses it holds no lease for: check its routes, or a forged packet";
+    /// The inner destination is not on this node.
+    NotLocal => "not_local", "the peer holds a stale lease for a subnet that is not ours";
+    /// RFC 6040: congestion mark on a packet that is not ECN-capable.
+    EcnInvalid => "ecn_invalid", "a router on the underlay marks packets that are not ECN-capable";
+    /// The socket's send buffer was full.
+    SocketFull => "socket_full", "raise net.core.wmem_max or slow the sender: the underlay cannot keep up";
+    /// The underlay refused the datagram: no route, interface down, host unreachable.
+    UnderlayDown => "underlay_down", "bring the external interface or its route back (ip route get PEER)";
+    /// Local firewall or policy refused the datagram (`EPERM`, `EACCES`).
+    Refused => "refused", "a local firewall rejects the tunnel port: allow it for output";
+    /// The kernel had no memory for the packet (`ENOBUFS`, `ENOMEM`).
+    NoMemory => "no_memory", "the kernel is short of packet memory: raise net.core.wmem_max or free memory";
+    /// The TUN device is gone or down.
+    DeviceDown => "device_down", "the daemon recreates the device; ip link shows whether somebody keeps setting it down";
+    /// The kernel refused the packet for another reason.
+    Rejected => "rejected", "see the log line that names the error number";
+    /// The daemon was stopping.
+    Stopping => "stopping", "none: the daemon was asked to stop";
+}
+
+impl Serialize for DropReason {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
