@@ -49,6 +49,8 @@ drop_reasons! {
     BadVnetHeader => "bad_vnet_header", "report it: the kernel described a superpacket that cannot be segmented";
     /// No lease covers the destination and no answer was due.
     NoRoute => "no_route", "check that a lease exists for the destination (loden status, peers)";
+    /// The destination is a multicast or broadcast group, which the overlay does not carry.
+    Multicast => "multicast", "none: neighbour discovery and mDNS are normal; use unicast through the overlay";
     /// The TTL or hop limit ran out and no answer was due.
     TtlExpired => "ttl_expired", "look for a routing loop between the overlay and the underlay";
     /// Larger than the path to the peer carries, and no answer was due.

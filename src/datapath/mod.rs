@@ -2,7 +2,11 @@
 //! store or a backend, never uses `tokio`.
 
 pub mod drop;
+pub mod limiter;
+pub mod lock;
+pub mod stats;
 pub mod status;
+pub mod table;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;

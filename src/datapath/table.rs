@@ -1,0 +1,238 @@
+//! Owns what a worker knows of its peers: the table it reads once per burst, and each peer's learned state.
+//! Never learns by itself; the directions write what they see.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+
+use ipnet::IpNet;
+use socket2::SockAddr;
+
+use super::{PeerRoute, status};
+use crate::addr::{Mtu, udp_overhead};
+use crate::route::Fib;
+
+/// How long a learned path MTU or a withdrawn offload is believed before it is tried again
+/// (RFC 1191 section 6.3 and RFC 8201 section 4: at least ten minutes for a larger MTU).
+pub const RETRY_AFTER_MS: u64 = 10 * 60 * 1000;
+
+/// Milliseconds since the data plane was opened; monotonic.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock(Instant);
+
+impl Clock {
+    /// Starts at zero, now.
+    #[must_use]
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// The time. Read on slow paths only.
+    #[must_use]
+    pub fn now_ms(self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A next hop and what was learned about the path to it. Shared by all workers; survives publications.
+pub struct Peer {
+    /// Where its datagrams go.
+    pub addr: SocketAddr,
+    /// The same as the kernel takes it.
+    pub name: SockAddr,
+    /// It decapsulates with RFC 6040 normal mode.
+    pub ecn: bool,
+    /// Largest inner packet the path carries; `u32::MAX` when nothing was learned.
+    max_inner: AtomicU32,
+    /// When that is forgotten, by [`Clock`].
+    max_inner_until: AtomicU64,
+    /// UDP GSO is not used before this time; 0 when it is used.
+    gso_off_until: AtomicU64,
+    /// Inner packets sent to it.
+    pub sent: AtomicU64,
+    /// Inner packets accepted from it.
+    pub received: AtomicU64,
+    /// Inner packets from it dropped.
+    pub dropped: AtomicU64,
+}
+
+impl Peer {
+    /// A peer of whom nothing is known yet.
+    #[must_use]
+    pub fn new(addr: SocketAddr, ecn: bool) -> Self {
+        Self {
+            addr,
+            name: SockAddr::from(addr),
+            ecn,
+            max_inner: AtomicU32::new(u32::MAX),
+            max_inner_until: AtomicU64::new(0),
+            gso_off_until: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+        }
+    }
+
+    /// The largest inner packet that fits the path, in bytes. One relaxed load while nothing was learned.
+    #[inline]
+    pub fn max_inner(&self, clock: Clock) -> usize {
+        let max = self.max_inner.load(Ordering::Relaxed);
+        if max == u32::MAX {
+            return usize::MAX;
+        }
+        if clock.now_ms() >= self.max_inner_until.load(Ordering::Relaxed) {
+            self.max_inner.store(u32::MAX, Ordering::Relaxed);
+            return usize::MAX;
+        }
+        max as usize
+    }
+
+    /// Learns the path MTU, outer headers included. Returns whether that was news. Values below what every
+    /// path must carry are raised to it: an ICMP message may be forged.
+    pub fn learn_path_mtu(&self, mtu: u32, clock: Clock) -> Option<Mtu> {
+        // 552 is the kernel's own floor for IPv4 (`net.ipv4.route.min_pmtu`).
+        let floor = if self.addr.is_ipv4() { 552 } else { u32::from(Mtu::MIN_V6.get()) };
+        let mtu = Mtu::new(mtu.max(floor))?;
+        let max = u32::from(mtu.get()) - u32::from(udp_overhead(self.addr.ip()));
+        self.max_inner_until.store(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed);
+        (self.max_inner.swap(max, Ordering::Relaxed) != max).then_some(mtu)
+    }
+
+    /// Whether runs may be sent with `UDP_SEGMENT`; restored after a while.
+    #[inline]
+    pub fn gso(&self, clock: Clock) -> bool {
+        let until = self.gso_off_until.load(Ordering::Relaxed);
+        if until == 0 {
+            return true;
+        }
+        if clock.now_ms() < until {
+            return false;
+        }
+        self.gso_off_until.store(0, Ordering::Relaxed);
+        true
+    }
+
+    /// Withdraws `UDP_SEGMENT` for this next hop. Returns whether it was in use.
+    pub fn withdraw_gso(&self, clock: Clock) -> bool {
+        self.gso_off_until.swap(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed) == 0
+    }
+
+    fn to_status(&self, nets: Vec<IpNet>) -> status::Peer {
+        let max = self.max_inner.load(Ordering::Relaxed);
+        let overhead = u32::from(udp_overhead(self.addr.ip()));
+        let withdrawn = self.gso_off_until.load(Ordering::Relaxed) != 0;
+        status::Peer {
+            addr: self.addr,
+            nets,
+            sent: self.sent.load(Ordering::Relaxed),
+            received: self.received.load(Ordering::Relaxed),
+            dropped: self.dropped.load(Ordering::Relaxed),
+            path_mtu: max.checked_add(overhead).and_then(|mtu| u16::try_from(mtu).ok()),
+            gso_withdrawn: withdrawn.then(|| "the kernel refused a GSO run on this path".to_owned()),
+        }
+    }
+}
+
+/// What workers read: prefixes to peers, and peers by their underlay address.
+#[derive(Default)]
+pub struct Table {
+    /// Longest-prefix match.
+    pub fib: Fib<Arc<Peer>>,
+    by_addr: HashMap<IpAddr, u32>,
+    nets: Vec<(IpNet, usize)>,
+}
+
+impl Table {
+    /// Builds a table from routes; a peer that `previous` knows under the same address keeps its state.
+    #[must_use]
+    pub fn build(routes: &[PeerRoute], previous: &Self) -> Self {
+        let mut peers: Vec<Arc<Peer>> = Vec::new();
+        let mut by_name: HashMap<SocketAddr, usize> = HashMap::new();
+        let mut nets = Vec::with_capacity(routes.len());
+        for route in routes {
+            let idx = *by_name.entry(route.addr).or_insert_with(|| {
+                let known = previous.peer_at(route.addr).filter(|peer| peer.ecn == route.ecn);
+                peers.push(
+                    known.map_or_else(|| Arc::new(Peer::new(route.addr, route.ecn)), Arc::clone),
+                );
+                peers.len() - 1
+            });
+            nets.push((route.net, idx));
+        }
+        let by_addr = peers
+            .iter()
+            .zip(0_u32..)
+            .map(|(peer, idx)| (peer.addr.ip(), idx))
+            .collect();
+        Self { fib: Fib::build(nets.iter().copied(), peers), by_addr, nets }
+    }
+
+    /// The peer whose datagrams come from this underlay address.
+    #[must_use]
+    pub fn peer_by_ip(&self, addr: IpAddr) -> Option<&Arc<Peer>> {
+        self.by_addr.get(&addr).and_then(|&idx| self.fib.hop(idx))
+    }
+
+    fn peer_at(&self, addr: SocketAddr) -> Option<&Arc<Peer>> {
+        self.peer_by_ip(addr.ip()).filter(|peer| peer.addr == addr)
+    }
+
+    /// As `status` shows the peers.
+    #[must_use]
+    pub fn to_status(&self) -> Vec<status::Peer> {
+        let mut nets = vec![Vec::new(); self.fib.hops().len()];
+        for (net, idx) in &self.nets {
+            if let Some(nets) = nets.get_mut(*idx) {
+                nets.push(*net);
+            }
+        }
+        self.fib.hops().iter().zip(nets).map(|(peer, nets)| peer.to_status(nets)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(net: &str, addr: &str, ecn: bool) -> PeerRoute {
+        PeerRoute { net: net.parse().unwrap(), addr: addr.parse().unwrap(), ecn }
+    }
+
+    #[test]
+    fn a_peer_keeps_its_state_over_publications_and_loses_it_with_its_address() {
+        let clock = Clock::start();
+        let first = Table::build(&[route("198.18.1.0/24", "192.0.2.1:8285", false)], &Table::default());
+        let peer = Arc::clone(first.peer_by_ip("192.0.2.1".parse().unwrap()).unwrap());
+        assert_eq!(peer.learn_path_mtu(1400, clock), Mtu::new(1400));
+        assert_eq!(peer.learn_path_mtu(1400, clock), None, "no news");
+        let same = Table::build(&[route("198.18.9.0/24", "192.0.2.1:8285", false)], &first);
+        let (_, kept) = same.fib.lookup("198.18.9.1".parse().unwrap()).unwrap();
+        assert_eq!(kept.max_inner(clock), 1372);
+        let moved = Table::build(&[route("198.18.9.0/24", "192.0.2.2:8285", false)], &same);
+        let (_, fresh) = moved.fib.lookup("198.18.9.1".parse().unwrap()).unwrap();
+        assert_eq!(fresh.max_inner(clock), usize::MAX);
+    }
+
+    #[test]
+    fn a_forged_tiny_path_mtu_is_raised_to_what_every_path_carries() {
+        let clock = Clock::start();
+        let v4 = Peer::new("192.0.2.1:8285".parse().unwrap(), false);
+        assert_eq!(v4.learn_path_mtu(0, clock), Mtu::new(552));
+        let v6 = Peer::new("[2001:db8::1]:8285".parse().unwrap(), false);
+        assert_eq!(v6.learn_path_mtu(68, clock), Mtu::new(1280));
+        assert_eq!(v6.max_inner(clock), 1232);
+    }
+
+    #[test]
+    fn two_subnets_of_one_peer_share_it() {
+        let routes = [
+            route("198.18.1.0/24", "192.0.2.1:8285", true),
+            route("fd00:1::/64", "192.0.2.1:8285", true),
+        ];
+        let table = Table::build(&routes, &Table::default());
+        assert_eq!(table.fib.hops().len(), 1);
+        assert_eq!(table.to_status()[0].nets.len(), 2);
+    }
+}
