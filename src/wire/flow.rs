@@ -66,10 +66,10 @@ impl FlowKey {
                 SEED,
                 u64::from(src.to_bits()) << 32 | u64::from(dst.to_bits()),
             ),
-            (src, dst) => [src, dst].into_iter().fold(SEED, |hash, address| {
-                let [high, low] = words(address);
-                mix(mix(hash, high), low)
-            }),
+            (src, dst) => {
+                let ([a, b], [c, d]) = (words(src), words(dst));
+                mix(pair(SEED, a, b), pair(!SEED, c, d))
+            }
         };
         let transport = u64::from(self.protocol) << 32
             | u64::from(self.src_port) << 16
@@ -102,17 +102,20 @@ fn mix(hash: u64, word: u64) -> u64 {
     low ^ high
 }
 
+/// Mixes two words from `seed`; both of a packet's addresses go through it at once.
+#[inline]
+fn pair(seed: u64, first: u64, second: u64) -> u64 {
+    mix(mix(seed, first), second)
+}
+
 /// An address as two words, an IPv4 address in the lower half of the second.
 #[inline]
 fn words(address: IpAddr) -> [u64; 2] {
     match address {
         IpAddr::V4(v4) => [0, u64::from(v4.to_bits())],
         IpAddr::V6(v6) => {
-            let [a, b, c, d, e, f, g, h] = v6.segments().map(u64::from);
-            [
-                a << 48 | b << 32 | c << 16 | d,
-                e << 48 | f << 32 | g << 16 | h,
-            ]
+            let octets = v6.octets();
+            [Field::at(0), Field::at(8)].map(|half| u64::from_be_bytes(half.octets(&octets)))
         }
     }
 }
