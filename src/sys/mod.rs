@@ -4,5 +4,6 @@
 
 pub mod iov;
 pub mod mmsg;
+pub mod simd;
 pub mod socket;
 pub mod tun;

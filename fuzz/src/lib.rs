@@ -1,0 +1,18 @@
+//! Owns what each fuzz target asserts, one file per target with one `run`. Never needs libFuzzer, so that
+//! `tests/fuzz_replay.rs` runs the committed corpora on every build.
+
+pub mod checksum;
+pub mod fragment;
+pub mod icmp_error;
+pub mod ip_parse;
+
+/// The body of a target: takes any bytes, panics when a promise is broken.
+pub type Target = fn(&[u8]);
+
+/// Every target by the name it has in `fuzz_targets` and `corpus`.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("checksum", checksum::run),
+    ("fragment", fragment::run),
+    ("icmp_error", icmp_error::run),
+    ("ip_parse", ip_parse::run),
+];
