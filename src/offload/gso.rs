@@ -116,6 +116,8 @@ const UNTOUCHED: Source = Source {
 /// Plans one burst after another, in memory fixed at construction.
 #[derive(Debug)]
 pub struct Planner {
+    /// Segments per burst: neither vector ever grows beyond.
+    capacity: usize,
     /// For each segment, in order of arrival, the next of its run.
     next: Vec<u16>,
     runs: Vec<Run>,
@@ -133,6 +135,7 @@ impl Planner {
     pub fn new(capacity: u16, sources: u16) -> Self {
         let capacity = usize::from(capacity.min(NIL - 1));
         Self {
+            capacity,
             next: Vec::with_capacity(capacity),
             runs: Vec::with_capacity(capacity),
             table: Table::new(capacity),
@@ -173,7 +176,7 @@ impl Planner {
     /// [`PlanError`]; the segment is not taken then.
     #[inline]
     pub fn push(&mut self, key: RunKey, len: u32, limits: &RunLimits) -> Result<u16, PlanError> {
-        if self.next.len() == self.next.capacity() {
+        if self.next.len() == self.capacity {
             return Err(PlanError::Full);
         }
         let index = u16::try_from(self.next.len()).unwrap_or(NIL);

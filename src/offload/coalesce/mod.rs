@@ -17,22 +17,16 @@
 //! The coalescer holds handles, not bytes; it looks back through the caller's resolver.
 
 mod rules;
+mod write;
 
 use thiserror::Error;
 
 use self::rules::Candidate;
-pub use self::rules::{Mismatch, Unmergeable};
-use super::header::{
-    Family, HeaderError, Headers, IPV4_LEN, IPV6_LEN, TCP_LEN, Transport, UDP_LEN, addresses, fold,
-    put16, sum_words,
-};
-use super::split::MAX_HEADER_LEN;
+pub use self::rules::{Limits, Mismatch, Unmergeable};
+pub use self::write::{HEAD_LEN, Superpacket, Write};
+use super::header::{Family, HeaderError, Headers, Transport, addresses};
 use super::table::{Table, finish, mix};
-use super::vnet_hdr::{Gso, VNET_HDR_LEN, VnetHdr};
 use crate::wire::checksum::SumFn;
-
-/// Room for what precedes a superpacket's first payload: its vnet header and its headers.
-pub const HEAD_LEN: usize = VNET_HDR_LEN + MAX_HEADER_LEN;
 
 /// Address pairs are told apart by this many fences; a collision closes an item too early, no more.
 const FENCES: usize = 64;
@@ -49,44 +43,6 @@ pub struct PacketRef {
     pub off: u32,
     /// Bytes of the packet.
     pub len: u32,
-}
-
-/// What may be merged, and how far. May shrink at run time as capabilities are withdrawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Merge TCP (the TUN takes `TcpV4` and `TcpV6` superpackets).
-    pub tcp: bool,
-    /// Merge UDP (the TUN takes `UdpL4` superpackets: Linux 6.2 or later).
-    pub udp: bool,
-    /// Segments in a TCP superpacket. Each is one `iovec`, after one for the head.
-    pub tcp_segments: u16,
-    /// Segments in a UDP superpacket.
-    pub udp_segments: u16,
-    /// Bytes of a superpacket with its headers.
-    pub max_bytes: u16,
-}
-
-impl Default for Limits {
-    /// Everything on: `UIO_MAXIOV` (1024) less the head; 64 UDP segments, the `UDP_MAX_SEGMENTS` of kernels
-    /// before 6.9 (128 since); 65535 bytes, the most an IPv4 total length can say.
-    fn default() -> Self {
-        Self {
-            tcp: true,
-            udp: true,
-            tcp_segments: 1023,
-            udp_segments: 64,
-            max_bytes: u16::MAX,
-        }
-    }
-}
-
-impl Limits {
-    const fn segments(&self, transport: Transport) -> u16 {
-        match transport {
-            Transport::Tcp => self.tcp_segments,
-            Transport::Udp => self.udp_segments,
-        }
-    }
 }
 
 /// What became of a pushed packet. Each is in exactly one write, whatever this says.
@@ -142,6 +98,8 @@ struct Item {
 pub struct Coalescer {
     limits: Limits,
     sum: SumFn,
+    /// Packets per burst: neither vector ever grows beyond.
+    capacity: usize,
     links: Vec<Link>,
     items: Vec<Item>,
     table: Table,
@@ -153,13 +111,14 @@ pub struct Coalescer {
 }
 
 impl Coalescer {
-    /// A coalescer for bursts of up to `capacity` packets (at most 65535 by type, of which one is reserved).
+    /// A coalescer for bursts of up to `capacity` packets (65534 at most: indices are 16 bits, one is taken).
     #[must_use]
     pub fn new(limits: Limits, capacity: u16, sum: SumFn) -> Self {
         let capacity = usize::from(capacity.min(NIL - 1));
         Self {
             limits,
             sum,
+            capacity,
             links: Vec::with_capacity(capacity),
             items: Vec::with_capacity(capacity),
             table: Table::new(capacity),
@@ -209,7 +168,7 @@ impl Coalescer {
         packet: PacketRef,
         bytes_of: impl Fn(PacketRef) -> &'b [u8],
     ) -> Result<Pushed, Full> {
-        if self.links.len() == self.links.capacity() {
+        if self.links.len() == self.capacity {
             return Err(Full);
         }
         let bytes = bytes_of(packet);
@@ -217,56 +176,33 @@ impl Coalescer {
             Ok(headers) => headers,
             Err(error) => {
                 self.fence_unknown_flow(bytes, error);
-                self.push_alone(packet);
-                return Ok(Pushed::Passed(Unmergeable::Header(error)));
+                return Ok(self.pass(packet, None, Unmergeable::Header(error)));
             }
         };
-        let candidate = Candidate::new(bytes, headers, &self.limits);
         let (hash, found) = self.find(bytes, headers, &bytes_of);
-        match (candidate, found) {
-            (Ok(candidate), None) => {
-                self.open(
-                    packet,
-                    headers,
-                    &candidate,
-                    hash.unwrap_or_else(|| flow_hash(bytes, headers)),
-                );
-                Ok(Pushed::Opened)
+        let candidate = match Candidate::new(bytes, headers, &self.limits) {
+            Ok(candidate) => candidate,
+            Err(reason) => return Ok(self.pass(packet, found, reason)),
+        };
+        let mut outcome = Pushed::Opened;
+        if let Some(at) = found {
+            match self.append(at, packet, bytes, &candidate, &bytes_of) {
+                Ok(()) => return Ok(Pushed::Merged),
+                Err(Refusal::Packet(reason)) => return Ok(self.pass(packet, found, reason)),
+                Err(Refusal::Item(mismatch)) => outcome = Pushed::Reopened(mismatch),
             }
-            (Ok(candidate), Some(at)) => {
-                match self.append(at, packet, bytes, &candidate, &bytes_of) {
-                    Ok(()) => Ok(Pushed::Merged),
-                    Err(Refusal::Packet(reason)) => {
-                        self.close(at);
-                        self.push_alone(packet);
-                        Ok(Pushed::Passed(reason))
-                    }
-                    Err(Refusal::Item(mismatch)) => {
-                        self.close(at);
-                        let hash = hash.unwrap_or_else(|| flow_hash(bytes, headers));
-                        self.open(packet, headers, &candidate, hash);
-                        Ok(Pushed::Reopened(mismatch))
-                    }
-                }
-            }
-            (Err(reason), found) => {
-                if let Some(at) = found {
-                    self.close(at);
-                }
-                self.push_alone(packet);
-                Ok(Pushed::Passed(reason))
-            }
+            self.close(at);
         }
+        let hash = hash.unwrap_or_else(|| flow_hash(bytes, headers));
+        self.open(packet, headers, &candidate, hash);
+        Ok(outcome)
     }
 
     /// The burst's writes, in order.
     pub fn writes(&self) -> impl ExactSizeIterator<Item = Write<'_>> + Clone {
         self.items.iter().map(|item| {
             if item.count > 1 {
-                Write::Superpacket(Superpacket {
-                    item,
-                    links: &self.links,
-                })
+                Write::Superpacket(Superpacket::new(item, &self.links))
             } else {
                 Write::Packet(
                     self.links
@@ -374,15 +310,19 @@ impl Coalescer {
         self.latest = at;
     }
 
-    /// Adds a packet that nothing joins.
-    fn push_alone(&mut self, packet: PacketRef) {
+    /// Adds a packet that nothing joins, behind the open item of its flow.
+    fn pass(&mut self, packet: PacketRef, found: Option<u16>, reason: Unmergeable) -> Pushed {
         const NONE: Headers = Headers {
             family: Family::V4,
             transport: Transport::Udp,
             l3_len: 0,
             l4_len: 0,
         };
+        if let Some(at) = found {
+            self.close(at);
+        }
         self.push_item(packet, NONE);
+        Pushed::Passed(reason)
     }
 
     #[inline]
@@ -440,143 +380,6 @@ impl Coalescer {
 enum Refusal {
     Packet(Unmergeable),
     Item(Mismatch),
-}
-
-/// One write to the TUN.
-#[derive(Clone, Copy, Debug)]
-pub enum Write<'a> {
-    /// One packet, unchanged, behind an all-zero vnet header.
-    Packet(PacketRef),
-    /// Several packets as one.
-    Superpacket(Superpacket<'a>),
-}
-
-/// Two or more packets of one flow, to be written as: head, then every payload.
-#[derive(Clone, Copy, Debug)]
-pub struct Superpacket<'a> {
-    item: &'a Item,
-    links: &'a [Link],
-}
-
-impl<'a> Superpacket<'a> {
-    /// How many packets were merged.
-    #[must_use]
-    pub const fn count(&self) -> usize {
-        self.item.count as usize
-    }
-
-    /// Bytes of the IP packet that results: headers and all payloads, without the vnet header.
-    #[must_use]
-    pub const fn packet_len(&self) -> usize {
-        self.item.headers.len() + self.item.payload_len as usize
-    }
-
-    /// The merged packets as they arrived, in order: the first is the one [`Superpacket::write_head`] wants,
-    /// all of them are what to write should the TUN refuse the superpacket.
-    pub fn packets(&self) -> impl Iterator<Item = PacketRef> + Clone + use<'a> {
-        let links = self.links;
-        let start = links.get(usize::from(self.item.first));
-        std::iter::successors(start, |link| links.get(usize::from(link.next)))
-            .map(|link| link.packet)
-    }
-
-    /// Where the payloads lie, in order.
-    pub fn payloads(&self) -> impl Iterator<Item = PacketRef> + Clone + use<'a> {
-        let header_len = u32::from(self.item.headers.l3_len) + u32::from(self.item.headers.l4_len);
-        self.packets()
-            .map(move |PacketRef { buf, off, len }| PacketRef {
-                buf,
-                off: off.saturating_add(header_len),
-                len: len.saturating_sub(header_len),
-            })
-    }
-
-    /// The vnet header of the superpacket.
-    #[must_use]
-    pub fn vnet_hdr(&self) -> VnetHdr {
-        let Headers {
-            family,
-            transport,
-            l3_len,
-            l4_len,
-        } = self.item.headers;
-        VnetHdr {
-            needs_csum: true,
-            data_valid: false,
-            gso: match (transport, family) {
-                (Transport::Tcp, Family::V4) => Gso::TcpV4 { ecn: false },
-                (Transport::Tcp, Family::V6) => Gso::TcpV6 { ecn: false },
-                (Transport::Udp, _) => Gso::UdpL4,
-            },
-            hdr_len: u16::from(l3_len) + u16::from(l4_len),
-            gso_size: self.item.gso_size,
-            csum_start: u16::from(l3_len),
-            csum_offset: transport.csum_offset(),
-        }
-    }
-
-    /// Writes the vnet header and behind it the superpacket's headers, made from those of its first packet,
-    /// and returns how many bytes that is. The transport checksum is partial: the folded pseudo-header sum.
-    ///
-    /// Returns 0, having written nothing of use, if `first` is not the first of [`Superpacket::packets`].
-    pub fn write_head(&self, first: &[u8], out: &mut [u8; HEAD_LEN]) -> usize {
-        let Headers {
-            family,
-            transport,
-            l3_len,
-            ..
-        } = self.item.headers;
-        let header_len = self.item.headers.len();
-        let (vnet, rest) = out.split_at_mut(VNET_HDR_LEN);
-        vnet.copy_from_slice(&self.vnet_hdr().encode());
-        let (Some(header), Some(first)) = (rest.get_mut(..header_len), first.get(..header_len))
-        else {
-            return 0;
-        };
-        header.copy_from_slice(first);
-        let Some((ip, l4)) = header.split_at_mut_checked(usize::from(l3_len)) else {
-            return 0;
-        };
-        let total_len = u16::try_from(self.packet_len()).unwrap_or(u16::MAX);
-        let l4_len = total_len.saturating_sub(u16::from(l3_len));
-        match family {
-            Family::V4 => {
-                let Some(ip) = ip.first_chunk_mut::<IPV4_LEN>() else {
-                    return 0;
-                };
-                put16(ip, 2, total_len);
-                put16(ip, 10, 0);
-                let checksum = !fold(sum_words(ip));
-                put16(ip, 10, checksum);
-            }
-            Family::V6 => {
-                let Some(ip) = ip.first_chunk_mut::<IPV6_LEN>() else {
-                    return 0;
-                };
-                put16(ip, 4, l4_len);
-            }
-        }
-        let partial = fold(u32::from(self.item.pseudo) + u32::from(l4_len));
-        match transport {
-            Transport::Tcp => {
-                let Some(tcp) = l4.first_chunk_mut::<TCP_LEN>() else {
-                    return 0;
-                };
-                if self.item.push {
-                    tcp[13] |= rules::TCP_PSH;
-                }
-                put16(tcp, 16, partial);
-            }
-            Transport::Udp => {
-                let Some(udp) = l4.first_chunk_mut::<UDP_LEN>() else {
-                    return 0;
-                };
-                put16(udp, 4, l4_len);
-                put16(udp, 6, partial);
-            }
-        }
-        VNET_HDR_LEN + header_len
-    }
 }
 
 /// Hash of addresses and ports.

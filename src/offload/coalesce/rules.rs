@@ -7,11 +7,49 @@ use super::super::header::{
     Family, HeaderError, Headers, IPV4_DF, IPV4_LEN, TCP_LEN, Transport, be16, be32, fold,
     pseudo_sum, sum_words,
 };
-use super::{Item, Limits};
+use super::Item;
 use crate::wire::checksum::SumFn;
 
 pub(super) const TCP_PSH: u8 = 0x08;
 const TCP_ACK: u8 = 0x10;
+
+/// What may be merged, and how far. May shrink at run time as capabilities are withdrawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Merge TCP (the TUN takes `TcpV4` and `TcpV6` superpackets).
+    pub tcp: bool,
+    /// Merge UDP (the TUN takes `UdpL4` superpackets: Linux 6.2 or later).
+    pub udp: bool,
+    /// Segments in a TCP superpacket. Each is one `iovec`, after one for the head.
+    pub tcp_segments: u16,
+    /// Segments in a UDP superpacket.
+    pub udp_segments: u16,
+    /// Bytes of a superpacket with its headers.
+    pub max_bytes: u16,
+}
+
+impl Default for Limits {
+    /// Everything on: `UIO_MAXIOV` (1024) less the head; 64 UDP segments, the `UDP_MAX_SEGMENTS` of kernels
+    /// before 6.9 (128 since); 65535 bytes, the most an IPv4 total length can say.
+    fn default() -> Self {
+        Self {
+            tcp: true,
+            udp: true,
+            tcp_segments: 1023,
+            udp_segments: 64,
+            max_bytes: u16::MAX,
+        }
+    }
+}
+
+impl Limits {
+    const fn segments(&self, transport: Transport) -> u16 {
+        match transport {
+            Transport::Tcp => self.tcp_segments,
+            Transport::Udp => self.udp_segments,
+        }
+    }
+}
 
 /// Why a packet can merge with no other. It closes its flow's item and passes unchanged.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
