@@ -1,0 +1,132 @@
+//! Owns the small hash table from a flow or a next hop to its most recent item in the burst. Never owns keys:
+//! the caller compares what the index points at.
+//!
+//! Forgetting an entry is always safe (its item merely stops growing), which buys three things: a lookup
+//! probes at most [`PROBES`] slots whatever an adversary sends, a crowded neighbourhood evicts instead of
+//! growing, and clearing is one increment.
+
+/// Slots looked at per lookup: one 64-byte cache line of them.
+const PROBES: usize = 8;
+
+/// More slots than this cost cache misses without lowering evictions noticeably.
+const MAX_SLOTS: usize = 4096;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    hash: u32,
+    index: u16,
+    /// The slot is empty unless this is the table's epoch.
+    epoch: u16,
+}
+
+/// Open addressing with bounded probing; entries live until [`Table::clear`].
+#[derive(Debug)]
+pub(super) struct Table {
+    slots: Box<[Slot]>,
+    epoch: u16,
+}
+
+impl Table {
+    /// A table for bursts of up to `capacity` items.
+    pub(super) fn new(capacity: usize) -> Self {
+        let slots = capacity
+            .saturating_mul(2)
+            .clamp(PROBES, MAX_SLOTS)
+            .next_power_of_two();
+        Self {
+            slots: vec![Slot::default(); slots].into_boxed_slice(),
+            epoch: 1,
+        }
+    }
+
+    /// The item of this hash that `is_match` accepts.
+    #[inline]
+    pub(super) fn find(&self, hash: u32, mut is_match: impl FnMut(u16) -> bool) -> Option<u16> {
+        self.probe(hash)
+            .map_while(|at| self.slots.get(at).filter(|slot| slot.epoch == self.epoch))
+            .find(|slot| slot.hash == hash && is_match(slot.index))
+            .map(|slot| slot.index)
+    }
+
+    /// Enters an item in the first slot that is empty or whose item `is_closed`; where there is none, takes
+    /// the home slot and returns the item that lost it.
+    #[inline]
+    pub(super) fn insert(
+        &mut self,
+        hash: u32,
+        index: u16,
+        mut is_closed: impl FnMut(u16) -> bool,
+    ) -> Option<u16> {
+        let entry = Slot {
+            hash,
+            index,
+            epoch: self.epoch,
+        };
+        for at in self.probe(hash) {
+            if let Some(slot) = self.slots.get_mut(at)
+                && (slot.epoch != entry.epoch || is_closed(slot.index))
+            {
+                *slot = entry;
+                return None;
+            }
+        }
+        let home = self.probe(hash).start_at;
+        let slot = self.slots.get_mut(home)?;
+        Some(std::mem::replace(slot, entry).index)
+    }
+
+    /// Forgets every entry.
+    #[inline]
+    pub(super) fn clear(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+        if self.epoch == 0 {
+            self.slots.fill(Slot::default());
+            self.epoch = 1;
+        }
+    }
+
+    fn probe(&self, hash: u32) -> Probe {
+        let mask = self.slots.len() - 1;
+        let start_at = hash as usize & mask;
+        Probe {
+            start_at,
+            step: 0,
+            mask,
+        }
+    }
+}
+
+/// The slots of one hash, home first.
+struct Probe {
+    start_at: usize,
+    step: usize,
+    mask: usize,
+}
+
+impl Iterator for Probe {
+    type Item = usize;
+
+    #[inline]
+    fn next(&mut self) -> Option<usize> {
+        if self.step == PROBES {
+            return None;
+        }
+        let at = (self.start_at + self.step) & self.mask;
+        self.step += 1;
+        Some(at)
+    }
+}
+
+/// Stirs one more word into a hash (the multiplier is 2^64 divided by the golden ratio).
+#[inline]
+pub(super) const fn mix(hash: u64, word: u64) -> u64 {
+    let product = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product ^ (product >> 32)
+}
+
+/// The better half of a hash.
+#[inline]
+pub(super) const fn finish(hash: u64) -> u32 {
+    let [a, b, c, d, ..] = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+    u32::from_be_bytes([a, b, c, d])
+}
