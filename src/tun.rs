@@ -41,6 +41,14 @@ pub struct TunCaps {
 }
 
 impl TunCaps {
+    /// A device that can do nothing beyond carrying packets.
+    pub const NONE: Self = Self {
+        vnet_hdr: false,
+        multi_queue: false,
+        detached_writes: false,
+        offloads: 0,
+    };
+
     /// TCP superpackets over IPv4 in both directions.
     #[must_use]
     pub const fn tso4(self) -> bool {
@@ -62,7 +70,11 @@ impl TunCaps {
     /// Bytes in front of each packet read and written.
     #[must_use]
     pub const fn header_len(self) -> usize {
-        if self.vnet_hdr { VNET_HDR_LEN as usize } else { 0 }
+        if self.vnet_hdr {
+            VNET_HDR_LEN as usize
+        } else {
+            0
+        }
     }
 }
 
@@ -88,6 +100,13 @@ pub struct TunQueue {
 }
 
 impl TunQueue {
+    /// A queue over open, non-blocking descriptors: packets are read from the first, and written to the
+    /// second where there is one.
+    #[must_use]
+    pub const fn new(read: File, write: Option<File>) -> Self {
+        Self { read, write }
+    }
+
     /// Reads one packet with its virtio-net header without waiting.
     ///
     /// # Errors
@@ -137,9 +156,18 @@ impl TunDevice {
     /// # Errors
     /// [`TunError`]; the device does not exist afterwards.
     pub fn open(template: &str, queues: usize) -> Result<Self, TunError> {
-        let best = Mode { vnet_hdr: true, multi_queue: true };
-        let single = Mode { multi_queue: false, ..best };
-        let plain = Mode { vnet_hdr: false, multi_queue: false };
+        let best = Mode {
+            vnet_hdr: true,
+            multi_queue: true,
+        };
+        let single = Mode {
+            multi_queue: false,
+            ..best
+        };
+        let plain = Mode {
+            vnet_hdr: false,
+            multi_queue: false,
+        };
         let mut opened = Err(TunError::Attach(io::Error::from_raw_os_error(libc::EINVAL)));
         for mode in [best, single, plain] {
             opened = attach(template, mode).map(|(file, name)| (file, name, mode));
@@ -171,11 +199,19 @@ impl TunDevice {
         }
         let mut opened = Vec::with_capacity(reads.len());
         for read in reads {
-            let write = if caps.detached_writes { writer(&name, mode)? } else { None };
+            let write = if caps.detached_writes {
+                writer(&name, mode)?
+            } else {
+                None
+            };
             caps.detached_writes &= write.is_some();
             opened.push(TunQueue { read, write });
         }
-        Ok(Self { name, caps, queues: opened })
+        Ok(Self {
+            name,
+            caps,
+            queues: opened,
+        })
     }
 
     /// Narrows the device's offloads to TCP and checksums, after UDP superpackets proved unusable.

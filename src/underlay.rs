@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::offload::gso::RunLimits;
 use crate::sys::mmsg::{Entry, SendBatch};
 use crate::sys::socket::{self, IntOption};
 
@@ -43,13 +44,27 @@ pub struct UdpCaps {
     /// Most datagrams in one GSO run.
     pub max_segments: u16,
     /// Most bytes in one GSO run: the largest UDP payload of the family.
-    pub max_run_len: usize,
+    pub max_run_len: u32,
     /// Receive buffer granted, in bytes, as the kernel counts (twice what was asked).
     pub receive_buffer: usize,
     /// Send buffer granted.
     pub send_buffer: usize,
     /// Receive buffer wanted, in the kernel's count.
     pub wanted_buffer: usize,
+}
+
+impl UdpCaps {
+    /// A socket that can do nothing beyond sending and receiving.
+    pub const NONE: Self = Self {
+        gso: false,
+        gro: false,
+        reuse_port: false,
+        max_segments: 1,
+        max_run_len: RunLimits::MAX_BYTES_V4,
+        receive_buffer: 0,
+        send_buffer: 0,
+        wanted_buffer: 0,
+    };
 }
 
 /// One UDP socket.
@@ -100,7 +115,11 @@ impl Underlay {
             gro: true,
             reuse_port: true,
             max_segments: OLD_MAX_SEGMENTS,
-            max_run_len: if bind.is_ipv4() { 65_507 } else { 65_527 },
+            max_run_len: if bind.is_ipv4() {
+                RunLimits::MAX_BYTES_V4
+            } else {
+                RunLimits::MAX_BYTES_V6
+            },
             receive_buffer: usize::MAX,
             send_buffer: usize::MAX,
             wanted_buffer: 2 * RECEIVE_BUFFER,
@@ -127,17 +146,29 @@ impl Underlay {
             caps.gso = true;
             caps.max_segments = max;
         }
-        Ok(Self { receive, send, caps })
+        Ok(Self {
+            receive,
+            send,
+            caps,
+        })
     }
 }
 
 /// A socket with everything set that both kinds share.
 fn open(ip: IpAddr, caps: &mut UdpCaps) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address((ip, 0).into()), Type::DGRAM, Some(Protocol::UDP))?;
+    let socket = Socket::new(
+        Domain::for_address((ip, 0).into()),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
     socket.set_nonblocking(true)?;
     let fd = socket.as_fd();
     let (discover, errors, class) = match ip {
-        IpAddr::V4(_) => (IntOption::IP_MTU_DISCOVER, IntOption::IP_RECVERR, IntOption::IP_RECVTOS),
+        IpAddr::V4(_) => (
+            IntOption::IP_MTU_DISCOVER,
+            IntOption::IP_RECVERR,
+            IntOption::IP_RECVTOS,
+        ),
         IpAddr::V6(_) => {
             socket.set_only_v6(true)?;
             (
@@ -182,16 +213,25 @@ fn probe_gso(ip: IpAddr) -> Option<u16> {
     let payload = [0; MAX_SEGMENTS as usize];
     let mut batch = SendBatch::new(1, 1);
     let mut sending = batch.start();
-    let entry = Entry { to: &to, segment_len: Some(1), tos: 0 };
+    let entry = Entry {
+        to: &to,
+        segment_len: Some(1),
+        tos: 0,
+    };
     sending.push(entry, std::iter::once(payload.as_slice()));
     // Only "too many segments" is EINVAL here; a host without its loopback up cannot tell, and gets the old
     // limit, which every kernel with UDP_SEGMENT takes.
-    Some(if sending.send(socket.as_fd(), 0).is_ok() { MAX_SEGMENTS } else { OLD_MAX_SEGMENTS })
+    Some(if sending.send(socket.as_fd(), 0).is_ok() {
+        MAX_SEGMENTS
+    } else {
+        OLD_MAX_SEGMENTS
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::offload::gso::RunLimits;
     use crate::sys::mmsg::RecvBatch;
 
     #[test]
@@ -211,23 +251,36 @@ mod tests {
     #[test]
     fn the_probed_run_length_is_what_the_kernel_takes() {
         let underlay = Underlay::open("127.0.0.1:0".parse().unwrap(), 1, true).unwrap();
-        assert!(underlay.caps.gso && underlay.caps.gro, "the reference kernel has both");
+        assert!(
+            underlay.caps.gso && underlay.caps.gro,
+            "the reference kernel has both"
+        );
         let to = SockAddr::from(underlay.receive[0].addr());
         let segments = usize::from(underlay.caps.max_segments);
         let send = |len: usize| {
             let payload = vec![7; len];
             let mut batch = SendBatch::new(1, 1);
             let mut sending = batch.start();
-            let entry = Entry { to: &to, segment_len: Some(1), tos: 0 };
+            let entry = Entry {
+                to: &to,
+                segment_len: Some(1),
+                tos: 0,
+            };
             sending.push(entry, std::iter::once(payload.as_slice()));
             sending.send(underlay.send[0].fd(), 0)
         };
         assert_eq!(send(segments).unwrap(), 1);
-        assert_eq!(send(segments + 1).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(
+            send(segments + 1).unwrap_err().raw_os_error(),
+            Some(libc::EINVAL)
+        );
         let mut batch = RecvBatch::new(4);
         let mut datagrams = 0;
         while batch.receive(underlay.receive[0].fd()).is_ok() {
-            datagrams += batch.entries().map(|(r, _)| r.len.div_ceil(r.stride)).sum::<usize>();
+            datagrams += batch
+                .entries()
+                .map(|(r, _)| r.len.div_ceil(r.stride))
+                .sum::<usize>();
         }
         assert_eq!(datagrams, segments);
     }

@@ -88,3 +88,48 @@ impl Serialize for DropReason {
         serializer.serialize_str(self.name())
     }
 }
+
+impl DropReason {
+    /// Why a datagram of this length is no IP packet: shorter than any, or broken.
+    #[must_use]
+    pub const fn of_unparsed(len: usize) -> Self {
+        if len < 20 {
+            Self::TooShort
+        } else {
+            Self::Malformed
+        }
+    }
+
+    /// Why a send on the underlay failed.
+    #[must_use]
+    pub fn of_send(error: &std::io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => Self::SocketFull,
+            Some(libc::ENOBUFS | libc::ENOMEM) => Self::NoMemory,
+            Some(libc::EMSGSIZE) => Self::TooBig,
+            Some(libc::EPERM | libc::EACCES) => Self::Refused,
+            Some(
+                libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::ENETDOWN
+                | libc::EHOSTDOWN
+                | libc::EADDRNOTAVAIL
+                | libc::ENODEV
+                | libc::ENONET
+                | libc::ECONNREFUSED,
+            ) => Self::UnderlayDown,
+            _ => Self::Rejected,
+        }
+    }
+
+    /// Why a write to the TUN failed.
+    #[must_use]
+    pub fn of_tun_write(error: &std::io::Error) -> Self {
+        match error.raw_os_error() {
+            // EIO: the device is down; EBADFD: it is gone.
+            Some(libc::EIO | libc::EBADFD | libc::ENODEV) => Self::DeviceDown,
+            Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Self::NoMemory,
+            _ => Self::Rejected,
+        }
+    }
+}

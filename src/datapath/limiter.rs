@@ -17,12 +17,17 @@ impl Limiter {
     /// A full bucket.
     #[must_use]
     pub const fn new() -> Self {
-        Self { tokens: BURST, last_ms: 0 }
+        Self {
+            tokens: BURST,
+            last_ms: 0,
+        }
     }
 
     /// Whether one more error may be sent at `now_ms`.
     pub fn allow(&mut self, now_ms: u64) -> bool {
-        let earned = now_ms.saturating_sub(self.last_ms).saturating_mul(RATE_PER_MS);
+        let earned = now_ms
+            .saturating_sub(self.last_ms)
+            .saturating_mul(RATE_PER_MS);
         self.last_ms = self.last_ms.max(now_ms);
         self.tokens = self.tokens.saturating_add(earned).min(BURST);
         match self.tokens.checked_sub(1) {
@@ -49,7 +54,10 @@ mod tests {
     fn a_burst_passes_then_the_rate_holds() {
         let mut limiter = Limiter::new();
         assert_eq!((0..200).filter(|_| limiter.allow(5_000)).count(), 50);
-        assert_eq!((1..=100).filter(|ms| limiter.allow(5_000 + ms)).count(), 100);
+        assert_eq!(
+            (1..=100).filter(|ms| limiter.allow(5_000 + ms)).count(),
+            100
+        );
         assert_eq!((0..200).filter(|_| limiter.allow(5_100)).count(), 0);
     }
 

@@ -58,7 +58,9 @@ mod tests {
     fn the_second_is_told_who_is_first_and_succeeds_once_it_is_gone() {
         let name = format!("test/{}", std::process::id());
         let first = NameLock::take(&name).unwrap();
-        let Err(LockError::Held { pid }) = NameLock::take(&name) else { panic!("taken twice") };
+        let Err(LockError::Held { pid }) = NameLock::take(&name) else {
+            panic!("taken twice")
+        };
         assert_eq!(pid, i32::try_from(std::process::id()).unwrap());
         drop(first);
         NameLock::take(&name).unwrap();

@@ -1,12 +1,23 @@
 //! Owns the packet path between the TUN device and the underlay sockets, and its workers. Never talks to a
 //! store or a backend, never uses `tokio`.
 
+pub mod answer;
+pub mod decap;
 pub mod drop;
+pub mod encap;
+pub mod forward;
 pub mod limiter;
 pub mod lock;
+pub mod outbox;
+mod plane;
+pub mod portable;
+pub mod report;
+pub mod shared;
+pub mod slow_path;
 pub mod stats;
 pub mod status;
 pub mod table;
+pub mod worker;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -15,6 +26,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use drop::{Direction, DropReason};
+pub use plane::Datapath;
 pub use status::Status;
 
 use crate::addr::Mtu;
@@ -156,7 +168,9 @@ pub enum Event {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Another daemon in this network namespace holds the name, the port or the device.
-    #[error("{what} is already in use by another daemon in this network namespace (pid {pid}): stop it first")]
+    #[error(
+        "{what} is already in use by another daemon in this network namespace (pid {pid}): stop it first"
+    )]
     Locked {
         /// `device flannel0`, `port 192.0.2.1:8285`.
         what: String,
@@ -164,7 +178,9 @@ pub enum OpenError {
         pid: i32,
     },
     /// The port is bound by something else.
-    #[error("cannot bind {bind}: {source}: stop what holds the port (ss -ulnp) or set Backend.Port")]
+    #[error(
+        "cannot bind {bind}: {source}: stop what holds the port (ss -ulnp) or set Backend.Port"
+    )]
     Bind {
         /// The address and port.
         bind: SocketAddr,
@@ -172,7 +188,9 @@ pub enum OpenError {
         source: std::io::Error,
     },
     /// No `/dev/net/tun`.
-    #[error("cannot open /dev/net/tun: {0}: load the tun module (modprobe tun), and give the container the device")]
+    #[error(
+        "cannot open /dev/net/tun: {0}: load the tun module (modprobe tun), and give the container the device"
+    )]
     NoTun(std::io::Error),
     /// The device could not be created.
     #[error("cannot create TUN device {device}: {source}: run as root or with CAP_NET_ADMIN")]
@@ -192,45 +210,15 @@ pub enum OpenError {
     },
 }
 
-/// An opened data plane: device and sockets exist; workers run between [`Datapath::start`] and
-/// [`Datapath::stop`]. Dropping it closes everything, and the TUN device goes with it.
-pub struct Datapath {
-    _settings: Settings,
-}
-
-impl Datapath {
-    /// Takes the locks, opens the TUN device and the sockets, probes capabilities. Starts nothing.
-    ///
-    /// # Errors
-    /// [`OpenError`]; nothing is left behind.
-    pub fn open(settings: Settings) -> Result<Self, OpenError> {
-        Ok(Self { _settings: settings })
+impl OpenError {
+    /// A TUN device that could not be created.
+    pub(crate) fn device(template: &str, source: std::io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::EACCES) => Self::NoTun(source),
+            _ => Self::Device {
+                device: template.to_owned(),
+                source,
+            },
+        }
     }
-
-    /// The device's name as the kernel chose it, `flannel0`.
-    #[must_use]
-    pub fn device(&self) -> &str {
-        ""
-    }
-
-    /// Replaces the whole forwarding table; workers see it at their next burst. Peers that stay keep their
-    /// path MTU and counters.
-    pub fn publish(&self, _routes: &[PeerRoute]) {}
-
-    /// Starts the workers. The device must be up.
-    ///
-    /// # Errors
-    /// A thread could not be started.
-    pub fn start(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-
-    /// Counters, capabilities, peers, at this moment.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        Status::default()
-    }
-
-    /// Stops the workers after they finish the burst in hand, joins them, closes everything.
-    pub fn stop(self) {}
 }

@@ -86,7 +86,11 @@ impl Counts {
     /// As `status` shows them.
     #[must_use]
     pub fn to_status(&self) -> status::Counters {
-        let drops = DropReason::ALL.iter().zip(self.drops).map(|(r, n)| (r.name(), n)).collect();
+        let drops = DropReason::ALL
+            .iter()
+            .zip(self.drops)
+            .map(|(r, n)| (r.name(), n))
+            .collect();
         status::Counters {
             read: self.read,
             sent: self.sent,
@@ -129,7 +133,10 @@ pub struct SharedCounts {
 
 impl Default for SharedCounts {
     fn default() -> Self {
-        Self { sequence: AtomicU64::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) }
+        Self {
+            sequence: AtomicU64::new(0),
+            words: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
     }
 }
 

@@ -10,13 +10,19 @@ use std::time::Instant;
 use ipnet::IpNet;
 use socket2::SockAddr;
 
-use super::{PeerRoute, status};
+use super::{DropReason, PeerRoute, status};
 use crate::addr::{Mtu, udp_overhead};
 use crate::route::Fib;
 
 /// How long a learned path MTU or a withdrawn offload is believed before it is tried again
 /// (RFC 1191 section 6.3 and RFC 8201 section 4: at least ten minutes for a larger MTU).
 pub const RETRY_AFTER_MS: u64 = 10 * 60 * 1000;
+
+/// How often a peer's refusals are reported.
+const REPORT_AGAIN_MS: u64 = 60 * 1000;
+
+// `first_drop` keeps one bit per reason.
+const _: () = assert!(DropReason::COUNT <= 32);
 
 /// Milliseconds since the data plane was opened; monotonic.
 #[derive(Clone, Copy, Debug)]
@@ -44,12 +50,16 @@ pub struct Peer {
     pub name: SockAddr,
     /// It decapsulates with RFC 6040 normal mode.
     pub ecn: bool,
-    /// Largest inner packet the path carries; `u32::MAX` when nothing was learned.
+    /// Largest inner packet the path carries; 0 when nothing was learned.
     max_inner: AtomicU32,
     /// When that is forgotten, by [`Clock`].
     max_inner_until: AtomicU64,
     /// UDP GSO is not used before this time; 0 when it is used.
     gso_off_until: AtomicU64,
+    /// When "port unreachable" was last reported, plus one; 0 for never.
+    refused_at: AtomicU64,
+    /// Drop reasons already reported for it, one bit each.
+    reported: AtomicU32,
     /// Inner packets sent to it.
     pub sent: AtomicU64,
     /// Inner packets accepted from it.
@@ -66,37 +76,41 @@ impl Peer {
             addr,
             name: SockAddr::from(addr),
             ecn,
-            max_inner: AtomicU32::new(u32::MAX),
+            max_inner: AtomicU32::new(0),
             max_inner_until: AtomicU64::new(0),
             gso_off_until: AtomicU64::new(0),
+            refused_at: AtomicU64::new(0),
+            reported: AtomicU32::new(0),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
         }
     }
 
-    /// The largest inner packet that fits the path, in bytes. One relaxed load while nothing was learned.
+    /// The largest inner packet that fits the path, where that was learned. One relaxed load where it was not.
     #[inline]
-    pub fn max_inner(&self, clock: Clock) -> usize {
-        let max = self.max_inner.load(Ordering::Relaxed);
-        if max == u32::MAX {
-            return usize::MAX;
-        }
+    pub fn max_inner(&self, clock: Clock) -> Option<Mtu> {
+        let max = Mtu::new(self.max_inner.load(Ordering::Relaxed))?;
         if clock.now_ms() >= self.max_inner_until.load(Ordering::Relaxed) {
-            self.max_inner.store(u32::MAX, Ordering::Relaxed);
-            return usize::MAX;
+            self.max_inner.store(0, Ordering::Relaxed);
+            return None;
         }
-        max as usize
+        Some(max)
     }
 
     /// Learns the path MTU, outer headers included. Returns whether that was news. Values below what every
     /// path must carry are raised to it: an ICMP message may be forged.
     pub fn learn_path_mtu(&self, mtu: u32, clock: Clock) -> Option<Mtu> {
         // 552 is the kernel's own floor for IPv4 (`net.ipv4.route.min_pmtu`).
-        let floor = if self.addr.is_ipv4() { 552 } else { u32::from(Mtu::MIN_V6.get()) };
+        let floor = if self.addr.is_ipv4() {
+            552
+        } else {
+            u32::from(Mtu::MIN_V6.get())
+        };
         let mtu = Mtu::new(mtu.max(floor))?;
         let max = u32::from(mtu.get()) - u32::from(udp_overhead(self.addr.ip()));
-        self.max_inner_until.store(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed);
+        self.max_inner_until
+            .store(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed);
         (self.max_inner.swap(max, Ordering::Relaxed) != max).then_some(mtu)
     }
 
@@ -116,12 +130,30 @@ impl Peer {
 
     /// Withdraws `UDP_SEGMENT` for this next hop. Returns whether it was in use.
     pub fn withdraw_gso(&self, clock: Clock) -> bool {
-        self.gso_off_until.swap(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed) == 0
+        self.gso_off_until
+            .swap(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed)
+            == 0
+    }
+
+    /// Notes that nothing listens on its tunnel port; true when that is worth saying again.
+    pub fn note_refusal(&self, clock: Clock) -> bool {
+        let (now, last) = (clock.now_ms(), self.refused_at.load(Ordering::Relaxed));
+        let due = last == 0 || now >= last + REPORT_AGAIN_MS;
+        if due {
+            self.refused_at.store(now + 1, Ordering::Relaxed);
+        }
+        due
+    }
+
+    /// Whether this is the first drop for this reason.
+    pub fn first_drop(&self, reason: DropReason) -> bool {
+        let bit = 1 << (reason as u32);
+        self.reported.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 
     fn to_status(&self, nets: Vec<IpNet>) -> status::Peer {
-        let max = self.max_inner.load(Ordering::Relaxed);
-        let overhead = u32::from(udp_overhead(self.addr.ip()));
+        let max = Mtu::new(self.max_inner.load(Ordering::Relaxed));
+        let overhead = udp_overhead(self.addr.ip());
         let withdrawn = self.gso_off_until.load(Ordering::Relaxed) != 0;
         status::Peer {
             addr: self.addr,
@@ -129,8 +161,9 @@ impl Peer {
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),
             dropped: self.dropped.load(Ordering::Relaxed),
-            path_mtu: max.checked_add(overhead).and_then(|mtu| u16::try_from(mtu).ok()),
-            gso_withdrawn: withdrawn.then(|| "the kernel refused a GSO run on this path".to_owned()),
+            path_mtu: max.map(|mtu| mtu.get() + overhead),
+            gso_withdrawn: withdrawn
+                .then(|| "the kernel refused a GSO run on this path".to_owned()),
         }
     }
 }
@@ -153,7 +186,9 @@ impl Table {
         let mut nets = Vec::with_capacity(routes.len());
         for route in routes {
             let idx = *by_name.entry(route.addr).or_insert_with(|| {
-                let known = previous.peer_at(route.addr).filter(|peer| peer.ecn == route.ecn);
+                let known = previous
+                    .peer_at(route.addr)
+                    .filter(|peer| peer.ecn == route.ecn);
                 peers.push(
                     known.map_or_else(|| Arc::new(Peer::new(route.addr, route.ecn)), Arc::clone),
                 );
@@ -166,7 +201,11 @@ impl Table {
             .zip(0_u32..)
             .map(|(peer, idx)| (peer.addr.ip(), idx))
             .collect();
-        Self { fib: Fib::build(nets.iter().copied(), peers), by_addr, nets }
+        Self {
+            fib: Fib::build(nets.iter().copied(), peers),
+            by_addr,
+            nets,
+        }
     }
 
     /// The peer whose datagrams come from this underlay address.
@@ -188,7 +227,12 @@ impl Table {
                 nets.push(*net);
             }
         }
-        self.fib.hops().iter().zip(nets).map(|(peer, nets)| peer.to_status(nets)).collect()
+        self.fib
+            .hops()
+            .iter()
+            .zip(nets)
+            .map(|(peer, nets)| peer.to_status(nets))
+            .collect()
     }
 }
 
@@ -197,22 +241,29 @@ mod tests {
     use super::*;
 
     fn route(net: &str, addr: &str, ecn: bool) -> PeerRoute {
-        PeerRoute { net: net.parse().unwrap(), addr: addr.parse().unwrap(), ecn }
+        PeerRoute {
+            net: net.parse().unwrap(),
+            addr: addr.parse().unwrap(),
+            ecn,
+        }
     }
 
     #[test]
     fn a_peer_keeps_its_state_over_publications_and_loses_it_with_its_address() {
         let clock = Clock::start();
-        let first = Table::build(&[route("198.18.1.0/24", "192.0.2.1:8285", false)], &Table::default());
+        let first = Table::build(
+            &[route("198.18.1.0/24", "192.0.2.1:8285", false)],
+            &Table::default(),
+        );
         let peer = Arc::clone(first.peer_by_ip("192.0.2.1".parse().unwrap()).unwrap());
         assert_eq!(peer.learn_path_mtu(1400, clock), Mtu::new(1400));
         assert_eq!(peer.learn_path_mtu(1400, clock), None, "no news");
         let same = Table::build(&[route("198.18.9.0/24", "192.0.2.1:8285", false)], &first);
         let (_, kept) = same.fib.lookup("198.18.9.1".parse().unwrap()).unwrap();
-        assert_eq!(kept.max_inner(clock), 1372);
+        assert_eq!(kept.max_inner(clock), Mtu::new(1372));
         let moved = Table::build(&[route("198.18.9.0/24", "192.0.2.2:8285", false)], &same);
         let (_, fresh) = moved.fib.lookup("198.18.9.1".parse().unwrap()).unwrap();
-        assert_eq!(fresh.max_inner(clock), usize::MAX);
+        assert_eq!(fresh.max_inner(clock), None);
     }
 
     #[test]
@@ -222,7 +273,7 @@ mod tests {
         assert_eq!(v4.learn_path_mtu(0, clock), Mtu::new(552));
         let v6 = Peer::new("[2001:db8::1]:8285".parse().unwrap(), false);
         assert_eq!(v6.learn_path_mtu(68, clock), Mtu::new(1280));
-        assert_eq!(v6.max_inner(clock), 1232);
+        assert_eq!(v6.max_inner(clock), Mtu::new(1232));
     }
 
     #[test]

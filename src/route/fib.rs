@@ -42,7 +42,10 @@ impl Family for u32 {
     fn slot(self, base: Self, shift: u8) -> usize {
         (self.wrapping_sub(base) >> shift) as usize
     }
-    #[expect(clippy::cast_possible_truncation, reason = "the caller passes an IPv4 address")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the caller passes an IPv4 address"
+    )]
     fn from_bits(bits: u128) -> Self {
         bits as Self
     }
@@ -69,7 +72,11 @@ impl Family for u128 {
 /// One family's table. Hop indices are stored plus one, so that zero means "none".
 enum Table<F: Family> {
     /// Equal-sized prefixes: slot `(address - base) >> shift`.
-    Direct { base: F, shift: u8, slots: Box<[u32]> },
+    Direct {
+        base: F,
+        shift: u8,
+        slots: Box<[u32]>,
+    },
     /// Anything else.
     Trie(Box<PrefixMap<F::Net, u32>>),
 }
@@ -88,7 +95,11 @@ impl<F: Family> Table<F> {
     /// `None` when the prefixes differ in size or span too many slots.
     fn direct(routes: &[(F::Net, u32)]) -> Option<Self> {
         let Some((first, _)) = routes.first() else {
-            return Some(Self::Direct { base: F::from_bits(0), shift: 0, slots: Box::default() });
+            return Some(Self::Direct {
+                base: F::from_bits(0),
+                shift: 0,
+                slots: Box::default(),
+            });
         };
         let (_, len) = F::parts(first);
         // A default route would need a shift by the whole width, which no integer has.
@@ -109,7 +120,11 @@ impl<F: Family> Table<F> {
                 *entry = hop + 1;
             }
         }
-        Some(Self::Direct { base: F::from_bits(low), shift, slots })
+        Some(Self::Direct {
+            base: F::from_bits(low),
+            shift,
+            slots,
+        })
     }
 
     #[inline]
@@ -138,13 +153,19 @@ impl<N> Fib<N> {
     pub fn build(routes: impl IntoIterator<Item = (IpNet, usize)>, hops: Vec<N>) -> Self {
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for (net, hop) in routes {
-            let Some(hop) = u32::try_from(hop).ok().filter(|_| hop < hops.len()) else { continue };
+            let Some(hop) = u32::try_from(hop).ok().filter(|_| hop < hops.len()) else {
+                continue;
+            };
             match net {
                 IpNet::V4(net) => v4.push((net.trunc(), hop)),
                 IpNet::V6(net) => v6.push((net.trunc(), hop)),
             }
         }
-        Self { v4: Table::build(&v4), v6: Table::build(&v6), hops }
+        Self {
+            v4: Table::build(&v4),
+            v6: Table::build(&v6),
+            hops,
+        }
     }
 
     /// The next hop of the longest prefix that covers `addr`, and its index.
@@ -199,7 +220,11 @@ mod tests {
 
     fn net_v4(len: impl Strategy<Value = u8>) -> impl Strategy<Value = IpNet> {
         (len, 0..=0xffff_u32).prop_map(|(len, low)| {
-            IpNet::V4(Ipv4Net::new(Ipv4Addr::from(0xc612_0000 | low), len).unwrap().trunc())
+            IpNet::V4(
+                Ipv4Net::new(Ipv4Addr::from(0xc612_0000 | low), len)
+                    .unwrap()
+                    .trunc(),
+            )
         })
     }
 
@@ -211,15 +236,29 @@ mod tests {
     }
 
     fn check(nets: Vec<IpNet>, probes: Vec<u32>) -> Result<(), TestCaseError> {
-        let routes: Vec<_> = nets.into_iter().enumerate().map(|(hop, net)| (net, hop)).collect();
+        let routes: Vec<_> = nets
+            .into_iter()
+            .enumerate()
+            .map(|(hop, net)| (net, hop))
+            .collect();
         let fib = Fib::build(routes.clone(), (0..routes.len()).collect());
-        let near = routes.iter().flat_map(|(net, _)| [net.network(), net.broadcast()]);
+        let near = routes
+            .iter()
+            .flat_map(|(net, _)| [net.network(), net.broadcast()]);
         let random = probes.iter().flat_map(|&low| {
             let v6 = 0xfd00_0000_0000_u128 << 80 | u128::from(low) << 60;
-            [IpAddr::V4(Ipv4Addr::from(0xc612_0000 ^ low)), IpAddr::V6(Ipv6Addr::from(v6))]
+            [
+                IpAddr::V4(Ipv4Addr::from(0xc612_0000 ^ low)),
+                IpAddr::V6(Ipv6Addr::from(v6)),
+            ]
         });
         for addr in near.chain(random) {
-            prop_assert_eq!(fib.lookup(addr).map(|(hop, _)| hop), slow(&routes, addr), "{}", addr);
+            prop_assert_eq!(
+                fib.lookup(addr).map(|(hop, _)| hop),
+                slow(&routes, addr),
+                "{}",
+                addr
+            );
         }
         Ok(())
     }
@@ -248,7 +287,9 @@ mod tests {
     fn equal_sized_subnets_use_the_direct_index_and_others_do_not() {
         let route = |net: &str| (net.parse::<IpNet>().unwrap(), 0);
         assert!(Fib::build([route("198.18.1.0/24"), route("198.18.9.0/24")], vec![()]).is_direct());
-        assert!(!Fib::build([route("198.18.1.0/24"), route("198.18.0.0/16")], vec![()]).is_direct());
+        assert!(
+            !Fib::build([route("198.18.1.0/24"), route("198.18.0.0/16")], vec![()]).is_direct()
+        );
         assert!(!Fib::build([route("10.0.0.0/30"), route("198.18.0.0/30")], vec![()]).is_direct());
         assert!(!Fib::build([route("0.0.0.0/0")], vec![()]).is_direct());
     }

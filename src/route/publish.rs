@@ -18,7 +18,10 @@ pub struct Publisher<T> {
 impl<T> Publisher<T> {
     /// Starts with `value`.
     pub fn new(value: T) -> Self {
-        Self { current: Arc::new(ArcSwap::from_pointee(value)), retired: Vec::new() }
+        Self {
+            current: Arc::new(ArcSwap::from_pointee(value)),
+            retired: Vec::new(),
+        }
     }
 
     /// Makes `value` what readers see from their next [`Reader::load`] on, and frees what no reader holds
@@ -117,7 +120,10 @@ mod tests {
                 .collect();
             for number in 1..=last {
                 publisher.publish(table(number));
-                assert!(publisher.retired_count() <= 4, "one retired table per reader at most");
+                assert!(
+                    publisher.retired_count() <= 4,
+                    "one retired table per reader at most"
+                );
             }
             // Kept until after the writer's last reference, as a worker's is until it is joined.
             let readers: Vec<_> = readers.into_iter().map(|r| r.join().unwrap()).collect();

@@ -10,11 +10,17 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 pub const MAX_SLICES: usize = 1024;
 
 /// An empty kernel vector; arrays are filled with it at construction.
-pub(super) const EMPTY: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+pub(super) const EMPTY: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
 
 /// A slice as the kernel's vector. The kernel only reads through it; `iov_base` is `*mut` by history.
 pub(super) const fn iovec(slice: &[u8]) -> libc::iovec {
-    libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() }
+    libc::iovec {
+        iov_base: slice.as_ptr().cast_mut().cast(),
+        iov_len: slice.len(),
+    }
 }
 
 /// A reusable array of [`MAX_SLICES`] vectors.
@@ -26,13 +32,19 @@ impl Gather {
     /// Allocates the array, once.
     #[must_use]
     pub fn new() -> Self {
-        Self { iovs: vec![EMPTY; MAX_SLICES].into_boxed_slice() }
+        Self {
+            iovs: vec![EMPTY; MAX_SLICES].into_boxed_slice(),
+        }
     }
 
     /// Begins a write; the slices pushed must outlive it, which `'b` says.
     #[must_use]
     pub const fn start<'b>(&mut self) -> Gathered<'_, 'b> {
-        Gathered { iovs: &mut self.iovs, used: 0, slices: PhantomData }
+        Gathered {
+            iovs: &mut self.iovs,
+            used: 0,
+            slices: PhantomData,
+        }
     }
 }
 
@@ -52,7 +64,9 @@ pub struct Gathered<'a, 'b> {
 impl<'b> Gathered<'_, 'b> {
     /// Appends a slice; `false` when [`MAX_SLICES`] are in.
     pub fn push(&mut self, slice: &'b [u8]) -> bool {
-        let Some(entry) = self.iovs.get_mut(self.used) else { return false };
+        let Some(entry) = self.iovs.get_mut(self.used) else {
+            return false;
+        };
         *entry = iovec(slice);
         self.used += 1;
         true

@@ -4,7 +4,10 @@
 //! Vocabulary: an *entry* is one `mmsghdr`, the kernel's unit of success. A received entry may hold several
 //! datagrams of one size (its *stride*, `UDP_GRO`); a sent entry may be cut into several (`UDP_SEGMENT`).
 
-#![expect(unsafe_code, reason = "sendmmsg and recvmmsg over arrays that outlive many bursts")]
+#![expect(
+    unsafe_code,
+    reason = "sendmmsg and recvmmsg over arrays that outlive many bursts"
+)]
 
 use std::io;
 use std::marker::PhantomData;
@@ -103,11 +106,18 @@ impl RecvBatch {
         self.received.clear();
         let ask = self.ask;
         let slots = self.slab.chunks_exact_mut(SLOT_STRIDE);
-        let parts = self.names.iter_mut().zip(&mut self.controls).zip(&mut self.iovs);
+        let parts = self
+            .names
+            .iter_mut()
+            .zip(&mut self.controls)
+            .zip(&mut self.iovs);
         for ((slot, ((name, control), iov)), header) in
             slots.zip(parts).zip(&mut self.headers).take(ask)
         {
-            *iov = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: SLOT_LEN };
+            *iov = libc::iovec {
+                iov_base: slot.as_mut_ptr().cast(),
+                iov_len: SLOT_LEN,
+            };
             let msg = &mut header.msg_hdr;
             msg.msg_name = name.0.as_mut_ptr().cast();
             msg.msg_namelen = NAME_LEN as libc::socklen_t;
@@ -130,30 +140,46 @@ impl RecvBatch {
             )
         };
         let count = usize::try_from(count).map_err(|_negative| io::Error::last_os_error())?;
-        for ((header, name), control) in
-            self.headers.iter().zip(&self.names).zip(&self.controls).take(count)
+        for ((header, name), control) in self
+            .headers
+            .iter()
+            .zip(&self.names)
+            .zip(&self.controls)
+            .take(count)
         {
             self.received.push(describe(header, name, control));
         }
         let drained = count < ask;
-        self.ask = if drained { (ask / 2).max(count + 1) } else { ask * 2 }
-            .clamp(Self::MIN_ASK.min(self.headers.len()), self.headers.len());
+        self.ask = if drained {
+            (ask / 2).max(count + 1)
+        } else {
+            ask * 2
+        }
+        .clamp(Self::MIN_ASK.min(self.headers.len()), self.headers.len());
         Ok((count, drained))
     }
 
     /// The entries of the last [`RecvBatch::receive`]: what is known of each, and its bytes.
     pub fn entries(&mut self) -> impl Iterator<Item = (Received, &mut [u8])> {
-        self.received.iter().zip(self.slab.chunks_exact_mut(SLOT_STRIDE)).map(|(&received, slot)| {
-            let len = received.len.min(SLOT_LEN);
-            (received, slot.get_mut(..len).unwrap_or_default())
-        })
+        self.received
+            .iter()
+            .zip(self.slab.chunks_exact_mut(SLOT_STRIDE))
+            .map(|(&received, slot)| {
+                let len = received.len.min(SLOT_LEN);
+                (received, slot.get_mut(..len).unwrap_or_default())
+            })
     }
 
-    /// The bytes of entry `idx` of the last receive.
+    /// `len` bytes at `off` of entry `idx`; empty when that is not within the entry's slot.
+    #[inline]
     #[must_use]
-    pub fn bytes(&self, idx: usize) -> &[u8] {
-        let len = self.received.get(idx).map_or(0, |r| r.len.min(SLOT_LEN));
-        self.slab.get(idx * SLOT_STRIDE..).and_then(|slot| slot.get(..len)).unwrap_or_default()
+    pub fn slice(&self, idx: u16, off: u32, len: u32) -> &[u8] {
+        let (off, len) = (off as usize, len as usize);
+        let start = usize::from(idx) * SLOT_STRIDE + off;
+        if off + len > SLOT_LEN {
+            return &[];
+        }
+        self.slab.get(start..start + len).unwrap_or_default()
     }
 }
 
@@ -207,7 +233,9 @@ impl<'a> Iterator for ControlMessages<'a> {
 }
 
 fn read_int(bytes: &[u8]) -> Option<libc::c_int> {
-    bytes.first_chunk().map(|&int| libc::c_int::from_ne_bytes(int))
+    bytes
+        .first_chunk()
+        .map(|&int| libc::c_int::from_ne_bytes(int))
 }
 
 /// A socket address as the kernel wrote it. Unspecified when it is of no known family.
@@ -257,7 +285,12 @@ impl SendBatch {
     /// Begins a batch; addresses and slices pushed must outlive it, which `'b` says.
     #[must_use]
     pub const fn start<'b>(&mut self) -> Sending<'_, 'b> {
-        Sending { batch: self, entries: 0, slices: 0, borrowed: PhantomData }
+        Sending {
+            batch: self,
+            entries: 0,
+            slices: 0,
+            borrowed: PhantomData,
+        }
     }
 }
 
@@ -286,7 +319,12 @@ impl<'b> Sending<'_, 'b> {
         let start = self.slices;
         let mut end = start;
         for slice in slices {
-            let Some(iov) = self.batch.iovs.get_mut(end).filter(|_| end - start < MAX_SLICES) else {
+            let Some(iov) = self
+                .batch
+                .iovs
+                .get_mut(end)
+                .filter(|_| end - start < MAX_SLICES)
+            else {
                 return false;
             };
             *iov = iovec(slice);
@@ -305,8 +343,11 @@ impl<'b> Sending<'_, 'b> {
         msg.msg_namelen = entry.to.len();
         msg.msg_iov = iovs.as_mut_ptr();
         msg.msg_iovlen = iovs.len() as _;
-        msg.msg_control =
-            if control_len == 0 { std::ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
+        msg.msg_control = if control_len == 0 {
+            std::ptr::null_mut()
+        } else {
+            control.0.as_mut_ptr().cast()
+        };
         msg.msg_controllen = control_len as _;
         msg.msg_flags = 0;
         self.entries += 1;
@@ -332,7 +373,9 @@ impl<'b> Sending<'_, 'b> {
     /// # Errors
     /// The kernel's, about entry `from`.
     pub fn send(&mut self, socket: BorrowedFd<'_>, from: usize) -> io::Result<usize> {
-        let Some(headers) = self.batch.headers.get_mut(from..self.entries) else { return Ok(0) };
+        let Some(headers) = self.batch.headers.get_mut(from..self.entries) else {
+            return Ok(0);
+        };
         // SAFETY: `headers` are entries filled by `push`: names and slices live for 'b, which is not over
         // while `self` exists, vectors and control messages belong to the batch, which `self` borrows
         // exclusively; the kernel writes only `msg_len`; the descriptor is open by its type.
@@ -352,7 +395,13 @@ impl<'b> Sending<'_, 'b> {
 fn write_control(entry: Entry<'_>, control: &mut [u8; SEND_CONTROL_LEN]) -> usize {
     let mut used = 0;
     if let Some(segment_len) = entry.segment_len {
-        used = put(control, used, libc::SOL_UDP, libc::UDP_SEGMENT, &segment_len.to_ne_bytes());
+        used = put(
+            control,
+            used,
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            &segment_len.to_ne_bytes(),
+        );
     }
     if entry.tos != 0 {
         let (level, kind) = if entry.to.is_ipv6() {
@@ -409,7 +458,10 @@ pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<Option<QueuedError>> {
     let mut payload = [0_u8; 1];
     let mut name = Name([0; NAME_LEN]);
     let mut control = Control([0; CONTROL_LEN]);
-    let mut iov = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
+    let mut iov = libc::iovec {
+        iov_base: payload.as_mut_ptr().cast(),
+        iov_len: payload.len(),
+    };
     let mut header = empty_header().msg_hdr;
     header.msg_name = name.0.as_mut_ptr().cast();
     header.msg_namelen = NAME_LEN as libc::socklen_t;
@@ -423,7 +475,11 @@ pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<Option<QueuedError>> {
     let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
     if result < 0 {
         let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
+        return if error.kind() == io::ErrorKind::WouldBlock {
+            Ok(None)
+        } else {
+            Err(error)
+        };
     }
     #[expect(clippy::unnecessary_cast, reason = "socklen_t on some libcs")]
     let used = (header.msg_controllen as usize).min(CONTROL_LEN);
@@ -434,10 +490,19 @@ pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<Option<QueuedError>> {
             (level, kind),
             (libc::IPPROTO_IP, libc::IP_RECVERR) | (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
         );
-        if wanted { parse_extended_error(data, destination) } else { None }
+        if wanted {
+            parse_extended_error(data, destination)
+        } else {
+            None
+        }
     });
     // A message without the control message we asked for tells nothing, but is not the end of the queue.
-    let nothing = QueuedError { errno: 0, from_network: false, info: 0, destination };
+    let nothing = QueuedError {
+        errno: 0,
+        from_network: false,
+        info: 0,
+        destination,
+    };
     Ok(Some(found.unwrap_or(nothing)))
 }
 
@@ -447,7 +512,12 @@ fn parse_extended_error(data: &[u8], destination: SocketAddr) -> Option<QueuedEr
     let errno = read_int(data)?;
     let origin = *data.get(4)?;
     let info = u32::from_ne_bytes(*data.get(8..)?.first_chunk()?);
-    Some(QueuedError { errno, from_network: origin != libc::SO_EE_ORIGIN_LOCAL, info, destination })
+    Some(QueuedError {
+        errno,
+        from_network: origin != libc::SO_EE_ORIGIN_LOCAL,
+        info,
+        destination,
+    })
 }
 
 #[cfg(test)]
@@ -485,16 +555,24 @@ mod tests {
         let mut sending = batch.start();
         for payload in &payloads {
             let (head, tail) = payload.split_at(7);
-            let entry = Entry { to: &address, segment_len: None, tos: 0 };
+            let entry = Entry {
+                to: &address,
+                segment_len: None,
+                tos: 0,
+            };
             assert!(sending.push(entry, [head, tail].into_iter()));
         }
         assert_eq!(sending.send(from.as_fd(), 0).unwrap(), 20);
         let received = receive_all(&mut RecvBatch::new(8), &to);
         let bytes: Vec<_> = received.iter().map(|(_, bytes)| bytes.clone()).collect();
         assert_eq!(bytes, payloads);
-        assert!(received.iter().all(|(r, bytes)| r.source == from.local_addr().unwrap()
-            && r.stride == bytes.len()
-            && !r.truncated));
+        assert!(
+            received
+                .iter()
+                .all(|(r, bytes)| r.source == from.local_addr().unwrap()
+                    && r.stride == bytes.len()
+                    && !r.truncated)
+        );
     }
 
     #[test]
@@ -506,7 +584,11 @@ mod tests {
         let payload: Vec<u8> = (0..1000_u16).map(|i| i.to_ne_bytes()[0]).collect();
         let mut batch = SendBatch::new(1, 1);
         let mut sending = batch.start();
-        let entry = Entry { to: &address, segment_len: Some(300), tos: 2 };
+        let entry = Entry {
+            to: &address,
+            segment_len: Some(300),
+            tos: 2,
+        };
         assert!(sending.push(entry, std::iter::once(payload.as_slice())));
         assert!(!sending.push(entry, std::iter::empty()), "one entry fits");
         assert_eq!(sending.send(from.as_fd(), 0).unwrap(), 1);
@@ -538,12 +620,19 @@ mod tests {
         let address = SockAddr::from(to.local_addr().unwrap());
         let mut batch = SendBatch::new(1, 1);
         let mut sending = batch.start();
-        let entry = Entry { to: &address, segment_len: None, tos: 1 };
+        let entry = Entry {
+            to: &address,
+            segment_len: None,
+            tos: 1,
+        };
         assert!(sending.push(entry, std::iter::once(b"six".as_slice())));
         sending.send(from.as_fd(), 0).unwrap();
         let received = receive_all(&mut RecvBatch::new(1), &to);
         let (received, bytes) = received.first().unwrap();
-        assert_eq!((received.source, received.tos), (from.local_addr().unwrap(), 1));
+        assert_eq!(
+            (received.source, received.tos),
+            (from.local_addr().unwrap(), 1)
+        );
         assert_eq!(bytes, b"six");
     }
 

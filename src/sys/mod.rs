@@ -2,6 +2,7 @@
 //! path needs, and SIMD. Takes borrowed descriptors and slices, returns owned descriptors and `io::Result`.
 //! Never decides policy.
 
+pub mod fd;
 pub mod iov;
 pub mod mmsg;
 pub mod simd;

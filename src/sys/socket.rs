@@ -1,6 +1,9 @@
 //! Owns socket options that no safe library covers. Never opens a socket.
 
-#![expect(unsafe_code, reason = "setsockopt and getsockopt with options that no library types")]
+#![expect(
+    unsafe_code,
+    reason = "setsockopt and getsockopt with options that no library types"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -61,7 +64,11 @@ pub fn set(socket: BorrowedFd<'_>, option: IntOption, value: libc::c_int) -> io:
             LEN,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Makes the socket receive nothing: a one-instruction filter that accepts zero bytes. What remains is its
@@ -71,8 +78,16 @@ pub fn set(socket: BorrowedFd<'_>, option: IntOption, value: libc::c_int) -> io:
 /// The kernel's.
 pub fn refuse_all(socket: BorrowedFd<'_>) -> io::Result<()> {
     const RETURN_ZERO: u16 = 0x06; // BPF_RET | BPF_K, include/uapi/linux/bpf_common.h
-    let mut program = [libc::sock_filter { code: RETURN_ZERO, jt: 0, jf: 0, k: 0 }];
-    let filter = libc::sock_fprog { len: 1, filter: program.as_mut_ptr() };
+    let mut program = [libc::sock_filter {
+        code: RETURN_ZERO,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    }];
+    let filter = libc::sock_fprog {
+        len: 1,
+        filter: program.as_mut_ptr(),
+    };
     #[expect(clippy::cast_possible_truncation, reason = "sixteen bytes")]
     let len = size_of::<libc::sock_fprog>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes from `filter`, and `filter.len` instructions from the array it
@@ -86,7 +101,11 @@ pub fn refuse_all(socket: BorrowedFd<'_>) -> io::Result<()> {
             len,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -106,13 +125,19 @@ mod tests {
         let mut buf = [0; 8];
         assert_eq!(loud.recv(&mut buf).unwrap(), 5);
         quiet.set_nonblocking(true).unwrap();
-        assert_eq!(quiet.recv(&mut buf).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(
+            quiet.recv(&mut buf).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
     }
 
     #[test]
     fn an_unknown_option_is_an_error() {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let unknown = IntOption { level: libc::SOL_UDP, name: 0x7fff };
+        let unknown = IntOption {
+            level: libc::SOL_UDP,
+            name: 0x7fff,
+        };
         let error = set(socket.as_fd(), unknown, 1).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOPROTOOPT));
     }

@@ -1,6 +1,9 @@
 //! Owns the ioctls of `/dev/net/tun` (drivers/net/tun.c). Never configures addresses or routes.
 
-#![expect(unsafe_code, reason = "ioctls that no library offers with offloads and detached queues")]
+#![expect(
+    unsafe_code,
+    reason = "ioctls that no library offers with offloads and detached queues"
+)]
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -111,11 +114,18 @@ fn ifreq(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
     let ifru_flags = libc::c_short::try_from(flags & 0x7fff).map_err(|_wide| invalid())?;
     // IFF_NO_CARRIER and friends never pass here; IFF_VNET_HDR (0x4000) is the highest flag used.
     debug_assert_eq!(flags & !0x7fff, 0);
-    Ok(libc::ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags } })
+    Ok(libc::ifreq {
+        ifr_name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags },
+    })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -125,7 +135,10 @@ mod tests {
     #[test]
     fn names_that_do_not_fit_are_refused_before_the_kernel_sees_them() {
         for name in ["sixteen-letters-", "nul\0inside"] {
-            assert_eq!(ifreq(name, 0).err().unwrap().kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(
+                ifreq(name, 0).err().unwrap().kind(),
+                io::ErrorKind::InvalidInput
+            );
         }
         assert!(ifreq("fifteen-letters", 0).is_ok());
     }

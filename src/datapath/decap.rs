@@ -1,0 +1,261 @@
+//! Owns decap: from the underlay to the TUN. Never blocks, allocates or logs.
+//!
+//! One burst of one worker:
+//! 1. *Receive* a burst of datagrams, each possibly a GRO buffer of many inner packets.
+//! 2. *Validate* each inner packet's IP header.
+//! 3. *Decide* (`forward`): outer source is a known peer, inner source lies in its lease, destination is ours,
+//!    TTL, ECN; or an answer; or a drop.
+//! 4. *Coalesce* neighbours of one flow over the whole burst (`offload::coalesce`).
+//! 5. *Write* each superpacket or packet to the TUN, as scatter/gather over the receive buffers.
+//!
+//! Everything belongs to one worker; the table is read-only for the burst.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Event;
+use super::drop::DropReason;
+use super::forward::DecapVerdict;
+use super::outbox::Outbox;
+use super::report::Reporter;
+use super::shared::Shared;
+use super::stats::Counts;
+use super::table::Peer;
+use super::worker::{Context, Progress};
+use crate::offload::coalesce::{Coalescer, HEAD_LEN, Limits, PacketRef, Superpacket, Write};
+use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN};
+use crate::sys::iov::Gather;
+use crate::sys::mmsg::{Received, RecvBatch};
+use crate::wire::ip;
+
+/// Entries in one burst. With GRO each may hold 64 KiB; without, this many packets are coalesced at most.
+const BURST: usize = 64;
+/// Inner packets held in one burst. A GRO buffer holds at most 64 datagrams from a wire
+/// (`UDP_GRO_CNT_MAX`, net/ipv4/udp_offload.c), but as many as one run when the peer is on this host.
+const MAX_PACKETS: u16 = BURST as u16 * 128;
+/// One worker's decap. Memory is fixed at construction.
+pub struct Decap {
+    receive: RecvBatch,
+    accepted: Vec<PacketRef>,
+    coalescer: Coalescer,
+    gather: Gather,
+    reporter: Reporter,
+}
+
+impl Decap {
+    /// Allocates the buffers; pages become resident when first filled.
+    #[must_use]
+    pub fn new(shared: &Shared) -> Self {
+        Self {
+            receive: RecvBatch::new(BURST),
+            accepted: Vec::with_capacity(usize::from(MAX_PACKETS)),
+            coalescer: Coalescer::new(limits(shared), MAX_PACKETS, shared.sum),
+            gather: Gather::new(),
+            reporter: Reporter::new(),
+        }
+    }
+
+    /// Runs one burst to completion.
+    pub fn burst(
+        &mut self,
+        cx: &Context<'_>,
+        outbox: &mut Outbox,
+        counts: &mut Counts,
+    ) -> Progress {
+        counts.read_calls += 1;
+        let drained = match self.receive.receive(cx.socket.fd()) {
+            Ok((_, drained)) => drained,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Progress::Drained,
+            // An ICMP answer to something sent earlier, or a signal: nothing was received.
+            Err(_) => {
+                cx.drain_errors(cx.socket);
+                return Progress::More;
+            }
+        };
+        self.accept(cx, outbox, counts);
+        let Self {
+            receive,
+            accepted,
+            coalescer,
+            gather,
+            ..
+        } = self;
+        let bytes_of = |packet: PacketRef| receive.slice(packet.buf, packet.off, packet.len);
+        coalescer.clear();
+        coalescer.set_limits(limits(cx.shared));
+        for &packet in accepted.iter() {
+            // As many fit as were accepted: both have the same capacity.
+            if coalescer.push(packet, bytes_of).is_err() {
+                counts.drop(DropReason::NoMemory, 1);
+            }
+        }
+        for write in coalescer.writes() {
+            match write {
+                Write::Packet(packet) => write_packet(gather, cx, bytes_of(packet), counts),
+                Write::Superpacket(superpacket) => {
+                    write_superpacket(gather, cx, superpacket, bytes_of, counts);
+                }
+            }
+        }
+        if drained {
+            Progress::Drained
+        } else {
+            Progress::More
+        }
+    }
+
+    /// Steps 2 and 3 for every packet of the burst.
+    fn accept(&mut self, cx: &Context<'_>, outbox: &mut Outbox, counts: &mut Counts) {
+        self.accepted.clear();
+        for (buf, (received, bytes)) in (0_u16..).zip(self.receive.entries()) {
+            if received.truncated {
+                counts.read += 1;
+                counts.drop(DropReason::Truncated, 1);
+                continue;
+            }
+            counts.read_bytes += bytes.len() as u64;
+            counts.read_superpackets += u64::from(received.stride < received.len);
+            if bytes.is_empty() {
+                counts.read += 1;
+                counts.drop(DropReason::TooShort, 1);
+            }
+            let stride = received.stride.max(1);
+            let (mut accepted, mut from) = (0, None);
+            for (i, packet) in bytes.chunks_mut(stride).enumerate() {
+                counts.read += 1;
+                let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, packet);
+                let Some((peer, len)) = verdict else { continue };
+                if self.accepted.len() == self.accepted.capacity() {
+                    counts.drop(DropReason::NoMemory, 1);
+                    continue;
+                }
+                accepted += 1;
+                from = Some(peer);
+                let fit = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+                self.accepted.push(PacketRef {
+                    buf,
+                    off: fit(i * stride),
+                    len: fit(len),
+                });
+            }
+            if let Some(peer) = from {
+                peer.received.fetch_add(accepted, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Steps 2 and 3 for one packet: the peer it came from and its length, if it goes on.
+#[inline]
+fn decide<'t>(
+    cx: &Context<'t>,
+    outbox: &mut Outbox,
+    counts: &mut Counts,
+    reporter: &mut Reporter,
+    received: &Received,
+    packet: &mut [u8],
+) -> Option<(&'t Arc<Peer>, usize)> {
+    let outer = received.source;
+    let Ok(meta) = ip::parse(packet) else {
+        let reason = DropReason::of_unparsed(packet.len());
+        counts.drop(reason, 1);
+        reporter.first_drop(cx.shared, cx.table, reason, outer, None);
+        return None;
+    };
+    match cx
+        .rules
+        .decap(cx.table, packet, &meta, outer.ip(), received.tos)
+    {
+        DecapVerdict::Deliver(peer) => Some((peer, meta.total_len())),
+        DecapVerdict::Answer(peer, kind, reason) => {
+            outbox
+                .slow
+                .answer_remotely(cx, counts, (kind, reason), packet, &meta, peer);
+            None
+        }
+        DecapVerdict::Drop(reason) => {
+            counts.drop(reason, 1);
+            reporter.first_drop(cx.shared, cx.table, reason, outer, Some(meta.src()));
+            None
+        }
+    }
+}
+
+/// What may be merged, by what the device takes.
+fn limits(shared: &Shared) -> Limits {
+    let caps = shared.tun_caps;
+    Limits {
+        tcp: caps.tso4() && caps.tso6() && shared.tun_tcp.usable(),
+        udp: caps.uso() && shared.tun_udp.usable(),
+        ..Limits::default()
+    }
+}
+
+/// Writes one packet as it came.
+fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &mut Counts) {
+    let mut gathered = gather.start();
+    if cx.shared.tun_caps.vnet_hdr {
+        gathered.push(&[0; VNET_HDR_LEN]);
+    }
+    gathered.push(packet);
+    counts.send_calls += 1;
+    match cx.queue.write(gathered) {
+        Ok(_) => {
+            counts.sent += 1;
+            counts.sent_bytes += packet.len() as u64;
+        }
+        Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+    }
+}
+
+/// Writes a superpacket; if the kernel refuses it as such, its packets one by one.
+fn write_superpacket<'b>(
+    gather: &mut Gather,
+    cx: &Context<'_>,
+    superpacket: Superpacket<'_>,
+    bytes_of: impl Fn(PacketRef) -> &'b [u8],
+    counts: &mut Counts,
+) {
+    let packets = superpacket.count() as u64;
+    let first = superpacket.packets().next().map_or(&[][..], &bytes_of);
+    let mut head = [0; HEAD_LEN];
+    let head_len = superpacket.write_head(first, &mut head);
+    let mut gathered = gather.start();
+    gathered.push(head.get(..head_len).unwrap_or_default());
+    for payload in superpacket.payloads() {
+        gathered.push(bytes_of(payload));
+    }
+    counts.send_calls += 1;
+    match cx.queue.write(gathered) {
+        Ok(_) => {
+            counts.sent += packets;
+            counts.sent_bytes += superpacket.packet_len() as u64;
+            counts.sent_superpackets += 1;
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            withdraw(cx.shared, superpacket.vnet_hdr().gso, &error);
+            counts.replays += 1;
+            for packet in superpacket.packets() {
+                write_packet(gather, cx, bytes_of(packet), counts);
+            }
+        }
+        Err(error) => counts.drop(DropReason::of_tun_write(&error), packets),
+    }
+}
+
+/// The kernel refused a superpacket: no more of its kind.
+fn withdraw(shared: &Shared, gso: Gso, error: &io::Error) {
+    let (state, capability) = match gso {
+        Gso::UdpL4 => (&shared.tun_udp, "tun-uso"),
+        Gso::TcpV4 { .. } | Gso::TcpV6 { .. } | Gso::None => (&shared.tun_tcp, "tun-tso"),
+    };
+    if state.withdraw() {
+        let reason = format!("the kernel refused a superpacket: {error}");
+        shared.event(Event::CapabilityWithdrawn {
+            capability,
+            next_hop: None,
+            reason,
+        });
+    }
+}

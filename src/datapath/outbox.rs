@@ -1,0 +1,344 @@
+//! Owns what goes out on the underlay: collects described segments, groups them into runs, sends the runs, and
+//! decides what every refusal of the kernel means. Never decides where a packet goes.
+//!
+//! A segment's payload stays where the TUN read put it; its header, if it was cut from a superpacket, is in
+//! the outbox. Both are handed to the kernel as scatter/gather.
+//!
+//! What the kernel's errors mean here:
+//! - `EAGAIN`: the socket's buffer is full; what is left for it is dropped as `socket_full`.
+//! - any other error is first retried once, because an ICMP answer to an earlier datagram is told instead of
+//!   sending; the error queue is drained before.
+//! - anything else about a run: it is replayed once as single datagrams, at once, so that no later packet of
+//!   its flow overtakes it. If those go, `UDP_SEGMENT` is withdrawn for that next hop.
+//! - `EMSGSIZE` about a single datagram: the path MTU is smaller than we knew; it is answered or fragmented.
+
+use std::io;
+
+use super::drop::DropReason;
+use super::slow_path::{SlowPath, sent};
+use super::stats::Counts;
+use super::table::Peer;
+use super::worker::Context;
+use crate::offload::gso::{Planner, Run, RunKey, RunLimits};
+use crate::offload::split::{MAX_HEADER_LEN, Split};
+use crate::sys::mmsg::{Entry, SendBatch};
+use crate::underlay::{SOURCE_PORTS, UdpCaps};
+
+/// Segments held before a flush: four 64 KiB superpackets of 1400-byte segments, five times over.
+const MAX_SEGMENTS: usize = 1024;
+/// Entries of one `sendmmsg`.
+const MAX_ENTRIES: usize = 64;
+/// Slices of one `sendmmsg`: a header and a payload for every segment.
+const MAX_SLICES: usize = 2 * MAX_SEGMENTS;
+/// Room for one header; whole cache lines.
+const HEADER_STRIDE: usize = MAX_HEADER_LEN.next_multiple_of(64);
+
+/// One inner packet that goes out.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    /// Length of its header in the outbox; 0 when the payload is the whole packet.
+    header_len: usize,
+    /// The slot its payload is in.
+    slot: usize,
+    /// Where in the slot.
+    at: usize,
+    /// Payload bytes.
+    len: usize,
+}
+
+/// Where segments' payloads are: the reader's buffers.
+pub trait Slots {
+    /// The packet bytes of one slot.
+    fn slot(&self, slot: usize) -> &[u8];
+}
+
+/// Where a packet goes: what `forward` and the flow hash decided.
+#[derive(Clone, Copy)]
+pub struct Destination {
+    /// The peer's index in the table of this burst.
+    pub hop: u32,
+    /// Whether runs may be used towards it.
+    pub gso: bool,
+    /// Outer TOS byte.
+    pub tos: u8,
+    /// The source socket, chosen by the inner flow's hash.
+    pub socket: u16,
+}
+
+/// Segments waiting for the flush.
+struct Pending {
+    headers: Vec<u8>,
+    segments: Vec<Segment>,
+    planner: Planner,
+    limits: RunLimits,
+}
+
+impl Pending {
+    /// Header and payload of one segment.
+    fn parts<'b>(&'b self, slots: &'b impl Slots, idx: usize) -> [&'b [u8]; 2] {
+        let Some(segment) = self.segments.get(idx) else {
+            return [&[], &[]];
+        };
+        let header_at = idx * HEADER_STRIDE;
+        let header = self.headers.get(header_at..header_at + segment.header_len);
+        let slot = slots.slot(segment.slot);
+        let payload = slot.get(segment.at..segment.at + segment.len);
+        [header.unwrap_or_default(), payload.unwrap_or_default()]
+    }
+
+    /// `false` when the planner refuses, which it does for an unknown source socket or beyond its capacity.
+    fn push(&mut self, to: Destination, segment: Segment) -> bool {
+        let key = RunKey {
+            source: to.socket,
+            next_hop: to.hop,
+            tos: to.tos,
+        };
+        let limits = RunLimits {
+            gso: to.gso,
+            ..self.limits
+        };
+        let len = u32::try_from(segment.header_len + segment.len).unwrap_or(u32::MAX);
+        let planned = self.planner.push(key, len, &limits).is_ok();
+        if planned {
+            self.segments.push(segment);
+        }
+        planned
+    }
+
+    const fn is_full(&self) -> bool {
+        self.segments.len() == MAX_SEGMENTS
+    }
+}
+
+/// One worker's outgoing segments. Memory is fixed at construction.
+pub struct Outbox {
+    pending: Pending,
+    batch: SendBatch,
+    /// Packets that cannot take the fast path.
+    pub slow: SlowPath,
+}
+
+impl Outbox {
+    /// Allocates everything.
+    #[must_use]
+    pub fn new(caps: &UdpCaps) -> Self {
+        Self {
+            pending: Pending {
+                headers: vec![0; MAX_SEGMENTS * HEADER_STRIDE],
+                segments: Vec::with_capacity(MAX_SEGMENTS),
+                planner: Planner::new(MAX_SEGMENTS as u16, SOURCE_PORTS as u16),
+                limits: RunLimits {
+                    gso: caps.gso,
+                    max_segments: caps.max_segments,
+                    max_bytes: caps.max_run_len,
+                },
+            },
+            batch: SendBatch::new(MAX_ENTRIES, MAX_SLICES),
+            slow: SlowPath::new(),
+        }
+    }
+
+    /// Collects the segments of a superpacket, flushing as often as needed.
+    pub fn push_split(
+        &mut self,
+        cx: &Context<'_>,
+        slots: &impl Slots,
+        counts: &mut Counts,
+        to: Destination,
+        (slot, split): (usize, &Split),
+    ) {
+        for i in 0..split.count() {
+            if self.pending.is_full() {
+                self.flush(cx, slots, counts);
+            }
+            let payload = split.payload(i);
+            let at = self.pending.segments.len() * HEADER_STRIDE;
+            let header = self
+                .pending
+                .headers
+                .get_mut(at..at + HEADER_STRIDE)
+                .unwrap_or_default();
+            let header_len = split.write_header(slots.slot(slot), i, cx.shared.sum, header);
+            let segment = Segment {
+                header_len,
+                slot,
+                at: payload.start,
+                len: payload.len(),
+            };
+            if !self.pending.push(to, segment) {
+                counts.drop(DropReason::NoMemory, 1);
+            }
+        }
+    }
+
+    /// Collects a whole packet of `len` bytes.
+    pub fn push_whole(
+        &mut self,
+        cx: &Context<'_>,
+        slots: &impl Slots,
+        counts: &mut Counts,
+        to: Destination,
+        (slot, len): (usize, usize),
+    ) {
+        if self.pending.is_full() {
+            self.flush(cx, slots, counts);
+        }
+        if !self.pending.push(
+            to,
+            Segment {
+                header_len: 0,
+                slot,
+                at: 0,
+                len,
+            },
+        ) {
+            counts.drop(DropReason::NoMemory, 1);
+        }
+    }
+
+    /// Sends everything collected. Afterwards each segment was sent, answered or dropped, and counted.
+    pub fn flush(&mut self, cx: &Context<'_>, slots: &impl Slots, counts: &mut Counts) {
+        if self.pending.segments.is_empty() {
+            return;
+        }
+        let Self {
+            pending,
+            batch,
+            slow,
+        } = self;
+        for source in pending.planner.sources() {
+            send_runs(pending, batch, slow, cx, slots, counts, source);
+        }
+        self.pending.segments.clear();
+        self.pending.planner.clear();
+    }
+}
+
+/// Sends the runs of one source socket.
+fn send_runs(
+    pending: &Pending,
+    batch: &mut SendBatch,
+    slow: &mut SlowPath,
+    cx: &Context<'_>,
+    slots: &impl Slots,
+    counts: &mut Counts,
+    source: u16,
+) {
+    let fd = cx.shared.socket(source, cx.socket);
+    let mut mine = pending.planner.runs_of(source).peekable();
+    while mine.peek().is_some() {
+        let mut sending = batch.start();
+        let mut entries: [Option<(&Run, &Peer)>; MAX_ENTRIES] = [None; MAX_ENTRIES];
+        while let (Some(run), Some(entry)) = (mine.peek(), entries.get_mut(sending.len())) {
+            let Some(peer) = cx.table.fib.hop(run.key().next_hop) else {
+                // Not reached: the table that gave this hop is held for the whole burst.
+                counts.drop(DropReason::NoRoute, run.count() as u64);
+                mine.next();
+                continue;
+            };
+            let segments = pending.planner.segments(run);
+            let slices = segments
+                .flat_map(|idx| pending.parts(slots, usize::from(idx)))
+                .filter(|slice| !slice.is_empty());
+            let how = Entry {
+                to: &peer.name,
+                segment_len: segment_len(run),
+                tos: run.key().tos,
+            };
+            if !sending.push(how, slices) {
+                break;
+            }
+            *entry = Some((run, peer));
+            mine.next();
+        }
+        let mut retried = false;
+        let mut from = 0;
+        while let Some(&Some((run, peer))) = entries.get(from) {
+            counts.send_calls += 1;
+            match sending.send(fd.fd(), from) {
+                Ok(count) => {
+                    for (run, peer) in entries.iter().skip(from).take(count).flatten() {
+                        sent(peer, run.count() as u64, run.bytes() as usize, counts);
+                        counts.sent_superpackets += u64::from(run.count() > 1);
+                    }
+                    from += count;
+                    retried = false;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    for (run, _) in entries.iter().skip(from).flatten() {
+                        counts.drop(DropReason::SocketFull, run.count() as u64);
+                    }
+                    break;
+                }
+                Err(_) if !retried => {
+                    cx.drain_errors(fd);
+                    retried = true;
+                }
+                Err(error) => {
+                    settle(slow, pending, cx, slots, counts, (run, peer), &error);
+                    from += 1;
+                    retried = false;
+                }
+            }
+        }
+    }
+}
+
+/// Finds a final outcome for each packet of a run the kernel refused.
+fn settle(
+    slow: &mut SlowPath,
+    pending: &Pending,
+    cx: &Context<'_>,
+    slots: &impl Slots,
+    counts: &mut Counts,
+    (run, peer): (&Run, &Peer),
+    refusal: &io::Error,
+) {
+    let gso = run.count() > 1;
+    counts.replays += u64::from(gso);
+    let to = Destination {
+        hop: run.key().next_hop,
+        gso: false,
+        tos: run.key().tos,
+        socket: run.key().source,
+    };
+    let (mut went, mut too_big) = (false, false);
+    for idx in pending.planner.segments(run) {
+        let parts = pending.parts(slots, usize::from(idx));
+        // A single datagram was refused twice already; only a run is worth another try.
+        let outcome = if gso {
+            slow.send(cx, counts, peer, to, parts)
+        } else {
+            Err(copy(refusal))
+        };
+        match outcome {
+            Ok(()) => {
+                sent(peer, 1, parts[0].len() + parts[1].len(), counts);
+                went = true;
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                slow.oversize(cx, counts, peer, to, parts);
+                too_big = true;
+            }
+            Err(error) => counts.drop(DropReason::of_send(&error), 1),
+        }
+    }
+    // Singles that went where the run did not: the run was the problem, not its size.
+    if gso && went && !too_big {
+        cx.shared.withdraw_gso(peer, refusal);
+    }
+}
+
+/// The value for `UDP_SEGMENT`; a run of one needs none.
+fn segment_len(run: &Run) -> Option<u16> {
+    if run.count() > 1 {
+        u16::try_from(run.size()).ok()
+    } else {
+        None
+    }
+}
+
+fn copy(error: &io::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO))
+}

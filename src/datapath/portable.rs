@@ -1,0 +1,304 @@
+//! Owns the portable engine: one thread, one TUN descriptor, one socket, one packet per system call, no
+//! offload. What runs on the oldest kernel, and the oracle: it shares the decisions with the batched engine,
+//! and no I/O code.
+//!
+//! As the original does, it leaves the path MTU to the kernel, which fragments outer datagrams that exceed it.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use tun_tap::{Iface, Mode};
+
+use super::answer::Answerer;
+use super::drop::DropReason;
+use super::forward::{DecapVerdict, EncapVerdict, Rules};
+use super::report::Reporter;
+use super::shared::Shared;
+use super::stats::Counts;
+use super::table::{Peer, Table};
+use super::worker::Progress;
+use super::{Event, OpenError};
+use crate::route::Reader;
+use crate::sys::fd;
+use crate::wire::ip;
+
+/// The largest packet: the TUN's MTU never exceeds it.
+const BUFFER_LEN: usize = 1 << 16;
+/// Rounds between looks at the stop flag and the published table, each one packet in each direction.
+const ROUNDS: usize = 64;
+
+const TUN: Token = Token(0);
+const SOCKET: Token = Token(1);
+const WAKE: Token = Token(2);
+
+/// The device and the socket, opened.
+pub struct Opened {
+    iface: Iface,
+    socket: UdpSocket,
+}
+
+impl Opened {
+    /// Creates the device and binds the socket, without `SO_REUSEPORT`.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing is left behind.
+    pub fn open(template: &str, bind: SocketAddr) -> Result<Self, OpenError> {
+        let socket = UdpSocket::bind(bind).map_err(|source| OpenError::Bind { bind, source })?;
+        let device = |source| OpenError::device(template, source);
+        let iface = Iface::without_packet_info(template, Mode::Tun).map_err(device)?;
+        fd::set_nonblocking(&iface).map_err(device)?;
+        socket.set_nonblocking(true).map_err(device)?;
+        Ok(Self { iface, socket })
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        self.iface.name()
+    }
+}
+
+/// The engine, before it runs.
+pub struct Portable {
+    opened: Opened,
+    shared: Arc<Shared>,
+    reader: Reader<Table>,
+    poll: Poll,
+}
+
+impl Portable {
+    /// Registers what the thread waits for. Returns how to wake it, too.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(
+        opened: Opened,
+        shared: Arc<Shared>,
+        reader: Reader<Table>,
+    ) -> io::Result<(Self, Waker)> {
+        let poll = Poll::new()?;
+        for (fd, token) in [
+            (opened.iface.as_raw_fd(), TUN),
+            (opened.socket.as_raw_fd(), SOCKET),
+        ] {
+            poll.registry()
+                .register(&mut SourceFd(&fd), token, Interest::READABLE)?;
+        }
+        let waker = Waker::new(poll.registry(), WAKE)?;
+        Ok((
+            Self {
+                opened,
+                shared,
+                reader,
+                poll,
+            },
+            waker,
+        ))
+    }
+
+    /// Runs until the data plane stops: while either side has packets, one of each in turn.
+    pub fn run(self) {
+        let Self {
+            opened,
+            shared,
+            mut reader,
+            mut poll,
+        } = self;
+        let mut path = Path {
+            opened: &opened,
+            shared: &shared,
+            rules: Rules::new(
+                shared.settings.local.clone(),
+                shared.settings.source_check,
+                shared.clock,
+            ),
+            answerer: Answerer::new(),
+            reporter: Reporter::new(),
+            buffer: vec![0; BUFFER_LEN],
+            encap: Counts::default(),
+            decap: Counts::default(),
+        };
+        let Some(published) = shared.counts.first() else {
+            return;
+        };
+        let mut events = Events::with_capacity(4);
+        let (mut tun, mut socket) = (Progress::More, Progress::More);
+        while !shared.stop.load(Ordering::Acquire) {
+            if tun != Progress::More && socket != Progress::More {
+                match poll.poll(&mut events, None) {
+                    Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                        let error = format!("cannot wait for packets: {error}");
+                        shared.event(Event::WorkerDied { worker: 0, error });
+                        return;
+                    }
+                    _ => {}
+                }
+            } else if poll.poll(&mut events, Some(Duration::ZERO)).is_err() {
+                continue;
+            }
+            let gone = tun == Progress::Gone;
+            for event in &events {
+                match event.token() {
+                    TUN if !gone => tun = Progress::More,
+                    SOCKET => socket = Progress::More,
+                    _ => {}
+                }
+            }
+            path.encap.wakeups += u64::from(tun == Progress::More);
+            path.decap.wakeups += u64::from(socket == Progress::More);
+            let table: &Table = reader.load();
+            for _ in 0..ROUNDS {
+                if tun == Progress::More {
+                    tun = path.encap_one(table);
+                }
+                if socket == Progress::More {
+                    socket = path.decap_one(table);
+                }
+            }
+            published.encap.publish(&path.encap);
+            published.decap.publish(&path.decap);
+            if tun == Progress::Gone && !gone {
+                let fd = opened.iface.as_raw_fd();
+                if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
+                    let error = "the TUN device vanished".to_owned();
+                    shared.event(Event::DeviceGone { error });
+                }
+            }
+        }
+    }
+}
+
+/// One thread's state.
+struct Path<'a> {
+    opened: &'a Opened,
+    shared: &'a Shared,
+    rules: Rules,
+    answerer: Answerer,
+    reporter: Reporter,
+    buffer: Vec<u8>,
+    encap: Counts,
+    decap: Counts,
+}
+
+impl Path<'_> {
+    /// TUN to underlay: 1 read · 2 decide · 3 send, or answer, or drop.
+    fn encap_one(&mut self, table: &Table) -> Progress {
+        let counts = &mut self.encap;
+        counts.read_calls += 1;
+        let len = match self.opened.iface.recv(&mut self.buffer) {
+            Ok(len) => len,
+            Err(error) => return after_tun_read(&error),
+        };
+        counts.read += 1;
+        counts.read_bytes += len as u64;
+        let packet = self.buffer.get_mut(..len).unwrap_or_default();
+        let Ok(meta) = ip::parse(packet) else {
+            counts.drop(DropReason::Malformed, 1);
+            return Progress::More;
+        };
+        match self.rules.encap(table, packet, &meta, packet.len()) {
+            EncapVerdict::Send { peer, .. } | EncapVerdict::Fragment { peer, .. } => {
+                send(&self.opened.socket, packet, peer, counts);
+            }
+            EncapVerdict::Answer(kind, reason) => {
+                let built = self
+                    .answerer
+                    .build(self.shared, &self.rules, kind, packet, &meta);
+                let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
+                if answered {
+                    counts.answered += 1;
+                } else {
+                    counts.drop(reason, 1);
+                }
+            }
+            EncapVerdict::Drop(reason) => counts.drop(reason, 1),
+        }
+        Progress::More
+    }
+
+    /// Underlay to TUN: 1 receive · 2 decide · 3 write, or answer, or drop.
+    fn decap_one(&mut self, table: &Table) -> Progress {
+        let counts = &mut self.decap;
+        counts.read_calls += 1;
+        let (len, outer) = match self.opened.socket.recv_from(&mut self.buffer) {
+            Ok(received) => received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Progress::Drained,
+            // An ICMP answer to something sent earlier: told once, nothing was received.
+            Err(_) => return Progress::More,
+        };
+        counts.read += 1;
+        counts.read_bytes += len as u64;
+        let packet = self.buffer.get_mut(..len).unwrap_or_default();
+        let Ok(meta) = ip::parse(packet) else {
+            counts.drop(DropReason::of_unparsed(len), 1);
+            return Progress::More;
+        };
+        match self.rules.decap(table, packet, &meta, outer.ip(), 0) {
+            DecapVerdict::Deliver(peer) => {
+                counts.send_calls += 1;
+                match self.opened.iface.send(packet) {
+                    Ok(_) => {
+                        counts.sent += 1;
+                        counts.sent_bytes += len as u64;
+                        peer.received.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+                }
+            }
+            DecapVerdict::Answer(peer, kind, reason) => {
+                let built = self
+                    .answerer
+                    .build(self.shared, &self.rules, kind, packet, &meta);
+                let answered = built
+                    .is_some_and(|answer| self.opened.socket.send_to(answer, peer.addr).is_ok());
+                if answered {
+                    counts.answered += 1;
+                } else {
+                    counts.drop(reason, 1);
+                }
+            }
+            DecapVerdict::Drop(reason) => {
+                counts.drop(reason, 1);
+                self.reporter
+                    .first_drop(self.shared, table, reason, outer, Some(meta.src()));
+            }
+        }
+        Progress::More
+    }
+}
+
+/// What a failed TUN read means.
+pub(super) fn after_tun_read(error: &io::Error) -> Progress {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => Progress::Drained,
+        Some(libc::EINTR) => Progress::More,
+        // EBADFD: detached because the device was deleted; anything else on a character device that worked
+        // until now means the same, and reading on would spin.
+        _ => Progress::Gone,
+    }
+}
+
+/// Sends one packet; a pending error of an earlier datagram is told once instead, so once more.
+fn send(socket: &UdpSocket, packet: &[u8], peer: &Peer, counts: &mut Counts) {
+    let mut failed = None;
+    for _ in 0..2 {
+        counts.send_calls += 1;
+        match socket.send_to(packet, peer.addr) {
+            Ok(_) => {
+                counts.sent += 1;
+                counts.sent_bytes += packet.len() as u64;
+                peer.sent.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+            Err(error) => failed = Some(error),
+        }
+    }
+    if let Some(error) = failed {
+        counts.drop(DropReason::of_send(&error), 1);
+    }
+}

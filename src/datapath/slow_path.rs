@@ -1,0 +1,223 @@
+//! Owns the packets that cannot take the fast path: answers, fragments, single sends after a refusal. Copies
+//! where that is simpler; never allocates.
+
+use std::io;
+use std::sync::atomic::Ordering;
+
+use super::answer::Answerer;
+use super::drop::DropReason;
+use super::outbox::Destination;
+use super::stats::Counts;
+use super::table::Peer;
+use super::worker::Context;
+use crate::addr::Mtu;
+use crate::offload::vnet_hdr::VNET_HDR_LEN;
+use crate::sys::iov::Gather;
+use crate::sys::mmsg::{Entry, SendBatch};
+use crate::underlay::UnderlaySocket;
+use crate::wire::fragment::Fragments;
+use crate::wire::icmp_error::IcmpError;
+use crate::wire::ip::{self, IpMeta, Version};
+use crate::wire::ipv4;
+
+/// A plain packet's virtio-net header.
+const PLAIN: [u8; VNET_HDR_LEN] = [0; VNET_HDR_LEN];
+
+/// One worker's slow path. Memory is fixed at construction.
+pub struct SlowPath {
+    single: SendBatch,
+    answerer: Answerer,
+    gather: Gather,
+    scratch: Vec<u8>,
+}
+
+impl SlowPath {
+    /// Room for one packet of any size.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            single: SendBatch::new(1, 2),
+            answerer: Answerer::new(),
+            gather: Gather::new(),
+            scratch: vec![0; 1 << 16],
+        }
+    }
+
+    /// Tells the local sender of `packet`, through the TUN, why it does not go on. Of a superpacket of
+    /// `packets` segments one is answered and the rest dropped: their sender learns enough from one.
+    pub fn answer_locally(
+        &mut self,
+        cx: &Context<'_>,
+        counts: &mut Counts,
+        (kind, reason): (IcmpError, DropReason),
+        packet: &[u8],
+        meta: &IpMeta,
+        packets: u64,
+    ) {
+        let answer = self.answerer.build(cx.shared, cx.rules, kind, packet, meta);
+        let answered = answer.is_some_and(|answer| {
+            let mut gathered = self.gather.start();
+            if cx.shared.tun_caps.vnet_hdr {
+                gathered.push(&PLAIN);
+            }
+            gathered.push(answer);
+            cx.queue.write(gathered).is_ok()
+        });
+        let answered = u64::from(answered);
+        counts.answered += answered;
+        counts.drop(reason, packets - answered);
+    }
+
+    /// Tells the remote sender of `packet`, through `peer`, why it does not go on.
+    pub fn answer_remotely(
+        &mut self,
+        cx: &Context<'_>,
+        counts: &mut Counts,
+        (kind, reason): (IcmpError, DropReason),
+        packet: &[u8],
+        meta: &IpMeta,
+        peer: &Peer,
+    ) {
+        let Some(answer) = self.answerer.build(cx.shared, cx.rules, kind, packet, meta) else {
+            return counts.drop(reason, 1);
+        };
+        let socket = cx.shared.socket(0, cx.socket);
+        match send(
+            &mut self.single,
+            cx,
+            socket,
+            (peer, 0),
+            [answer, &[]],
+            counts,
+        ) {
+            Ok(()) => counts.answered += 1,
+            Err(_) => counts.drop(reason, 1),
+        }
+    }
+
+    /// Sends one packet made of a header and a payload.
+    ///
+    /// # Errors
+    /// The kernel's, after one retry.
+    pub fn send(
+        &mut self,
+        cx: &Context<'_>,
+        counts: &mut Counts,
+        peer: &Peer,
+        to: Destination,
+        parts: [&[u8]; 2],
+    ) -> io::Result<()> {
+        let socket = cx.shared.socket(to.socket, cx.socket);
+        send(&mut self.single, cx, socket, (peer, to.tos), parts, counts)
+    }
+
+    /// Finds an outcome for a packet that proved too big for the path: an answer, fragments, or a drop.
+    pub fn oversize(
+        &mut self,
+        cx: &Context<'_>,
+        counts: &mut Counts,
+        peer: &Peer,
+        to: Destination,
+        [header, payload]: [&[u8]; 2],
+    ) {
+        let (Some(mtu), Some(packet)) = (
+            peer.max_inner(cx.shared.clock),
+            self.scratch.get_mut(..header.len() + payload.len()),
+        ) else {
+            // The kernel said "too big" and not for what size: nothing can be told.
+            return counts.drop(DropReason::TooBig, 1);
+        };
+        let (front, back) = packet.split_at_mut(header.len());
+        front.copy_from_slice(header);
+        back.copy_from_slice(payload);
+        let scratch = std::mem::take(&mut self.scratch);
+        let packet = scratch
+            .get(..header.len() + payload.len())
+            .unwrap_or_default();
+        match ip::parse(packet) {
+            Ok(meta) if meta.version() == Version::V4 && !meta.dont_fragment() => {
+                self.fragment(cx, counts, peer, to, packet, mtu);
+            }
+            Ok(meta) => {
+                let kind = IcmpError::PacketTooBig { mtu };
+                self.answer_locally(cx, counts, (kind, DropReason::TooBig), packet, &meta, 1);
+            }
+            Err(_) => counts.drop(DropReason::Malformed, 1),
+        }
+        self.scratch = scratch;
+    }
+
+    /// Sends an IPv4 packet as fragments of at most `max_len` bytes. It counts as sent when all of them were.
+    pub fn fragment(
+        &mut self,
+        cx: &Context<'_>,
+        counts: &mut Counts,
+        peer: &Peer,
+        to: Destination,
+        packet: &[u8],
+        max_len: Mtu,
+    ) {
+        let Ok(fragments) = Fragments::plan(packet, max_len) else {
+            return counts.drop(DropReason::TooBig, 1);
+        };
+        let mut header = [0; ipv4::MAX_HEADER_LEN];
+        for i in 0..fragments.count() {
+            let Some(piece) = fragments.piece(i, &mut header) else {
+                break;
+            };
+            let head = header.get(..piece.header_len).unwrap_or_default();
+            let body = packet.get(piece.payload).unwrap_or_default();
+            if let Err(error) = self.send(cx, counts, peer, to, [head, body]) {
+                return counts.drop(DropReason::of_send(&error), 1);
+            }
+            counts.fragments += 1;
+        }
+        sent(peer, 1, packet.len(), counts);
+    }
+}
+
+impl Default for SlowPath {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Counts packets of `bytes` inner bytes that went to `peer`.
+pub fn sent(peer: &Peer, packets: u64, bytes: usize, counts: &mut Counts) {
+    counts.sent += packets;
+    counts.sent_bytes += bytes as u64;
+    peer.sent.fetch_add(packets, Ordering::Relaxed);
+}
+
+/// One datagram, retried once: an ICMP answer to an earlier one is told instead of sending.
+fn send(
+    single: &mut SendBatch,
+    cx: &Context<'_>,
+    socket: &UnderlaySocket,
+    (peer, tos): (&Peer, u8),
+    parts: [&[u8]; 2],
+    counts: &mut Counts,
+) -> io::Result<()> {
+    let mut sending = single.start();
+    let entry = Entry {
+        to: &peer.name,
+        segment_len: None,
+        tos,
+    };
+    sending.push(entry, parts.into_iter().filter(|part| !part.is_empty()));
+    let mut retried = false;
+    loop {
+        counts.send_calls += 1;
+        match sending.send(socket.fd(), 0) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if retried || error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(error);
+            }
+            Err(_) => {
+                cx.drain_errors(socket);
+                retried = true;
+            }
+        }
+    }
+}
