@@ -142,7 +142,10 @@ fn carried(labs: &[&Lab], program: &Path, rates: &[u32], burst: u16) -> Result<u
     }
     Err(Error::Report {
         program: "the packet generator",
-        reason: format!("not even {:?} packets/s cross every system", rates.last()),
+        reason: format!(
+            "not even {} packets/s cross every system",
+            rates.last().unwrap_or(&0)
+        ),
     })
 }
 

@@ -58,7 +58,7 @@ impl Identity {
         Self::of(self.pid).as_ref() == Some(self)
     }
 
-    /// Ends the process if it still is itself: SIGTERM, [`GRACE`], SIGKILL.
+    /// Ends the process if it still is itself: SIGTERM, three seconds of grace, SIGKILL.
     ///
     /// # Errors
     /// [`Error::Io`] if it may not be signalled, [`Error::Timeout`] if it does not even die.

@@ -5,10 +5,6 @@
     clippy::unwrap_used,
     reason = "a test that cannot prepare itself must fail"
 )]
-#![expect(
-    clippy::allow_attributes,
-    reason = "`expect` would fail in a test that uses everything"
-)]
 #![allow(dead_code, reason = "every test file uses the part that it needs")]
 
 use std::fs;
