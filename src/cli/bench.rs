@@ -26,7 +26,7 @@ pub struct BenchArgs {
 /// What to measure.
 #[derive(Subcommand, Debug)]
 enum BenchCommand {
-    /// Compare loden with plain routing, kernel VXLAN and its own portable engine, in about four minutes
+    /// Compare loden with plain routing, kernel VXLAN and its own portable engine, in about three minutes
     Quick(QuickArgs),
     /// Send numbered packets (run inside a pod by the benchmark)
     #[command(hide = true)]
