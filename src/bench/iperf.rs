@@ -1,0 +1,140 @@
+//! Owns one iperf3 run between two pods: server, client, and reading the client's report. Never decides
+//! how long or how often.
+
+use std::process::Command;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::Error;
+use crate::lab::{Lab, Member, wait};
+
+/// iperf3's own port.
+const PORT: u16 = 5201;
+/// Connecting, slow start and the exchange of results come on top of the measured time.
+const EXTRA: Duration = Duration::from_secs(20);
+
+/// What one run achieved, counted at the receiver.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TcpResult {
+    /// Payload bits per second.
+    pub bits_per_second: f64,
+    /// Payload bytes.
+    pub bytes: f64,
+    /// Retransmitted segments.
+    pub retransmits: f64,
+}
+
+/// Sends over `streams` connections from `from` to the pod `to` (node, number) for `seconds`.
+///
+/// # Errors
+/// [`Error::Lab`] if a program fails, [`Error::Report`] if the client's report is not understood.
+pub fn run(
+    lab: &Lab,
+    from: Member,
+    to: (u8, u8),
+    streams: u8,
+    seconds: u32,
+) -> Result<TcpResult, Error> {
+    let target = Member::Pod(to.0, to.1);
+    let addr = lab.pod_addr(to.0, to.1)?.to_string();
+    let mut server = Command::new("iperf3");
+    server.args(["-s", "-1", "-4", "-p", &PORT.to_string()]);
+    let mut server = lab.spawn(target, "iperf3-server", &mut server)?;
+    wait::until_bound(&lab.netns(target), "tcp", PORT, lab.interrupt(), || {
+        server.check_running()
+    })?;
+
+    let mut client = Command::new("iperf3");
+    client.args([
+        "-c",
+        &addr,
+        "-p",
+        &PORT.to_string(),
+        "-J",
+        "-i",
+        "0",
+        "--connect-timeout",
+        "3000",
+    ]);
+    client.args(["-t", &seconds.to_string(), "-P", &streams.to_string()]);
+    let client = lab.spawn(from, "iperf3-client", &mut client)?;
+    let limit = Duration::from_secs(u64::from(seconds)) + EXTRA;
+    parse(&client.finish(limit, lab.interrupt())?)
+}
+
+#[derive(Deserialize)]
+struct Report {
+    end: End,
+}
+
+#[derive(Deserialize)]
+struct End {
+    sum_sent: Sent,
+    sum_received: Received,
+}
+
+#[derive(Deserialize)]
+struct Sent {
+    #[serde(default)]
+    retransmits: f64,
+}
+
+#[derive(Deserialize)]
+struct Received {
+    bytes: f64,
+    bits_per_second: f64,
+}
+
+fn parse(text: &str) -> Result<TcpResult, Error> {
+    let report: Report = serde_json::from_str(text).map_err(|error| Error::Report {
+        program: "iperf3",
+        reason: error.to_string(),
+    })?;
+    let End {
+        sum_sent,
+        sum_received,
+    } = report.end;
+    if sum_received.bytes <= 0.0 {
+        return Err(Error::Report {
+            program: "iperf3",
+            reason: "no byte arrived".to_owned(),
+        });
+    }
+    Ok(TcpResult {
+        bits_per_second: sum_received.bits_per_second,
+        bytes: sum_received.bytes,
+        retransmits: sum_sent.retransmits,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_receivers_figures_are_taken_and_the_senders_retransmissions() {
+        let text = r#"{"start":{},"intervals":[],"end":{
+            "sum_sent":{"bytes":200,"bits_per_second":1600.0,"retransmits":3},
+            "sum_received":{"bytes":100,"bits_per_second":800.0}}}"#;
+        let result = parse(text).unwrap();
+        assert_eq!(
+            result,
+            TcpResult {
+                bits_per_second: 800.0,
+                bytes: 100.0,
+                retransmits: 3.0
+            }
+        );
+    }
+
+    #[test]
+    fn a_run_without_a_byte_is_no_measurement() {
+        let text = r#"{"end":{"sum_sent":{},"sum_received":{"bytes":0,"bits_per_second":0}}}"#;
+        assert!(matches!(parse(text), Err(Error::Report { .. })));
+        assert!(matches!(
+            parse(r#"{"error":"refused"}"#),
+            Err(Error::Report { .. })
+        ));
+    }
+}
