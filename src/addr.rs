@@ -48,7 +48,10 @@ impl Mtu {
     /// Takes 68 to 65535; `None` outside.
     #[must_use]
     pub fn new(bytes: u32) -> Option<Self> {
-        u16::try_from(bytes).ok().filter(|&b| b >= Self::MIN.0).map(Self)
+        u16::try_from(bytes)
+            .ok()
+            .filter(|&b| b >= Self::MIN.0)
+            .map(Self)
     }
 
     /// The number of bytes.
@@ -60,7 +63,9 @@ impl Mtu {
     /// What is left for the inner packet after `overhead` bytes of outer headers; `None` below [`Mtu::MIN`].
     #[must_use]
     pub fn less(self, overhead: u16) -> Option<Self> {
-        self.0.checked_sub(overhead).and_then(|b| Self::new(u32::from(b)))
+        self.0
+            .checked_sub(overhead)
+            .and_then(|b| Self::new(u32::from(b)))
     }
 }
 
@@ -76,5 +81,69 @@ pub const fn udp_overhead(underlay: IpAddr) -> u16 {
     match underlay {
         IpAddr::V4(_) => 28,
         IpAddr::V6(_) => 48,
+    }
+}
+
+/// A prefix of the overlay in either address family, with its addresses as the low bits of a `u128`, so that
+/// validation, allocation and admission are written once for both families.
+pub trait OverlayPrefix: Copy + Ord + std::hash::Hash + fmt::Debug + fmt::Display {
+    /// Width of an address: 32 or 128.
+    const BITS: u8;
+
+    /// The prefix of `len` bits that holds the address `bits`, host bits masked off; `None` when `len` or
+    /// `bits` is too large for the family.
+    fn from_bits(bits: u128, len: u8) -> Option<Self>;
+
+    /// The lowest address.
+    fn first_bits(&self) -> u128;
+
+    /// The number of network bits.
+    fn len_bits(&self) -> u8;
+
+    /// The highest address.
+    fn last_bits(&self) -> u128 {
+        let host_bits = u32::from(Self::BITS - self.len_bits());
+        let host_mask = 1u128
+            .checked_shl(host_bits)
+            .map_or(u128::MAX, |size| size - 1);
+        self.first_bits() | host_mask
+    }
+
+    /// Whether every address of `inner` is also in `self`.
+    fn holds(&self, inner: &Self) -> bool {
+        self.first_bits() <= inner.first_bits() && inner.last_bits() <= self.last_bits()
+    }
+}
+
+impl OverlayPrefix for ipnet::Ipv4Net {
+    const BITS: u8 = 32;
+
+    fn from_bits(bits: u128, len: u8) -> Option<Self> {
+        let bits = u32::try_from(bits).ok()?;
+        Self::new(bits.into(), len).ok().map(|net| net.trunc())
+    }
+
+    fn first_bits(&self) -> u128 {
+        u128::from(u32::from(self.network()))
+    }
+
+    fn len_bits(&self) -> u8 {
+        self.prefix_len()
+    }
+}
+
+impl OverlayPrefix for ipnet::Ipv6Net {
+    const BITS: u8 = 128;
+
+    fn from_bits(bits: u128, len: u8) -> Option<Self> {
+        Self::new(bits.into(), len).ok().map(|net| net.trunc())
+    }
+
+    fn first_bits(&self) -> u128 {
+        u128::from(self.network())
+    }
+
+    fn len_bits(&self) -> u8 {
+        self.prefix_len()
     }
 }

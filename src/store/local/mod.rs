@@ -1,0 +1,3 @@
+//! (stub)
+/// Placeholder
+pub struct LocalStore;
