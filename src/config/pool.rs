@@ -143,6 +143,11 @@ pub(super) trait PoolRules: OverlayPrefix + FromStr {
 
     fn addr_bits(addr: Self::Addr) -> u128;
     fn base(&self) -> Self::Addr;
+
+    /// Whether the prefix can hold an overlay at all.
+    fn usable(&self) -> bool {
+        true
+    }
 }
 
 impl PoolRules for Ipv4Net {
@@ -186,6 +191,11 @@ impl PoolRules for Ipv6Net {
 
     fn base(&self) -> Ipv6Addr {
         self.network()
+    }
+
+    /// IPv4-mapped addresses are IPv4 to everybody who meets them.
+    fn usable(&self) -> bool {
+        self.network().to_ipv4_mapped().is_none()
     }
 }
 

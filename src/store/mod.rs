@@ -169,12 +169,6 @@ pub enum Cause {
     /// The whole store is away; what is known stays valid until it expires.
     #[error("the store cannot be read, known leases are kept: {0}")]
     Away(String),
-    /// The wall clock was set.
-    #[error("the clock was set by {seconds} s: leases that ended by that are kept for a while")]
-    ClockStepped {
-        /// By how much, negative if back.
-        seconds: i64,
-    },
     /// Changes are seen only by looking again from time to time.
     #[error("no notification of changes, they are seen within seconds only: {0}")]
     NoNotification(String),
