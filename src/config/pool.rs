@@ -212,7 +212,7 @@ impl<N: PoolRules> Draft<N> {
     pub(super) fn read(document: &Object) -> Result<Self, ConfigError> {
         let network = document
             .text(N::NETWORK, N::NETWORK_EXPECTED, Null::Refused, |text| {
-                text.parse::<N>().ok()
+                text.parse().ok().filter(N::usable)
             })?
             .and_then(|net| N::from_bits(net.first_bits(), net.len_bits()))
             .filter(|net| net.len_bits() > 0);

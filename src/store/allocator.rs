@@ -159,9 +159,7 @@ mod tests {
             config(r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#);
         let taken = ["10.9.1.0-24&fd00:0:0:1::-64".parse().unwrap()];
         let mut indices = [3, 7].into_iter();
-        let drawn = allocate(&config, &taken, |_| indices.next().unwrap())
-            .unwrap()
-            .unwrap();
+        let drawn = allocate(&config, &taken, |_| indices.next().unwrap()).unwrap();
         assert_eq!(drawn.to_string(), "10.9.5.0-24&fd00:0:0:9::-64");
     }
 

@@ -172,6 +172,9 @@ pub enum Cause {
     /// Changes are seen only by looking again from time to time.
     #[error("no notification of changes, they are seen within seconds only: {0}")]
     NoNotification(String),
+    /// Our own entry was damaged or overwritten, and cannot be written.
+    #[error("our own lease was overwritten and cannot be restored: {0}")]
+    Unwritable(String),
     /// Our own entry was damaged or overwritten, and we have written it anew.
     #[error("our own lease was overwritten and is restored")]
     Restored,
