@@ -47,23 +47,32 @@ impl Own {
         }
     }
 
-    /// As [`Record::claim`]. A lease that ran out is claimed anew by its renewal: whoever took it meanwhile
-    /// came first.
+    fn has_expired(&self, now: SystemTime) -> bool {
+        self.expires.is_some_and(|at| at <= now)
+    }
+
+    /// As [`Record::claim`]. A lease that ran out comes after every other: for whoever took it meanwhile there
+    /// was no rival.
     fn claim(&self, now: SystemTime) -> (u64, IpAddr) {
         let claimed = match self.expires {
             None => 0,
-            Some(at) if at <= now => nanoseconds(now),
+            Some(_) if self.has_expired(now) => u64::MAX,
             Some(_) => self.claimed,
         };
         (claimed, self.node)
     }
 
-    /// Another term from `now` on.
+    /// Another term from `now` on. A lease that ran out is claimed anew.
     fn extended(&self, now: SystemTime) -> Self {
-        let (claimed, _) = self.claim(now);
+        let claimed = if self.has_expired(now) {
+            nanoseconds(now)
+        } else {
+            self.claimed
+        };
+        let expires = self.expires.map(|_| whole_seconds(now + LEASE_TTL));
         Self {
             claimed,
-            expires: self.expires.map(|_| whole_seconds(now + LEASE_TTL)),
+            expires,
             ..self.clone()
         }
     }
@@ -101,6 +110,8 @@ pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standin
     match listing.entries.get(&own.subnets) {
         None => Standing::Missing,
         Some(Entry::Lease(record)) if record.node == own.node => Standing::Held,
+        // Taken over after ours ran out, and run out itself: still not ours any more.
+        Some(Entry::Lease(record)) if own.has_expired(now) => Standing::Lost(record.node),
         Some(Entry::Lease(_) | Entry::Damaged { .. }) => Standing::Overwritten,
         Some(Entry::Half { lease, .. }) if lease.node == own.node => Standing::Overwritten,
         Some(Entry::Half { lease, .. }) => Standing::Unsettled(lease.node),

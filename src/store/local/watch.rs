@@ -58,7 +58,7 @@ pub(super) async fn run(inner: Arc<Inner>, events: mpsc::Sender<StoreEvent>) {
 }
 
 /// What one pass after the other finds out.
-struct Watcher {
+pub(super) struct Watcher {
     inner: Arc<Inner>,
     scanner: Scanner,
     notifier: Option<Arc<Notifier>>,
@@ -89,7 +89,7 @@ impl Known {
 }
 
 impl Watcher {
-    fn new(inner: Arc<Inner>) -> Self {
+    pub(super) fn new(inner: Arc<Inner>) -> Self {
         let (notifier, no_notifier) = match Notifier::new() {
             Ok(notifier) => (Some(Arc::new(notifier)), None),
             Err(e) => (None, Some(e.to_string())),
@@ -108,7 +108,7 @@ impl Watcher {
     }
 
     /// Reads the directory once and says what is new.
-    fn pass(&mut self) -> Vec<StoreEvent> {
+    pub(super) fn pass(&mut self) -> Vec<StoreEvent> {
         let (wall, monotonic) = (self.inner.clock.wall(), self.inner.clock.monotonic());
         let mut problems = BTreeMap::new();
         // Before reading: what changes after that is notified, what changed before is read.
