@@ -27,10 +27,6 @@ const MARK: &str = "contender:";
 
 #[test]
 #[ignore = "not a test: the body of the processes that race"]
-#[expect(
-    clippy::print_stdout,
-    reason = "standard output is the pipe to the parent"
-)]
 fn contender() {
     let dir = env::var_os(DIR).expect("started by a test");
     let node = env::var_os(NODE)
@@ -135,6 +131,30 @@ fn eight_processes_that_race_for_seven_subnets_get_one_each_and_one_gets_none() 
         // All start again at once, and each finds its own.
         let again = race(dir.path(), 1..=8);
         assert_eq!(again, expected);
+    }
+}
+
+/// Here the lock alone keeps one from removing what another has just put in the place of an expired lease.
+#[test]
+fn eight_processes_that_race_for_seven_expired_leases_get_one_each() {
+    for _ in 0..5 {
+        let dir = directory();
+        for kind in ["subnets", "expiry"] {
+            fs::create_dir(dir.path().join(kind)).unwrap();
+        }
+        for n in 1..=7 {
+            let (key, node) = (
+                format!("10.9.0.{}-30", n * 4),
+                format!("192.0.2.{}", 100 + n),
+            );
+            let lease = format!(r#"{{"PublicIP":"{node}","PublicIPv6":null}}"#);
+            let sidecar = format!(r#"{{"Expires":1,"Claimed":1,"Owner":"{node}","Ecn":false}}"#);
+            fs::write(dir.path().join("subnets").join(&key), lease).unwrap();
+            fs::write(dir.path().join("expiry").join(&key), sidecar).unwrap();
+        }
+        let mut said = race(dir.path(), 1..=8);
+        assert_eq!(said.pop().as_deref(), Some("out"));
+        assert_eq!(said.iter().collect::<BTreeSet<_>>().len(), 7);
     }
 }
 
