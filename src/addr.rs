@@ -83,3 +83,67 @@ pub const fn udp_overhead(underlay: IpAddr) -> u16 {
         IpAddr::V6(_) => 48,
     }
 }
+
+/// A prefix of the overlay in either address family, with its addresses as the low bits of a `u128`, so that
+/// validation, allocation and admission are written once for both families.
+pub trait OverlayPrefix: Copy + Ord + std::hash::Hash + fmt::Debug + fmt::Display {
+    /// Width of an address: 32 or 128.
+    const BITS: u8;
+
+    /// The prefix of `len` bits that holds the address `bits`, host bits masked off; `None` when `len` or
+    /// `bits` is too large for the family.
+    fn from_bits(bits: u128, len: u8) -> Option<Self>;
+
+    /// The lowest address.
+    fn first_bits(&self) -> u128;
+
+    /// The number of network bits.
+    fn len_bits(&self) -> u8;
+
+    /// The highest address.
+    fn last_bits(&self) -> u128 {
+        let host_bits = u32::from(Self::BITS - self.len_bits());
+        let host_mask = 1u128
+            .checked_shl(host_bits)
+            .map_or(u128::MAX, |size| size - 1);
+        self.first_bits() | host_mask
+    }
+
+    /// Whether every address of `inner` is also in `self`.
+    fn holds(&self, inner: &Self) -> bool {
+        self.first_bits() <= inner.first_bits() && inner.last_bits() <= self.last_bits()
+    }
+}
+
+impl OverlayPrefix for ipnet::Ipv4Net {
+    const BITS: u8 = 32;
+
+    fn from_bits(bits: u128, len: u8) -> Option<Self> {
+        let bits = u32::try_from(bits).ok()?;
+        Self::new(bits.into(), len).ok().map(|net| net.trunc())
+    }
+
+    fn first_bits(&self) -> u128 {
+        u128::from(u32::from(self.network()))
+    }
+
+    fn len_bits(&self) -> u8 {
+        self.prefix_len()
+    }
+}
+
+impl OverlayPrefix for ipnet::Ipv6Net {
+    const BITS: u8 = 128;
+
+    fn from_bits(bits: u128, len: u8) -> Option<Self> {
+        Self::new(bits.into(), len).ok().map(|net| net.trunc())
+    }
+
+    fn first_bits(&self) -> u128 {
+        u128::from(self.network())
+    }
+
+    fn len_bits(&self) -> u8 {
+        self.prefix_len()
+    }
+}

@@ -1,0 +1,5 @@
+//! Runs `loden_fuzz::subnet_key` under libFuzzer.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::subnet_key::subnet_key(data));

@@ -1,0 +1,369 @@
+//! Owns who holds what: acquiring, renewing, and the decision between two claims. Everything that writes is
+//! called with the lock held. Never waits, never reads a clock.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use super::files;
+use super::scan::{Entry, Listing, Record, Scanner};
+use super::sidecar::{Sidecar, unix};
+use super::{EXPIRY, SUBNETS};
+use crate::config::NetworkConfig;
+use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
+use crate::store::allocator::{allocate, compatible};
+use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
+
+/// How often a claim is tried anew after somebody without the lock was faster.
+const ATTEMPTS: u32 = 10;
+
+/// What this node holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Own {
+    pub(super) subnets: Subnets,
+    pub(super) node: IpAddr,
+    attrs: LeaseAttrs,
+    extension: LeaseExtension,
+    claimed: u64,
+    expires: Option<SystemTime>,
+}
+
+impl Own {
+    pub(super) fn lease(&self) -> Lease {
+        Lease {
+            subnets: self.subnets,
+            attrs: self.attrs.clone(),
+            expires: self.expires,
+            extension: self.extension,
+        }
+    }
+
+    const fn sidecar(&self) -> Sidecar {
+        Sidecar {
+            expires: self.expires,
+            claimed: self.claimed,
+            owner: self.node,
+            extension: self.extension,
+        }
+    }
+
+    fn has_expired(&self, now: SystemTime) -> bool {
+        self.expires.is_some_and(|at| at <= now)
+    }
+
+    /// As [`Record::claim`]. A lease that ran out comes after every other: for whoever took it meanwhile there
+    /// was no rival.
+    fn claim(&self, now: SystemTime) -> (u64, IpAddr) {
+        let claimed = match self.expires {
+            None => 0,
+            Some(_) if self.has_expired(now) => u64::MAX,
+            Some(_) => self.claimed,
+        };
+        (claimed, self.node)
+    }
+
+    /// Another term from `now` on. A lease that ran out is claimed anew.
+    fn extended(&self, now: SystemTime) -> Self {
+        let claimed = if self.has_expired(now) {
+            nanoseconds(now)
+        } else {
+            self.claimed
+        };
+        let expires = self.expires.map(|_| whole_seconds(now + LEASE_TTL));
+        Self {
+            claimed,
+            expires,
+            ..self.clone()
+        }
+    }
+}
+
+/// How our lease stands in what the directory says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It is there, and ours.
+    Held,
+    /// It is damaged, or a later claim has overwritten it: to be restored.
+    Overwritten,
+    /// Somebody else's lease is in its place, but the file with the time of the claim is not.
+    Unsettled(IpAddr),
+    /// It is gone.
+    Missing,
+    /// Another node claimed it, or a part of it, before us.
+    Lost(IpAddr),
+}
+
+/// Decides between our claim and all others. Each node decides alike from the same files: the earlier claim
+/// wins, then the lower public IP.
+pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standing {
+    let ours = own.claim(now);
+    let stronger = listing
+        .entries
+        .iter()
+        .filter(|(key, _)| key.overlaps(&own.subnets))
+        .filter_map(|(_, entry)| entry.claim(now))
+        .filter(|claim| claim.1 != own.node && *claim < ours)
+        .min();
+    if let Some((_, node)) = stronger {
+        return Standing::Lost(node);
+    }
+    match listing.entries.get(&own.subnets) {
+        None => Standing::Missing,
+        Some(Entry::Lease(record)) if record.node == own.node => Standing::Held,
+        // Taken over after ours ran out, and run out itself: still not ours any more.
+        Some(Entry::Lease(record)) if own.has_expired(now) => Standing::Lost(record.node),
+        Some(Entry::Lease(_) | Entry::Damaged { .. }) => Standing::Overwritten,
+        Some(Entry::Half { lease, .. }) if lease.node == own.node => Standing::Overwritten,
+        Some(Entry::Half { lease, .. }) => Standing::Unsettled(lease.node),
+    }
+}
+
+/// Leases subnets for the node; [`LeaseStore::acquire`](crate::store::LeaseStore::acquire).
+pub(super) fn acquire(
+    dir: &Path,
+    config: &NetworkConfig,
+    request: &AcquireRequest,
+    node: IpAddr,
+    now: SystemTime,
+    mut choose: impl FnMut(usize) -> usize,
+) -> Result<Own, StoreError> {
+    files::make_dir(&dir.join(SUBNETS))?;
+    files::make_dir(&dir.join(EXPIRY))?;
+    // The usual restart: what we had is still ours. Looks only at what could speak against it.
+    if let Some(previous) = request.previous {
+        let near = Scanner::default()
+            .scan_near(dir, &previous)
+            .map_err(files::unavailable(dir))?;
+        let ours = |entry: &Entry| matches!(entry, Entry::Lease(record) if record.node == node);
+        if near.entries.get(&previous).is_some_and(ours)
+            && let Some(own) = reuse(dir, config, request, node, &near, now)?
+        {
+            return Ok(own);
+        }
+    }
+    for _ in 0..ATTEMPTS {
+        let listing = list(dir)?;
+        if let Some(own) = reuse(dir, config, request, node, &listing, now)? {
+            return Ok(own);
+        }
+        let subnets = choose_free(config, request.previous, &listing, now, &mut choose)?;
+        let own = Own {
+            subnets,
+            node,
+            attrs: request.attrs.clone(),
+            extension: request.extension,
+            claimed: nanoseconds(now),
+            expires: Some(whole_seconds(now + LEASE_TTL)),
+        };
+        for key in listing.entries.keys().filter(|key| key.overlaps(&subnets)) {
+            // Only what has expired overlaps the choice.
+            remove(dir, key)?;
+        }
+        write_sidecar(dir, &own)?;
+        let (name, value) = (subnets.to_string(), own.attrs.to_json());
+        if files::create(&dir.join(SUBNETS), &name, value.as_bytes())? {
+            return Ok(own);
+        }
+    }
+    Err(StoreError::Contended { attempts: ATTEMPTS })
+}
+
+/// Takes up what is the node's already: a reservation, else the subnets of the run before, else the earliest
+/// claim. Whatever else the node has is given back, so that peers do not route to a subnet nobody serves.
+fn reuse(
+    dir: &Path,
+    config: &NetworkConfig,
+    request: &AcquireRequest,
+    node: IpAddr,
+    listing: &Listing,
+    now: SystemTime,
+) -> Result<Option<Own>, StoreError> {
+    let mut mine: Vec<(Subnets, Option<&Record>, Own)> = Vec::new();
+    for (key, entry) in &listing.entries {
+        let (record, sidecar) = match entry {
+            Entry::Lease(record) if record.node == node => (Some(record), record.sidecar),
+            Entry::Damaged {
+                node: Some(named),
+                sidecar,
+                ..
+            } if *named == node => (None, *sidecar),
+            Entry::Lease(_) | Entry::Damaged { .. } | Entry::Half { .. } => continue,
+        };
+        // A lease whose sidecar is damaged is no reservation; its time starts anew.
+        let fresh = Some(whole_seconds(now + LEASE_TTL));
+        let expires = record.map_or_else(|| sidecar.map_or(fresh, |s| s.expires), Record::expires);
+        let own = Own {
+            subnets: *key,
+            node,
+            attrs: request.attrs.clone(),
+            extension: request.extension,
+            claimed: sidecar.map_or_else(|| nanoseconds(now), |s| s.claimed),
+            expires,
+        };
+        mine.push((*key, record, own));
+    }
+    mine.sort_by_key(|(key, _, own)| {
+        (
+            own.expires.is_some(),
+            Some(*key) != request.previous,
+            own.claimed,
+            *key,
+        )
+    });
+
+    let mut held = None;
+    for (key, record, own) in mine {
+        let lost = matches!(standing(&own, listing, now), Standing::Lost(_));
+        if held.is_none() && !lost && compatible(config, &key) {
+            held = Some(take_up(dir, own, record, now)?);
+        } else if own.expires.is_some() {
+            remove(dir, &key)?;
+        } else {
+            tracing::warn!(%key, "a reservation for this node does not fit the network or other leases");
+        }
+    }
+    Ok(held)
+}
+
+/// Makes the files of a lease that is ours say what we want, if they do not yet. Most restarts write nothing.
+fn take_up(
+    dir: &Path,
+    own: Own,
+    record: Option<&Record>,
+    now: SystemTime,
+) -> Result<Own, StoreError> {
+    let half_over = own.expires.is_some_and(|at| at <= now + LEASE_TTL / 2);
+    let own = if half_over { own.extended(now) } else { own };
+    if record.and_then(|record| record.sidecar) != Some(own.sidecar()) {
+        write_sidecar(dir, &own)?;
+    }
+    if record.map(|record| &record.attrs) != Some(&own.attrs) {
+        write_lease(dir, &own)?;
+    }
+    Ok(own)
+}
+
+/// The subnets of the run before if they are free, else free ones that nobody ever leased, else such whose
+/// lease has expired: with a wrong clock, everybody's seems to have.
+fn choose_free(
+    config: &NetworkConfig,
+    previous: Option<Subnets>,
+    listing: &Listing,
+    now: SystemTime,
+    mut choose: impl FnMut(usize) -> usize,
+) -> Result<Subnets, StoreError> {
+    let entries = || listing.entries.iter();
+    let held: Vec<Subnets> = entries()
+        .filter(|(_, entry)| !entry.is_expired(now))
+        .map(|(key, _)| *key)
+        .collect();
+    if let Some(previous) = previous
+        && compatible(config, &previous)
+        && !held.iter().any(|key| key.overlaps(&previous))
+    {
+        return Ok(previous);
+    }
+    let ever: Vec<Subnets> = entries().map(|(key, _)| *key).collect();
+    allocate(config, &ever, &mut choose).or_else(|_full| allocate(config, &held, &mut choose))
+}
+
+/// Extends our lease; [`LeaseStore::renew`](crate::store::LeaseStore::renew). `own` is what we believe to hold.
+pub(super) fn renew(dir: &Path, own: &Own, now: SystemTime) -> Result<Own, RenewError> {
+    let lost = |to| RenewError::Lost {
+        subnets: own.subnets,
+        to,
+    };
+    match standing(own, &list(dir)?, now) {
+        Standing::Lost(node) => {
+            give_up(dir, own)?;
+            Err(lost(LostTo::Node(node)))
+        }
+        Standing::Missing => Err(lost(LostTo::Nobody)),
+        Standing::Unsettled(node) => Err(RenewError::Store(StoreError::Unusable(super::half(
+            dir, own, node,
+        )))),
+        Standing::Held => {
+            let renewed = own.extended(now);
+            write_sidecar(dir, &renewed)?;
+            Ok(renewed)
+        }
+        Standing::Overwritten => {
+            let renewed = own.extended(now);
+            write(dir, &renewed)?;
+            Ok(renewed)
+        }
+    }
+}
+
+/// Removes what is left of a lease that we lost, so that nobody takes it for a rival claim. A reservation is the
+/// operator's.
+pub(super) fn give_up(dir: &Path, own: &Own) -> Result<(), StoreError> {
+    let still_ours = |entry: &Entry| matches!(entry, Entry::Lease(r) if r.node == own.node);
+    let listing = list(dir)?;
+    if own.expires.is_some() && listing.entries.get(&own.subnets).is_some_and(still_ours) {
+        remove(dir, &own.subnets)?;
+    }
+    Ok(())
+}
+
+/// Our lease as the directory has it, for a lease that another value of the store acquired.
+pub(super) fn adopt(dir: &Path, lease: &Lease) -> Result<Option<Own>, StoreError> {
+    let mut listing = list(dir)?;
+    Ok(
+        match (listing.entries.remove(&lease.subnets), lease.attrs.node()) {
+            (Some(Entry::Lease(record)), Some(node)) if record.node == node => Some(Own {
+                subnets: lease.subnets,
+                node,
+                attrs: lease.attrs.clone(),
+                extension: lease.extension,
+                claimed: record.claim().0,
+                expires: record.expires(),
+            }),
+            _ => None,
+        },
+    )
+}
+
+/// Reads the whole directory.
+pub(super) fn list(dir: &Path) -> Result<Listing, StoreError> {
+    Scanner::default()
+        .scan(dir)
+        .map_err(files::unavailable(dir))
+}
+
+/// Writes both files of our lease: the sidecar first, so that whoever sees the lease also sees until when it
+/// lasts.
+pub(super) fn write(dir: &Path, own: &Own) -> Result<(), StoreError> {
+    files::make_dir(&dir.join(EXPIRY))?;
+    write_sidecar(dir, own)?;
+    write_lease(dir, own)
+}
+
+fn write_sidecar(dir: &Path, own: &Own) -> Result<(), StoreError> {
+    let json = own.sidecar().to_json();
+    files::replace(&dir.join(EXPIRY), &own.subnets.to_string(), json.as_bytes())
+}
+
+fn write_lease(dir: &Path, own: &Own) -> Result<(), StoreError> {
+    let json = own.attrs.to_json();
+    files::replace(
+        &dir.join(SUBNETS),
+        &own.subnets.to_string(),
+        json.as_bytes(),
+    )
+}
+
+/// The lease first: a sidecar alone means nothing, a lease alone is a reservation.
+fn remove(dir: &Path, key: &Subnets) -> Result<(), StoreError> {
+    files::remove(&dir.join(SUBNETS), &key.to_string())?;
+    files::remove(&dir.join(EXPIRY), &key.to_string())
+}
+
+fn nanoseconds(at: SystemTime) -> u64 {
+    u64::try_from(unix(at).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What the sidecar can hold.
+fn whole_seconds(at: SystemTime) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(unix(at).as_secs())
+}
