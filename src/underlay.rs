@@ -231,7 +231,6 @@ fn probe_gso(ip: IpAddr) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::offload::gso::RunLimits;
     use crate::sys::mmsg::RecvBatch;
 
     #[test]

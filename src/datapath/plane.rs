@@ -342,7 +342,8 @@ fn pick(cpus: &[usize], idx: usize) -> Option<usize> {
 /// Pins the calling thread. Where the kernel refuses, it stays where the scheduler puts it.
 fn pin_to(cpu: usize) {
     let mut set = CpuSet::new();
-    if set.set(cpu).is_ok() {
-        drop(sched_setaffinity(Pid::from_raw(0), &set));
-    }
+    let pinned = set
+        .set(cpu)
+        .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+    debug_assert!(pinned.is_ok(), "the CPU is one this process may use");
 }
