@@ -9,7 +9,6 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -101,7 +100,8 @@ impl Portable {
         ))
     }
 
-    /// Runs until the data plane stops: while either side has packets, one of each in turn.
+    /// Runs until the data plane stops, with the original's loop: one packet from each side in turn, until
+    /// neither side has any.
     pub fn run(self) {
         let Self {
             opened,
@@ -127,9 +127,9 @@ impl Portable {
             return;
         };
         let mut events = Events::with_capacity(4);
-        let (mut tun, mut socket) = (Progress::More, Progress::More);
+        let (mut drained, mut gone) = (true, false);
         while !shared.stop.load(Ordering::Acquire) {
-            if tun != Progress::More && socket != Progress::More {
+            if drained {
                 match poll.poll(&mut events, None) {
                     Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                         let error = format!("cannot wait for packets: {error}");
@@ -138,37 +138,32 @@ impl Portable {
                     }
                     _ => {}
                 }
-            } else if poll.poll(&mut events, Some(Duration::ZERO)).is_err() {
-                continue;
+                path.encap.wakeups += 1;
+                path.decap.wakeups += 1;
             }
-            let gone = tun == Progress::Gone;
-            for event in &events {
-                match event.token() {
-                    TUN if !gone => tun = Progress::More,
-                    SOCKET => socket = Progress::More,
-                    _ => {}
-                }
-            }
-            path.encap.wakeups += u64::from(tun == Progress::More);
-            path.decap.wakeups += u64::from(socket == Progress::More);
             let table: &Table = reader.load();
             for _ in 0..ROUNDS {
-                if tun == Progress::More {
-                    tun = path.encap_one(table);
+                let tun = if gone {
+                    Progress::Drained
+                } else {
+                    path.encap_one(table)
+                };
+                let socket = path.decap_one(table);
+                if tun == Progress::Gone {
+                    gone = true;
+                    let fd = opened.iface.as_raw_fd();
+                    if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
+                        let error = "the TUN device vanished".to_owned();
+                        shared.event(Event::DeviceGone { error });
+                    }
                 }
-                if socket == Progress::More {
-                    socket = path.decap_one(table);
+                drained = tun != Progress::More && socket != Progress::More;
+                if drained {
+                    break;
                 }
             }
             published.encap.publish(&path.encap);
             published.decap.publish(&path.decap);
-            if tun == Progress::Gone && !gone {
-                let fd = opened.iface.as_raw_fd();
-                if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
-                    let error = "the TUN device vanished".to_owned();
-                    shared.event(Event::DeviceGone { error });
-                }
-            }
         }
     }
 }
