@@ -201,8 +201,8 @@ fn bound(socket: Socket, bind: SocketAddr) -> io::Result<UnderlaySocket> {
 }
 
 /// Asks the kernel for the longest run it takes: one-byte datagrams from a throw-away socket to itself. `None`
-/// when it does not know `UDP_SEGMENT`. The datagrams go nowhere else: the destination is this host's own
-/// address, and the socket refuses them.
+/// when it does not know `UDP_SEGMENT`. The datagrams go nowhere else: the destination is the socket itself, and
+/// they go with it when it is closed.
 fn probe_gso(ip: IpAddr) -> Option<u16> {
     let domain = Domain::for_address((ip, 0).into());
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).ok()?;

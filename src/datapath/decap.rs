@@ -186,8 +186,8 @@ fn decide<'t>(
 fn limits(shared: &Shared) -> Limits {
     let caps = shared.tun_caps;
     Limits {
-        tcp: caps.tso4() && caps.tso6() && shared.tun_tcp.usable(),
-        udp: caps.uso() && shared.tun_udp.usable(),
+        tcp: caps.tso4() && caps.tso6() && shared.usable(&shared.tun_tcp, "tun-tso", None),
+        udp: caps.uso() && shared.usable(&shared.tun_udp, "tun-uso", None),
         ..Limits::default()
     }
 }
@@ -250,7 +250,7 @@ fn withdraw(shared: &Shared, gso: Gso, error: &io::Error) {
         Gso::UdpL4 => (&shared.tun_udp, "tun-uso"),
         Gso::TcpV4 { .. } | Gso::TcpV6 { .. } | Gso::None => (&shared.tun_tcp, "tun-tso"),
     };
-    if state.withdraw() {
+    if state.withdraw(shared.clock.now_ms()) {
         let reason = format!("the kernel refused a superpacket: {error}");
         shared.event(Event::CapabilityWithdrawn {
             capability,

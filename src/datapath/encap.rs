@@ -226,7 +226,7 @@ fn destination(
     Destination {
         hop,
         tos,
-        gso: cx.shared.udp_caps.gso && peer.gso(cx.shared.clock),
+        gso: cx.shared.may_send_runs(peer),
         socket: cx.shared.socket_idx(flow_hash(meta, packet)),
     }
 }

@@ -1,7 +1,7 @@
 //! Owns opening, starting, publishing to and stopping a data plane as a whole. Never touches a packet.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -300,7 +300,7 @@ impl Shared {
             send,
             tun_tcp: Withdrawable::default(),
             tun_udp: Withdrawable::default(),
-            udp_gso: Withdrawable::default(),
+            udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
             stop: AtomicBool::new(false),
         }

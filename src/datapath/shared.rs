@@ -6,41 +6,67 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::stats::SharedCounts;
-use super::table::{Clock, Peer};
+use super::table::{Clock, Peer, RETRY_AFTER_MS};
 use super::{Event, Settings, status};
 use crate::sys::mmsg::QueuedError;
 use crate::tun::TunCaps;
 use crate::underlay::{UdpCaps, UnderlaySocket};
 use crate::wire::checksum::SumFn;
 
-/// A capability that can be withdrawn while packets flow.
+/// A capability that can be withdrawn while packets flow, and is tried again later.
 #[derive(Debug, Default)]
 pub struct Withdrawable {
-    withdrawn: AtomicBool,
+    /// Not used before this time, by [`Clock`]; 0 while it is used.
+    off_until: AtomicU64,
     times: AtomicU64,
 }
 
 impl Withdrawable {
-    /// Not withdrawn.
+    /// Whether it is in use: one relaxed load while it is, else `now_ms` is asked.
     #[inline]
-    pub fn usable(&self) -> bool {
-        !self.withdrawn.load(Ordering::Relaxed)
+    pub fn state(&self, now_ms: impl FnOnce() -> u64) -> Usable {
+        let until = self.off_until.load(Ordering::Relaxed);
+        if until == 0 {
+            return Usable::Yes;
+        }
+        if now_ms() < until {
+            return Usable::No;
+        }
+        // Several workers may see the time come; one of them says so.
+        if self.off_until.swap(0, Ordering::Relaxed) == 0 {
+            Usable::Yes
+        } else {
+            Usable::Again
+        }
     }
 
-    /// Withdraws it; true for the one caller who did.
-    pub fn withdraw(&self) -> bool {
-        let first = !self.withdrawn.swap(true, Ordering::Relaxed);
-        self.count(first);
+    /// Withdraws it for a while; true for the one caller who did.
+    pub fn withdraw(&self, now_ms: u64) -> bool {
+        let until = now_ms + RETRY_AFTER_MS;
+        let first = self.off_until.swap(until, Ordering::Relaxed) == 0;
+        self.times.fetch_add(u64::from(first), Ordering::Relaxed);
         first
     }
 
-    fn count(&self, happened: bool) {
-        self.times.fetch_add(u64::from(happened), Ordering::Relaxed);
+    /// Whether it is withdrawn at this moment.
+    pub fn is_withdrawn(&self) -> bool {
+        self.off_until.load(Ordering::Relaxed) != 0
     }
 
     fn times(&self) -> u64 {
         self.times.load(Ordering::Relaxed)
     }
+}
+
+/// Whether a capability may be used now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usable {
+    /// It is in use.
+    Yes,
+    /// It is withdrawn.
+    No,
+    /// It was withdrawn until now.
+    Again,
 }
 
 /// One worker's published counters.
@@ -70,8 +96,8 @@ pub struct Shared {
     pub tun_tcp: Withdrawable,
     /// Writing UDP superpackets to the TUN.
     pub tun_udp: Withdrawable,
-    /// Sending runs: counted here, withdrawn per next hop.
-    pub udp_gso: Withdrawable,
+    /// How often sending runs was withdrawn, for some next hop.
+    pub udp_gso_withdrawals: AtomicU64,
     /// One entry per worker.
     pub counts: Vec<WorkerCounts>,
     /// Workers end after the burst in hand.
@@ -86,13 +112,40 @@ impl Shared {
 
     /// Stops using GSO runs towards `peer`.
     pub fn withdraw_gso(&self, peer: &Peer, reason: &std::io::Error) {
-        if peer.withdraw_gso(self.clock) {
-            self.udp_gso.count(true);
+        if peer.gso.withdraw(self.clock.now_ms()) {
+            self.udp_gso_withdrawals.fetch_add(1, Ordering::Relaxed);
             self.event(Event::CapabilityWithdrawn {
                 capability: "udp-gso",
                 next_hop: Some(peer.addr),
                 reason: reason.to_string(),
             });
+        }
+    }
+
+    /// Whether GSO runs may be sent to `peer`.
+    #[inline]
+    pub fn may_send_runs(&self, peer: &Peer) -> bool {
+        self.udp_caps.gso && self.usable(&peer.gso, "udp-gso", Some(peer.addr))
+    }
+
+    /// Whether a withdrawable capability may be used, and a word when it may again.
+    #[inline]
+    pub fn usable(
+        &self,
+        state: &Withdrawable,
+        capability: &'static str,
+        next_hop: Option<SocketAddr>,
+    ) -> bool {
+        match state.state(|| self.clock.now_ms()) {
+            Usable::Yes => true,
+            Usable::No => false,
+            Usable::Again => {
+                self.event(Event::CapabilityRestored {
+                    capability,
+                    next_hop,
+                });
+                true
+            }
         }
     }
 
@@ -129,7 +182,7 @@ impl Shared {
         let kernel = "the kernel does not offer it";
         let withdrawable = |name: &str, has: bool, state: &Withdrawable| {
             let mut capability = probed(name, has, kernel);
-            if has && !state.usable() {
+            if has && state.is_withdrawn() {
                 capability.used = false;
                 capability.reason = Some("the kernel refused a superpacket (EINVAL)".to_owned());
             }
@@ -143,7 +196,10 @@ impl Shared {
             probed("tun-detached-writes", tun.detached_writes, kernel),
             withdrawable("tun-tso", tun.tso4() && tun.tso6(), &self.tun_tcp),
             withdrawable("tun-uso", tun.uso(), &self.tun_udp),
-            withdrawable("udp-gso", udp.gso, &self.udp_gso),
+            status::Capability {
+                withdrawals: self.udp_gso_withdrawals.load(Ordering::Relaxed),
+                ..probed("udp-gso", udp.gso, kernel)
+            },
             probed("udp-gro", udp.gro, kernel),
             probed("reuse-port", udp.reuse_port, kernel),
             probed("source-port-spread", spread, "SourcePort is fixed"),
@@ -196,5 +252,25 @@ impl Shared {
     #[must_use]
     pub const fn bind(&self) -> SocketAddr {
         self.settings.bind
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_withdrawn_capability_comes_back_once_after_a_while() {
+        let capability = Withdrawable::default();
+        assert_eq!(
+            capability.state(|| unreachable!("no clock while in use")),
+            Usable::Yes
+        );
+        assert!(capability.withdraw(5));
+        assert!(!capability.withdraw(6), "only one caller says so");
+        assert_eq!(capability.state(|| 5 + RETRY_AFTER_MS), Usable::No);
+        assert_eq!(capability.state(|| 6 + RETRY_AFTER_MS), Usable::Again);
+        assert_eq!(capability.state(|| 0), Usable::Yes);
+        assert_eq!(capability.times(), 1);
     }
 }

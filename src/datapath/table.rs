@@ -10,6 +10,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 use socket2::SockAddr;
 
+use super::shared::Withdrawable;
 use super::{DropReason, PeerRoute, status};
 use crate::addr::{Mtu, udp_overhead};
 use crate::route::Fib;
@@ -54,8 +55,8 @@ pub struct Peer {
     max_inner: AtomicU32,
     /// When that is forgotten, by [`Clock`].
     max_inner_until: AtomicU64,
-    /// UDP GSO is not used before this time; 0 when it is used.
-    gso_off_until: AtomicU64,
+    /// Sending runs to it.
+    pub gso: Withdrawable,
     /// When "port unreachable" was last reported, plus one; 0 for never.
     refused_at: AtomicU64,
     /// Drop reasons already reported for it, one bit each.
@@ -78,7 +79,7 @@ impl Peer {
             ecn,
             max_inner: AtomicU32::new(0),
             max_inner_until: AtomicU64::new(0),
-            gso_off_until: AtomicU64::new(0),
+            gso: Withdrawable::default(),
             refused_at: AtomicU64::new(0),
             reported: AtomicU32::new(0),
             sent: AtomicU64::new(0),
@@ -114,27 +115,6 @@ impl Peer {
         (self.max_inner.swap(max, Ordering::Relaxed) != max).then_some(mtu)
     }
 
-    /// Whether runs may be sent with `UDP_SEGMENT`; restored after a while.
-    #[inline]
-    pub fn gso(&self, clock: Clock) -> bool {
-        let until = self.gso_off_until.load(Ordering::Relaxed);
-        if until == 0 {
-            return true;
-        }
-        if clock.now_ms() < until {
-            return false;
-        }
-        self.gso_off_until.store(0, Ordering::Relaxed);
-        true
-    }
-
-    /// Withdraws `UDP_SEGMENT` for this next hop. Returns whether it was in use.
-    pub fn withdraw_gso(&self, clock: Clock) -> bool {
-        self.gso_off_until
-            .swap(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed)
-            == 0
-    }
-
     /// Notes that nothing listens on its tunnel port; true when that is worth saying again.
     pub fn note_refusal(&self, clock: Clock) -> bool {
         let (now, last) = (clock.now_ms(), self.refused_at.load(Ordering::Relaxed));
@@ -154,7 +134,6 @@ impl Peer {
     fn to_status(&self, nets: Vec<IpNet>) -> status::Peer {
         let max = Mtu::new(self.max_inner.load(Ordering::Relaxed));
         let overhead = udp_overhead(self.addr.ip());
-        let withdrawn = self.gso_off_until.load(Ordering::Relaxed) != 0;
         status::Peer {
             addr: self.addr,
             nets,
@@ -162,7 +141,9 @@ impl Peer {
             received: self.received.load(Ordering::Relaxed),
             dropped: self.dropped.load(Ordering::Relaxed),
             path_mtu: max.map(|mtu| mtu.get() + overhead),
-            gso_withdrawn: withdrawn
+            gso_withdrawn: self
+                .gso
+                .is_withdrawn()
                 .then(|| "the kernel refused a GSO run on this path".to_owned()),
         }
     }
