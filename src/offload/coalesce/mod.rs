@@ -358,16 +358,12 @@ impl Coalescer {
     /// Keeps later packets from overtaking one whose ports are unknown.
     #[cold]
     fn fence_unknown_flow(&mut self, bytes: &[u8], error: HeaderError) {
-        let may_be_of_a_flow =
-            !matches!(error, HeaderError::NotIp | HeaderError::NotTcpOrUdp { .. });
-        if !may_be_of_a_flow {
+        let is_v6 = bytes.first().is_some_and(|byte| byte >> 4 == 6);
+        let family = if is_v6 { Family::V6 } else { Family::V4 };
+        let is_no_flow = matches!(error, HeaderError::NotIp | HeaderError::NotTcpOrUdp { .. });
+        if is_no_flow || addresses(bytes, family).is_empty() {
             return;
         }
-        let family = if bytes.first().is_some_and(|byte| byte >> 4 == 6) {
-            Family::V6
-        } else {
-            Family::V4
-        };
         let items = u16::try_from(self.items.len()).unwrap_or(NIL);
         if let Some(fence) = self.fences.get_mut(fence_of(bytes, family)) {
             *fence = items;
