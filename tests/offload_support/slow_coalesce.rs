@@ -17,7 +17,7 @@ pub fn merge_slowly(packets: &[&[u8]]) -> Vec<u8> {
     let last = packets[packets.len() - 1];
     if !is_udp(last) {
         let l4 = l4_at(&merged);
-        merged[l4 + 13] |= last[l4_at(last) + 13] & PSH as u8;
+        merged[l4 + 13] |= last[l4_at(last) + 13] & PSH.to_be_bytes()[1];
     }
     fix_checksums(&mut merged);
     merged
