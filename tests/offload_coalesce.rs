@@ -526,16 +526,21 @@ fn nothing_of_a_burst_is_left_in_the_next() {
         assert_eq!(coalescer.push(handle(0), bytes_of), Ok(Pushed::Opened));
     }
     assert_eq!(coalescer.push(handle(1), bytes_of), Ok(Pushed::Merged));
-    let fragment = Fields {
-        frag: 0x2000,
-        ..Fields::default()
-    }
-    .build();
-    assert!(matches!(
-        coalescer.push(handle(0), |_| &fragment),
-        Ok(Pushed::Passed(_))
-    ));
+    let fragment = |dst| {
+        Fields {
+            dst,
+            frag: 0x2000,
+            ..Fields::default()
+        }
+        .build()
+    };
+    let (here, there) = (fragment(2), fragment(99));
+    let passed = Ok(Pushed::Passed(HeaderError::Fragment.into()));
+    assert_eq!(coalescer.push(handle(0), |_| &here), passed);
+    assert_eq!(coalescer.push(handle(0), |_| &here), passed);
     coalescer.clear();
+    // Were the fence of two packets still up, the flow behind it could not merge.
+    assert_eq!(coalescer.push(handle(0), |_| &there), passed);
     assert_eq!(coalescer.push(handle(2), bytes_of), Ok(Pushed::Opened));
     assert_eq!(coalescer.push(handle(3), bytes_of), Ok(Pushed::Merged));
 }
