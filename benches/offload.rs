@@ -3,13 +3,13 @@
 //! Names ending in `/pretend` run with a checksum function that answers without reading: what is left is
 //! the cost of the offload itself. Names ending in `/word` run with a plain 64-bit sum.
 
-#![expect(missing_docs, reason = "criterion generates undocumented items")]
 #![expect(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
     reason = "a benchmark may panic, and its packets are small"
 )]
 
+#[expect(dead_code, reason = "only its packet builder is needed here")]
 #[path = "../tests/offload_support/packet.rs"]
 mod packet;
 

@@ -2,11 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use std::collections::HashMap;
+#[path = "offload_support/slow_plan.rs"]
+mod slow_plan;
 
 use loden::offload::gso::{PlanError, Planner, RunKey, RunLimits};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use slow_plan::{cut_by_the_kernel, plan_slowly};
 
 const LIMITS: RunLimits = RunLimits {
     gso: true,
@@ -190,17 +192,6 @@ fn size() -> impl Strategy<Value = u32> {
     prop_oneof![6 => Just(1400_u32), 2 => Just(500_u32), 1 => Just(0_u32), 1 => 1..1500_u32]
 }
 
-/// What UDP_SEGMENT does: cut every `size` bytes.
-fn cut_by_the_kernel(bytes: u32, size: u32) -> Vec<u32> {
-    let mut left = bytes;
-    let mut sizes = Vec::new();
-    while left > 0 {
-        sizes.push(left.min(size));
-        left -= left.min(size);
-    }
-    sizes
-}
-
 fn plan(limits: RunLimits, segments: &[(RunKey, u32)]) -> Vec<Vec<u16>> {
     let mut planner = Planner::new(u16::try_from(segments.len()).unwrap(), 16);
     for &(key, len) in segments {
@@ -211,32 +202,4 @@ fn plan(limits: RunLimits, segments: &[(RunKey, u32)]) -> Vec<Vec<u16>> {
         .iter()
         .map(|run| planner.segments(run).collect())
         .collect()
-}
-
-/// A segment joins the most recent run of its source socket and next hop, if the kernel would cut the
-/// longer run into the same datagrams again.
-fn plan_slowly(limits: RunLimits, segments: &[(RunKey, u32)]) -> Vec<Vec<u16>> {
-    let mut runs: Vec<Vec<u16>> = Vec::new();
-    let mut most_recent: HashMap<(u16, u32), usize> = HashMap::new();
-    for (i, (key, _)) in segments.iter().enumerate() {
-        let i = u16::try_from(i).unwrap();
-        let route = (key.source, key.next_hop);
-        if let Some(&at) = most_recent.get(&route) {
-            let longer: Vec<u16> = runs[at].iter().copied().chain([i]).collect();
-            let sizes: Vec<u32> = longer.iter().map(|&k| segments[usize::from(k)].1).collect();
-            let bytes = sizes.iter().sum();
-            let same_tos = longer
-                .iter()
-                .all(|&k| segments[usize::from(k)].0.tos == key.tos);
-            let fits =
-                longer.len() <= usize::from(limits.max_segments) && bytes <= limits.max_bytes;
-            if same_tos && fits && sizes[0] != 0 && cut_by_the_kernel(bytes, sizes[0]) == sizes {
-                runs[at] = longer;
-                continue;
-            }
-        }
-        most_recent.insert(route, runs.len());
-        runs.push(vec![i]);
-    }
-    runs
 }

@@ -93,7 +93,8 @@ fn flow(packet: &[u8]) -> Option<Flow> {
     (is_v6(packet) && protocol != 58).then_some((addresses, None))
 }
 
-fn may_share_flow(a: &[u8], b: &[u8]) -> bool {
+/// Whether two packets are of one flow, as far as can be told.
+pub fn may_share_flow(a: &[u8], b: &[u8]) -> bool {
     match (flow(a), flow(b)) {
         (Some((a, a_ports)), Some((b, b_ports))) => {
             a == b && (a_ports.is_none() || b_ports.is_none() || a_ports == b_ports)
