@@ -39,13 +39,18 @@ impl Table {
         }
     }
 
-    /// The item of this hash that `is_match` accepts.
+    /// What `accept` makes of the first item of this hash that it accepts.
     #[inline]
-    pub(super) fn find(&self, hash: u32, mut is_match: impl FnMut(u16) -> bool) -> Option<u16> {
-        self.probe(hash)
-            .map_while(|at| self.slots.get(at).filter(|slot| slot.epoch == self.epoch))
-            .find(|slot| slot.hash == hash && is_match(slot.index))
-            .map(|slot| slot.index)
+    pub(super) fn find<T>(&self, hash: u32, mut accept: impl FnMut(u16) -> Option<T>) -> Option<T> {
+        for at in self.probe(hash) {
+            let slot = self.slots.get(at).filter(|slot| slot.epoch == self.epoch)?;
+            if slot.hash == hash
+                && let Some(accepted) = accept(slot.index)
+            {
+                return Some(accepted);
+            }
+        }
+        None
     }
 
     /// Enters an item in the first slot that is empty or whose item `is_closed`; where there is none, takes
@@ -138,16 +143,20 @@ mod tests {
     const OPEN: fn(u16) -> bool = |_| false;
     const CLOSED: fn(u16) -> bool = |_| true;
 
+    fn only(wanted: u16) -> impl Fn(u16) -> Option<u16> {
+        move |index| (index == wanted).then_some(index)
+    }
+
     #[test]
     fn entries_are_found_by_hash_and_match_until_cleared() {
         let mut table = Table::new(16);
         assert_eq!(table.insert(5, 1, OPEN), None);
         assert_eq!(table.insert(5, 2, OPEN), None);
-        assert_eq!(table.find(5, |index| index == 2), Some(2));
-        assert_eq!(table.find(5, |index| index == 3), None);
-        assert_eq!(table.find(5 + 32, |_| true), None);
+        assert_eq!(table.find(5, only(2)), Some(2));
+        assert_eq!(table.find(5, only(3)), None);
+        assert_eq!(table.find(5 + 32, Some), None);
         table.clear();
-        assert_eq!(table.find(5, |_| true), None);
+        assert_eq!(table.find(5, Some), None);
     }
 
     #[test]
@@ -157,8 +166,8 @@ mod tests {
             assert_eq!(table.insert(3, index, OPEN), None);
         }
         assert_eq!(table.insert(3, 8, OPEN), Some(0));
-        assert_eq!(table.find(3, |index| index == 0), None);
-        assert_eq!(table.find(3, |index| index == 8), Some(8));
+        assert_eq!(table.find(3, only(0)), None);
+        assert_eq!(table.find(3, only(8)), Some(8));
     }
 
     #[test]
@@ -166,8 +175,8 @@ mod tests {
         let mut table = Table::new(16);
         table.insert(3, 0, OPEN);
         assert_eq!(table.insert(3, 1, CLOSED), None);
-        assert_eq!(table.find(3, |_| true), Some(1));
-        assert_eq!(table.find(3, |index| index == 0), None);
+        assert_eq!(table.find(3, Some), Some(1));
+        assert_eq!(table.find(3, only(0)), None);
     }
 
     #[test]
@@ -175,7 +184,7 @@ mod tests {
         let mut table = Table::new(16);
         table.insert(31, 0, OPEN);
         table.insert(31, 1, OPEN);
-        assert_eq!(table.find(31, |index| index == 1), Some(1));
+        assert_eq!(table.find(31, only(1)), Some(1));
     }
 
     #[test]
@@ -184,7 +193,7 @@ mod tests {
         table.insert(5, 1, OPEN);
         for _ in 0..=u16::MAX {
             table.clear();
-            assert_eq!(table.find(5, |_| true), None);
+            assert_eq!(table.find(5, Some), None);
         }
     }
 }
