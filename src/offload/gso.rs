@@ -181,16 +181,16 @@ impl Planner {
         }
         let index = u16::try_from(self.next.len()).unwrap_or(NIL);
         let route = (key.source, key.next_hop);
-        let is_match = |at: u16| {
-            self.runs
-                .get(usize::from(at))
-                .is_some_and(|run| run.open && (run.key.source, run.key.next_hop) == route)
+        let open_run = |at: u16| {
+            let run = self.runs.get(usize::from(at)).filter(|run| run.open)?;
+            ((run.key.source, run.key.next_hop) == route).then_some(at)
         };
-        let (hash, found) = if is_match(self.latest) {
-            (None, Some(self.latest))
+        let latest = open_run(self.latest);
+        let (hash, found) = if latest.is_some() {
+            (None, latest)
         } else {
             let hash = route_hash(&key);
-            (Some(hash), self.table.find(hash, is_match))
+            (Some(hash), self.table.find(hash, open_run))
         };
         if let Some(at) = found
             && let Some(run) = self.runs.get_mut(usize::from(at))

@@ -39,13 +39,18 @@ impl Table {
         }
     }
 
-    /// The item of this hash that `is_match` accepts.
+    /// What `accept` makes of the first item of this hash that it accepts.
     #[inline]
-    pub(super) fn find(&self, hash: u32, mut is_match: impl FnMut(u16) -> bool) -> Option<u16> {
-        self.probe(hash)
-            .map_while(|at| self.slots.get(at).filter(|slot| slot.epoch == self.epoch))
-            .find(|slot| slot.hash == hash && is_match(slot.index))
-            .map(|slot| slot.index)
+    pub(super) fn find<T>(&self, hash: u32, mut accept: impl FnMut(u16) -> Option<T>) -> Option<T> {
+        for at in self.probe(hash) {
+            let slot = self.slots.get(at).filter(|slot| slot.epoch == self.epoch)?;
+            if slot.hash == hash
+                && let Some(accepted) = accept(slot.index)
+            {
+                return Some(accepted);
+            }
+        }
+        None
     }
 
     /// Enters an item in the first slot that is empty or whose item `is_closed`; where there is none, takes
@@ -129,4 +134,66 @@ pub(super) const fn mix(hash: u64, word: u64) -> u64 {
 pub(super) const fn finish(hash: u64) -> u32 {
     let [a, b, c, d, ..] = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
     u32::from_be_bytes([a, b, c, d])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPEN: fn(u16) -> bool = |_| false;
+    const CLOSED: fn(u16) -> bool = |_| true;
+
+    fn only(wanted: u16) -> impl Fn(u16) -> Option<u16> {
+        move |index| (index == wanted).then_some(index)
+    }
+
+    #[test]
+    fn entries_are_found_by_hash_and_match_until_cleared() {
+        let mut table = Table::new(16);
+        assert_eq!(table.insert(5, 1, OPEN), None);
+        assert_eq!(table.insert(5, 2, OPEN), None);
+        assert_eq!(table.find(5, only(2)), Some(2));
+        assert_eq!(table.find(5, only(3)), None);
+        assert_eq!(table.find(5 + 32, Some), None);
+        table.clear();
+        assert_eq!(table.find(5, Some), None);
+    }
+
+    #[test]
+    fn a_crowded_neighbourhood_gives_up_its_home_slot() {
+        let mut table = Table::new(16);
+        for index in 0..8 {
+            assert_eq!(table.insert(3, index, OPEN), None);
+        }
+        assert_eq!(table.insert(3, 8, OPEN), Some(0));
+        assert_eq!(table.find(3, only(0)), None);
+        assert_eq!(table.find(3, only(8)), Some(8));
+    }
+
+    #[test]
+    fn a_closed_item_gives_way_before_a_free_slot_is_taken() {
+        let mut table = Table::new(16);
+        table.insert(3, 0, OPEN);
+        assert_eq!(table.insert(3, 1, CLOSED), None);
+        assert_eq!(table.find(3, Some), Some(1));
+        assert_eq!(table.find(3, only(0)), None);
+    }
+
+    #[test]
+    fn the_probes_wrap_around_the_end_of_the_slots() {
+        let mut table = Table::new(16);
+        table.insert(31, 0, OPEN);
+        table.insert(31, 1, OPEN);
+        assert_eq!(table.find(31, only(1)), Some(1));
+    }
+
+    #[test]
+    fn an_entry_does_not_come_back_when_the_epoch_wraps() {
+        let mut table = Table::new(16);
+        table.insert(5, 1, OPEN);
+        for _ in 0..=u16::MAX {
+            table.clear();
+            assert_eq!(table.find(5, Some), None);
+        }
+    }
 }

@@ -182,16 +182,18 @@ impl Coalescer {
         let (hash, found) = self.find(bytes, headers, &bytes_of);
         let candidate = match Candidate::new(bytes, headers, &self.limits) {
             Ok(candidate) => candidate,
-            Err(reason) => return Ok(self.pass(packet, found, reason)),
+            Err(reason) => return Ok(self.pass(packet, found.map(|found| found.at), reason)),
         };
         let mut outcome = Pushed::Opened;
-        if let Some(at) = found {
-            match self.append(at, packet, bytes, &candidate, &bytes_of) {
+        if let Some(found) = found {
+            match self.append(found, packet, bytes, &candidate) {
                 Ok(()) => return Ok(Pushed::Merged),
-                Err(Refusal::Packet(reason)) => return Ok(self.pass(packet, found, reason)),
+                Err(Refusal::Packet(reason)) => {
+                    return Ok(self.pass(packet, Some(found.at), reason));
+                }
                 Err(Refusal::Item(mismatch)) => outcome = Pushed::Reopened(mismatch),
             }
-            self.close(at);
+            self.close(found.at);
         }
         let hash = hash.unwrap_or_else(|| flow_hash(bytes, headers));
         self.open(packet, headers, &candidate, hash);
@@ -220,7 +222,7 @@ impl Coalescer {
         bytes: &[u8],
         headers: Headers,
         bytes_of: &impl Fn(PacketRef) -> &'b [u8],
-    ) -> (Option<u32>, Option<u16>) {
+    ) -> (Option<u32>, Option<Found<'b>>) {
         let fence = if self.fenced {
             self.fences
                 .get(fence_of(bytes, headers.family))
@@ -229,42 +231,35 @@ impl Coalescer {
         } else {
             0
         };
-        let is_match = |at: u16| {
-            self.items.get(usize::from(at)).is_some_and(|item| {
-                item.open
-                    && at >= fence
-                    && self.links.get(usize::from(item.first)).is_some_and(|link| {
-                        rules::same_flow((bytes_of(link.packet), item.headers), (bytes, headers))
-                    })
-            })
+        let open_item = |at: u16| {
+            let item = self
+                .items
+                .get(usize::from(at))
+                .filter(|item| item.open && at >= fence)?;
+            let first = bytes_of(self.links.get(usize::from(item.first))?.packet);
+            rules::same_flow((first, item.headers), (bytes, headers)).then_some(Found { at, first })
         };
-        if is_match(self.latest) {
-            return (None, Some(self.latest));
+        let latest = open_item(self.latest);
+        if latest.is_some() {
+            return (None, latest);
         }
         let hash = flow_hash(bytes, headers);
-        (Some(hash), self.table.find(hash, is_match))
+        (Some(hash), self.table.find(hash, open_item))
     }
 
     /// Appends to an open item of the same flow, if every rule and checksum allows.
     #[inline]
-    fn append<'b>(
+    fn append(
         &mut self,
-        at: u16,
+        Found { at, first }: Found<'_>,
         packet: PacketRef,
         bytes: &[u8],
         candidate: &Candidate,
-        bytes_of: &impl Fn(PacketRef) -> &'b [u8],
     ) -> Result<(), Refusal> {
         let index = self.next_index();
-        let item = self
-            .items
-            .get_mut(usize::from(at))
-            .ok_or(Refusal::Item(Mismatch::Length))?;
-        let first = self
-            .links
-            .get(usize::from(item.first))
-            .ok_or(Refusal::Item(Mismatch::Length))?;
-        let first = bytes_of(first.packet);
+        let Some(item) = self.items.get_mut(usize::from(at)) else {
+            return Err(Refusal::Item(Mismatch::Segments));
+        };
         rules::join(item, first, bytes, candidate, &self.limits).map_err(Refusal::Item)?;
         if !item.verified {
             item.pseudo = rules::pseudo(first, item.headers);
@@ -358,22 +353,25 @@ impl Coalescer {
     /// Keeps later packets from overtaking one whose ports are unknown.
     #[cold]
     fn fence_unknown_flow(&mut self, bytes: &[u8], error: HeaderError) {
-        let may_be_of_a_flow =
-            !matches!(error, HeaderError::NotIp | HeaderError::NotTcpOrUdp { .. });
-        if !may_be_of_a_flow {
+        let is_v6 = bytes.first().is_some_and(|byte| byte >> 4 == 6);
+        let family = if is_v6 { Family::V6 } else { Family::V4 };
+        let is_no_flow = matches!(error, HeaderError::NotIp | HeaderError::NotTcpOrUdp { .. });
+        if is_no_flow || addresses(bytes, family).is_empty() {
             return;
         }
-        let family = if bytes.first().is_some_and(|byte| byte >> 4 == 6) {
-            Family::V6
-        } else {
-            Family::V4
-        };
         let items = u16::try_from(self.items.len()).unwrap_or(NIL);
         if let Some(fence) = self.fences.get_mut(fence_of(bytes, family)) {
             *fence = items;
             self.fenced = true;
         }
     }
+}
+
+/// An open item and its first packet.
+#[derive(Clone, Copy)]
+struct Found<'b> {
+    at: u16,
+    first: &'b [u8],
 }
 
 /// Why an open item did not take a packet: who of the two is at fault.
