@@ -1,0 +1,211 @@
+//! Owns the look at the node before anything is changed: what it has that would compete with the overlay.
+//! Pure; never changes anything.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::kernel::Route;
+use crate::iface::Snapshot;
+
+/// Something on the node that competes with the overlay network. Its text names it, the consequence and the
+/// remedy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    /// A route takes addresses of the overlay elsewhere.
+    #[error(
+        "route {net} on {device} takes part of the overlay network {network} elsewhere: stop the daemon it belongs to, or remove a leftover (ip route del {net} dev {device})"
+    )]
+    Route {
+        /// Its destination.
+        net: IpNet,
+        /// The device it leaves by.
+        device: String,
+        /// The overlay network.
+        network: IpNet,
+        /// It is where the route to the whole network belongs.
+        blocks: bool,
+    },
+    /// The node itself has an address in the overlay, outside of what it leases.
+    #[error(
+        "{device} has the address {addr} inside the overlay network {network}, outside this node's {own}: choose a Network that the nodes do not use"
+    )]
+    Address {
+        /// The device.
+        device: String,
+        /// The address.
+        addr: IpAddr,
+        /// The overlay network.
+        network: IpNet,
+        /// This node's subnet.
+        own: IpNet,
+    },
+    /// The address other nodes send to lies in the overlay, so packets to it would enter the tunnel again.
+    #[error(
+        "the public IP {addr} lies inside the overlay network {network}: choose a Network apart from the nodes' own addresses"
+    )]
+    PublicIp {
+        /// The address.
+        addr: IpAddr,
+        /// The overlay network.
+        network: IpNet,
+    },
+}
+
+impl Conflict {
+    /// Whether nothing can work.
+    #[must_use]
+    pub const fn is_fatal(&self) -> bool {
+        match self {
+            Self::PublicIp { .. } => true,
+            Self::Route { blocks, .. } => *blocks,
+            Self::Address { .. } => false,
+        }
+    }
+}
+
+/// Looks for what competes with `networks`, of which `own` are this node's subnets. The tunnel device does not
+/// exist yet.
+#[must_use]
+pub fn conflicts(
+    snapshot: &Snapshot,
+    routes: &[Route],
+    networks: &[IpNet],
+    own: &[IpNet],
+    public: IpAddr,
+) -> Vec<Conflict> {
+    let mut found = Vec::new();
+    for &network in networks {
+        if network.contains(&public) {
+            let addr = public;
+            found.push(Conflict::PublicIp { addr, network });
+        }
+        let competing = routes.iter().filter(|route| {
+            network.contains(&route.net) && !own.iter().any(|own| own.contains(&route.net))
+        });
+        found.extend(competing.map(|route| {
+            let mut links = snapshot.links.iter();
+            let device = links.find(|link| link.index == route.link);
+            Conflict::Route {
+                net: route.net,
+                device: device.map_or_else(|| route.link.to_string(), |link| link.name.clone()),
+                network,
+                blocks: route.net == network && is_default_metric(route),
+            }
+        }));
+        let Some(&own) = own.iter().find(|own| network.contains(*own)) else {
+            continue;
+        };
+        for link in &snapshot.links {
+            let inside = |addr: &IpAddr| network.contains(addr) && !own.contains(addr);
+            let inside = link.addrs.iter().map(|addr| addr.ip).filter(inside);
+            found.extend(inside.map(|addr| Conflict::Address {
+                device: link.name.clone(),
+                addr,
+                network,
+                own,
+            }));
+        }
+    }
+    found
+}
+
+/// Whether the kernel would give a route without a metric this one's; the two cannot exist side by side.
+const fn is_default_metric(route: &Route) -> bool {
+    match (route.net, route.metric) {
+        (IpNet::V4(_), None | Some(0)) | (IpNet::V6(_), None | Some(1024)) => true,
+        (IpNet::V4(_) | IpNet::V6(_), Some(_)) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::kernel::PROTOCOL_BOOT;
+    use crate::iface::{Address, Link};
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn found(routes: &[(&str, u32)], addrs: &[(&str, &str)], public: &str) -> Vec<String> {
+        let link = |(index, &(name, ip)): (u32, &(&str, &str))| Link {
+            index,
+            name: name.to_owned(),
+            mtu: 1500,
+            addrs: vec![Address {
+                ip: ip.parse().unwrap(),
+                permanent: true,
+                temporary: false,
+                deprecated: false,
+                unverified: false,
+            }],
+        };
+        let snapshot = Snapshot {
+            links: (1..).zip(addrs).map(link).collect(),
+            default_routes: Vec::new(),
+        };
+        let route = |&(dst, link): &(&str, u32)| Route {
+            net: net(dst),
+            link,
+            gateway: None,
+            metric: None,
+            protocol: PROTOCOL_BOOT,
+        };
+        let routes: Vec<Route> = routes.iter().map(route).collect();
+        let networks = [net("198.18.0.0/16"), net("fd00:1::/48")];
+        let own = [net("198.18.3.0/24"), net("fd00:1:0:3::/64")];
+        let public = public.parse().unwrap();
+        let conflicts = conflicts(&snapshot, &routes, &networks, &own, public);
+        conflicts.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn clean_node_with_its_own_pods_has_no_conflict() {
+        let routes = [
+            ("0.0.0.0/0", 1),
+            ("192.0.2.0/24", 1),
+            ("198.18.3.0/24", 2),
+            ("198.18.3.7/32", 2),
+            ("198.16.0.0/12", 1),
+            ("fd00:1:0:3::/64", 2),
+        ];
+        let addrs = [("eth0", "192.0.2.1"), ("cni0", "198.18.3.1")];
+        assert_eq!(found(&routes, &addrs, "192.0.2.1"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn leftover_route_is_named_with_the_command_that_removes_it() {
+        let addrs = [("eth0", "192.0.2.1"), ("flannel.1", "192.0.2.9")];
+        for dst in ["198.18.4.0/24", "198.18.0.0/16", "fd00:1:0:4::/64"] {
+            let conflicts = found(&[(dst, 2)], &addrs, "192.0.2.1");
+            assert_eq!(conflicts.len(), 1, "{dst}");
+            let command = format!("ip route del {dst} dev flannel.1");
+            assert!(conflicts[0].contains(&command), "{conflicts:?}");
+        }
+    }
+
+    #[test]
+    fn address_of_the_node_inside_the_overlay_is_named() {
+        let conflicts = found(&[], &[("docker0", "198.18.77.1")], "192.0.2.1");
+        assert_eq!(conflicts.len(), 1);
+        assert!(conflicts[0].contains("docker0 has the address 198.18.77.1"));
+    }
+
+    #[test]
+    fn public_ip_inside_the_overlay_is_fatal_and_nothing_else_is() {
+        let conflicts = found(&[], &[], "198.18.3.1");
+        assert_eq!(conflicts.len(), 1);
+        assert!(conflicts[0].contains("the public IP 198.18.3.1"));
+        let network = net("198.18.0.0/16");
+        let addr = "198.18.3.1".parse().unwrap();
+        assert!(Conflict::PublicIp { addr, network }.is_fatal());
+        let route = |blocks| Conflict::Route {
+            net: network,
+            device: "eth0".to_owned(),
+            network,
+            blocks,
+        };
+        assert!(route(true).is_fatal() && !route(false).is_fatal());
+    }
+}

@@ -1,0 +1,396 @@
+//! Owns `loden status`: asks the daemon and prints the answer. Never interprets it: the daemon gives the reasons.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::daemon::{SUBNET_FILE, socket_path};
+use crate::debug::socket::{self, Request};
+
+/// Columns of the output, where the longest word allows.
+const WIDTH: usize = 100;
+
+/// Column at which a section's text begins.
+const INDENT: usize = 12;
+
+/// Flags of `loden status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Print the daemon's answer as it is, with every counter
+    #[arg(long)]
+    json: bool,
+
+    /// The daemon's status socket [default: the one beside the subnet file]
+    #[arg(long, value_name = "PATH", value_parser = socket_path, conflicts_with = "subnet_file")]
+    socket: Option<PathBuf>,
+
+    /// The daemon's subnet file
+    #[arg(long, value_name = "FILE", default_value = SUBNET_FILE)]
+    subnet_file: PathBuf,
+}
+
+pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let path = match &args.socket {
+        Some(path) => path.clone(),
+        None => socket::beside(&args.subnet_file),
+    };
+    let answer = socket::ask(&path, Request::Status)
+        .map_err(|error| anyhow::Error::msg(error.to_string()))?;
+    let text = if args.json {
+        format!("{}\n", serde_json::to_string_pretty(&answer)?)
+    } else {
+        render(&answer)
+    };
+    match io::stdout().write_all(text.as_bytes()) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// The human form of the daemon's answer.
+fn render(answer: &Value) -> String {
+    let mut page = Page::default();
+    let at = |path: &str| answer.pointer(path).unwrap_or(&Value::Null);
+    let text = |path: &str| plain(at(path));
+
+    let state = match at("/down").as_str() {
+        Some(why) => format!("DOWN: {}", clean(why)),
+        None => "ready".to_owned(),
+    };
+    page.section(
+        "loden",
+        &format!(
+            "{}, pid {}, up {}, data plane reopened {} times: {state}",
+            text("/version"),
+            text("/pid"),
+            duration(count(at("/uptime_seconds"))),
+            text("/reopened"),
+        ),
+    );
+    page.section(
+        "interface",
+        &format!(
+            "{} with {}, MTU {}: {}",
+            text("/interface/name"),
+            text("/interface/addr"),
+            text("/interface/mtu"),
+            text("/interface/reason"),
+        ),
+    );
+    for candidate in list(at("/candidates")).filter(|one| one["chosen"] != true) {
+        let (name, why) = (plain(&candidate["name"]), plain(&candidate["why"]));
+        page.section("", &format!("not {name}: {why}"));
+    }
+    let expires = match at("/lease/expires_in_seconds").as_u64() {
+        Some(left) => format!("for another {} unless renewed", duration(left)),
+        None => "for ever".to_owned(),
+    };
+    page.section(
+        "lease",
+        &format!(
+            "{} of {}, {expires}; public IP {}; written to {}",
+            text("/lease/subnets"),
+            text("/lease/networks"),
+            text("/lease/public"),
+            text("/subnet_file"),
+        ),
+    );
+    let device = at("/device");
+    let device = if device.is_null() {
+        "none".to_owned()
+    } else {
+        format!(
+            "{} {}, MTU {}, queue {} packets, {} dropped by the kernel because the queue was full",
+            plain(&device["name"]),
+            if device["up"] == true { "up" } else { "DOWN" },
+            plain(&device["mtu"]),
+            plain(&device["tx_queue_len"]),
+            plain(&device["tx_dropped"]),
+        )
+    };
+    page.section("device", &device);
+    let workers = list(at("/datapath/workers")).count();
+    page.section(
+        "engine",
+        &format!(
+            "{}, {workers} workers, bound to {}",
+            text("/datapath/engine"),
+            text("/bind")
+        ),
+    );
+    let (used, unused): (Vec<_>, Vec<_>) =
+        list(at("/datapath/capabilities")).partition(|one| one["used"] == true);
+    let used: Vec<String> = used.iter().map(|one| plain(&one["name"])).collect();
+    page.section("uses", &used.join(", "));
+    for one in unused {
+        let (name, why) = (plain(&one["name"]), plain(&one["reason"]));
+        page.section("", &format!("not {name}: {why}"));
+    }
+    let limits = at("/datapath/limits").as_object().into_iter().flatten();
+    let limits: Vec<String> = limits
+        .map(|(name, value)| format!("{} {}", clean(name), plain(value)))
+        .collect();
+    page.section("limits", &limits.join(", "));
+    page.blank();
+    traffic(&mut page, answer);
+    peers(&mut page, at("/peers"));
+    drops(&mut page, at("/drops"));
+    for (title, entries) in [("refused", at("/refused")), ("conflicts", at("/conflicts"))] {
+        if list(entries).next().is_some() {
+            page.blank();
+        }
+        for (nth, entry) in list(entries).enumerate() {
+            let line = match entry.as_str() {
+                Some(line) => clean(line),
+                None => format!("{}: {}", plain(&entry["what"]), plain(&entry["why"])),
+            };
+            page.section(if nth == 0 { title } else { "" }, &line);
+        }
+    }
+    page.text
+}
+
+fn traffic(page: &mut Page, answer: &Value) {
+    page.row([
+        "packets",
+        "read",
+        "sent",
+        "answered",
+        "dropped",
+        "read bytes",
+    ]);
+    let mut lines = |name: &str, worker: &Value| {
+        for direction in ["encap", "decap"] {
+            let counters = &worker[direction];
+            let drops = counters["drops"].as_object().into_iter().flatten();
+            let dropped: u64 = drops.map(|(_, value)| count(value)).sum();
+            page.row([
+                &format!("{name} {direction}"),
+                &plain(&counters["read"]),
+                &plain(&counters["sent"]),
+                &plain(&counters["answered"]),
+                &dropped.to_string(),
+                &plain(&counters["read_bytes"]),
+            ]);
+        }
+    };
+    lines("all", &answer["datapath"]["total"]);
+    let workers: Vec<&Value> = list(&answer["datapath"]["workers"]).collect();
+    if workers.len() > 1 {
+        for (nth, worker) in workers.iter().enumerate() {
+            lines(&format!("worker {nth}"), worker);
+        }
+    }
+    page.blank();
+}
+
+fn peers(page: &mut Page, peers: &Value) {
+    page.row([
+        "peers", "endpoint", "sent", "received", "dropped", "path MTU",
+    ]);
+    for peer in list(peers) {
+        let or = |value: &Value, none: &str| match value.is_null() {
+            true => none.to_owned(),
+            false => plain(value),
+        };
+        let path_mtu = or(&peer["path_mtu"], "-");
+        let endpoint = or(&peer["endpoint"], "unreachable");
+        page.row([
+            &plain(&peer["subnets"]),
+            &endpoint,
+            &plain(&peer["sent"]),
+            &plain(&peer["received"]),
+            &plain(&peer["dropped"]),
+            &path_mtu,
+        ]);
+        if let Some(why) = peer["gso_withdrawn"].as_str() {
+            page.section("", &format!("UDP GSO given up: {}", clean(why)));
+        }
+    }
+}
+
+fn drops(page: &mut Page, drops: &Value) {
+    let happened = |drop: &&Value| count(&drop["encap"]) > 0 || count(&drop["decap"]) > 0;
+    let drops: Vec<&Value> = list(drops).filter(happened).collect();
+    if drops.is_empty() {
+        return;
+    }
+    page.blank();
+    for (nth, drop) in drops.iter().enumerate() {
+        let line = format!(
+            "{}: {} encap, {} decap: {}",
+            plain(&drop["reason"]),
+            plain(&drop["encap"]),
+            plain(&drop["decap"]),
+            plain(&drop["remedy"])
+        );
+        page.section(if nth == 0 { "drops" } else { "" }, &line);
+    }
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn count(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+/// A value as words: texts without quotes, lists with commas, nothing for null.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => clean(text),
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(plain).collect();
+            items.join(", ")
+        }
+        other @ (Value::Bool(_) | Value::Number(_) | Value::Object(_)) => other.to_string(),
+    }
+}
+
+/// Names in the answer come from files that others write: nothing in them reaches the terminal as a command.
+fn clean(text: &str) -> String {
+    let safe = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().map(safe).collect()
+}
+
+fn duration(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m{}s", seconds % 60),
+        (0, _, _) => format!("{hours}h{minutes}m"),
+        _ => format!("{days}d{hours}h"),
+    }
+}
+
+/// Text that is laid out line by line.
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    /// A title and its text, wrapped at [`WIDTH`] behind the title.
+    fn section(&mut self, title: &str, text: &str) {
+        let mut line = format!("{title:INDENT$}");
+        let mut empty = true;
+        for word in text.split_whitespace() {
+            if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
+                self.line(&line);
+                line = " ".repeat(INDENT);
+                empty = true;
+            }
+            if !empty {
+                line.push(' ');
+            }
+            line.push_str(word);
+            empty = false;
+        }
+        self.line(&line);
+    }
+
+    /// A row of the tables: two wide columns and four of numbers.
+    fn row(&mut self, cells: [&str; 6]) {
+        let [name, second, numbers @ ..] = cells;
+        let mut line = format!("{name:20} {second:>23}");
+        for number in numbers {
+            // Writing to a string cannot fail.
+            let _infallible = write!(line, " {number:>13}");
+        }
+        self.line(&line);
+    }
+
+    fn line(&mut self, line: &str) {
+        self.text.push_str(line.trim_end());
+        self.text.push('\n');
+    }
+
+    fn blank(&mut self) {
+        self.text.push('\n');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn answer() -> Value {
+        json!({
+            "version": "9.9.9", "pid": 42, "uptime_seconds": 3723, "down": null, "reopened": 0,
+            "subnet_file": "/run/flannel/subnet.env",
+            "interface": {"name": "eth0", "addr": "192.0.2.1", "mtu": 1500, "reason": "it was named"},
+            "candidates": [
+                {"name": "eth0", "chosen": true, "why": "it was named"},
+                {"name": "lo", "chosen": false, "why": "no usable IPv4 address (127.0.0.1 is loopback)"},
+            ],
+            "bind": "192.0.2.1:8285",
+            "lease": {"subnets": ["198.18.3.0/24"], "networks": ["198.18.0.0/16"],
+                      "public": "192.0.2.1", "expires_in_seconds": 86_300},
+            "device": {"name": "flannel0", "up": true, "mtu": 1472, "tx_queue_len": 1000, "tx_dropped": 7},
+            "peers": [{"subnets": ["198.18.4.0/24"], "endpoint": "192.0.2.2:8285", "sent": 18_446_744_073_u64,
+                       "received": 2, "dropped": 0, "path_mtu": 1400, "gso_withdrawn": "EIO"}],
+            "refused": [{"what": "lease \u{1b}[31m", "why": "it overlaps our own"}],
+            "conflicts": ["route 198.18.9.0/24 on eth1 takes part of it elsewhere"],
+            "drops": [
+                {"reason": "no_route", "encap": 3, "decap": 0, "remedy": "check that a lease exists"},
+                {"reason": "malformed", "encap": 0, "decap": 0, "remedy": "find the sender"},
+            ],
+            "datapath": {
+                "engine": "mmsg", "limits": {"rcvbuf": 4_194_304},
+                "capabilities": [{"name": "udp-gso", "used": true},
+                                 {"name": "tun-uso4", "used": false, "reason": "kernel too old"}],
+                "workers": [{}, {}],
+                "total": {"encap": {"read": 10, "sent": 7, "answered": 0, "drops": {"no_route": 3},
+                                    "read_bytes": 640}, "decap": {}},
+            },
+        })
+    }
+
+    #[test]
+    fn every_fact_of_the_answer_is_printed_within_the_width() {
+        let text = render(&answer());
+        for fact in [
+            "9.9.9, pid 42, up 1h2m",
+            "eth0 with 192.0.2.1, MTU 1500: it was named",
+            "not lo: no usable",
+            "198.18.3.0/24 of 198.18.0.0/16, for another 23h58m",
+            "7 dropped by the kernel",
+            "mmsg, 2 workers",
+            "not tun-uso4: kernel too old",
+            "rcvbuf 4194304",
+            "192.0.2.2:8285",
+            "18446744073",
+            "UDP GSO given up: EIO",
+            "no_route: 3 encap, 0 decap: check that a lease exists",
+            "it overlaps our own",
+            "route 198.18.9.0/24 on eth1",
+        ] {
+            assert!(text.contains(fact), "{fact:?} is missing in:\n{text}");
+        }
+        for line in text.lines() {
+            assert!(line.chars().count() <= WIDTH, "too wide: {line}");
+        }
+    }
+
+    #[test]
+    fn reasons_without_drops_are_left_out_and_control_characters_never_printed() {
+        let text = render(&answer());
+        assert!(!text.contains("malformed"), "{text}");
+        assert!(!text.contains('\u{1b}'), "{text:?}");
+    }
+
+    #[test]
+    fn data_plane_that_is_down_is_shown_with_its_reason_and_an_empty_answer_does_no_harm() {
+        let mut down = answer();
+        down["down"] = "device flannel0 was removed".into();
+        assert!(render(&down).contains("DOWN: device flannel0 was removed"));
+        assert!(render(&json!({})).contains("loden"));
+    }
+}

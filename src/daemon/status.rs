@@ -1,0 +1,203 @@
+//! Owns the document that `loden status` shows. Never changes anything.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::SystemTime;
+
+use ipnet::IpNet;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Daemon;
+use super::session::Session;
+use crate::backend::kernel::{Kernel, Link};
+use crate::backend::udp;
+use crate::datapath::{self, DropReason};
+use crate::iface::{Candidate, Choice};
+use crate::store::LeaseStore;
+
+#[derive(Serialize)]
+struct Document<'a> {
+    version: &'static str,
+    pid: u32,
+    uptime_seconds: u64,
+    /// The tunnel carries packets.
+    ready: bool,
+    /// Why not.
+    down: Option<&'a str>,
+    /// How often the data plane was opened again.
+    reopened: u64,
+    subnet_file: String,
+    interface: &'a Choice,
+    candidates: &'a [Candidate],
+    /// Where the tunnel is bound.
+    bind: SocketAddr,
+    lease: LeaseDocument,
+    device: Option<DeviceDocument>,
+    peers: Vec<PeerDocument>,
+    /// Leases and files that are not used, and why.
+    refused: Vec<RefusedDocument>,
+    /// What on the node competes with the overlay, or changed under it.
+    conflicts: Vec<String>,
+    /// Every reason for a drop, with both directions' counts.
+    drops: Vec<DropDocument>,
+    datapath: datapath::Status,
+}
+
+#[derive(Serialize)]
+struct LeaseDocument {
+    subnets: Vec<IpNet>,
+    networks: Vec<IpNet>,
+    public: IpAddr,
+    mtu: u16,
+    /// By the wall clock; none for a reservation.
+    expires_in_seconds: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct DeviceDocument {
+    name: String,
+    mtu: u32,
+    up: bool,
+    tx_queue_len: u32,
+    tx_dropped: u64,
+}
+
+#[derive(Serialize)]
+struct PeerDocument {
+    subnets: Vec<IpNet>,
+    public: Option<IpAddr>,
+    endpoint: Option<SocketAddr>,
+    ecn: bool,
+    sent: u64,
+    received: u64,
+    dropped: u64,
+    path_mtu: Option<u16>,
+    gso_withdrawn: Option<String>,
+}
+
+#[derive(Serialize)]
+struct RefusedDocument {
+    what: String,
+    why: String,
+}
+
+#[derive(Serialize)]
+struct DropDocument {
+    reason: &'static str,
+    encap: u64,
+    decap: u64,
+    remedy: &'static str,
+}
+
+/// The daemon at this moment.
+pub(super) async fn document<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    expires: Option<SystemTime>,
+) -> Value {
+    let registration = &session.registration;
+    let tunnel = session.tunnel.as_ref();
+    let datapath = tunnel.map(|tunnel| tunnel.status()).unwrap_or_default();
+    let link = match tunnel {
+        Some(tunnel) => daemon.kernel.link_at(tunnel.index).await.ok().flatten(),
+        None => None,
+    };
+    let left = |end: SystemTime| end.duration_since(SystemTime::now()).unwrap_or_default();
+    let document = Document {
+        version: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+        uptime_seconds: daemon.started.elapsed().as_secs(),
+        ready: tunnel.is_some(),
+        down: session.down.as_deref(),
+        reopened: daemon.reopened,
+        subnet_file: daemon.options.subnet_file.display().to_string(),
+        interface: &registration.choice,
+        candidates: &registration.candidates,
+        bind: registration.underlay.bind,
+        lease: LeaseDocument {
+            subnets: udp::nets(&registration.lease.subnets),
+            networks: udp::networks(&registration.config),
+            public: registration.choice.public,
+            mtu: registration.underlay.mtu.get(),
+            expires_in_seconds: expires.map(|end| left(end).as_secs()),
+        },
+        device: link.map(device),
+        peers: peers(session, &datapath),
+        refused: refused(session),
+        conflicts: registration
+            .conflicts
+            .iter()
+            .map(ToString::to_string)
+            .chain(session.moved.clone())
+            .collect(),
+        drops: drops(&datapath.total),
+        datapath,
+    };
+    // Every field is a number, a text or a list of them, and every key is a text.
+    serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
+}
+
+fn device(link: Link) -> DeviceDocument {
+    DeviceDocument {
+        name: link.name,
+        mtu: link.mtu,
+        up: link.up,
+        tx_queue_len: link.tx_queue_len,
+        tx_dropped: link.tx_dropped,
+    }
+}
+
+fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
+    let counters: std::collections::HashMap<SocketAddr, &datapath::status::Peer> = datapath
+        .peers
+        .iter()
+        .map(|peer| (peer.addr, peer))
+        .collect();
+    let leases = session.peers.leases();
+    let peer = |lease: &crate::lease::Lease| {
+        let endpoint = session.registration.underlay.endpoint_of(&lease.attrs);
+        let seen = endpoint.and_then(|addr| counters.get(&addr));
+        PeerDocument {
+            subnets: udp::nets(&lease.subnets),
+            public: lease.attrs.node(),
+            endpoint,
+            ecn: lease.extension.ecn,
+            sent: seen.map_or(0, |peer| peer.sent),
+            received: seen.map_or(0, |peer| peer.received),
+            dropped: seen.map_or(0, |peer| peer.dropped),
+            path_mtu: seen.and_then(|peer| peer.path_mtu),
+            gso_withdrawn: seen.and_then(|peer| peer.gso_withdrawn.clone()),
+        }
+    };
+    leases.map(peer).collect()
+}
+
+fn refused(session: &Session) -> Vec<RefusedDocument> {
+    let family = session.registration.underlay.bind.ip();
+    let leases = session.peers.refused().map(|refused| RefusedDocument {
+        what: format!("lease {}", refused.lease.subnets),
+        why: refused.reason.to_string(),
+    });
+    let unreachable = session.unreachable.iter().map(|lease| RefusedDocument {
+        what: format!("lease {}", lease.subnets),
+        why: format!("it publishes no address of the family of {family}"),
+    });
+    let files = session.problems.iter().map(|problem| RefusedDocument {
+        what: problem.subject.clone(),
+        why: problem.cause.to_string(),
+    });
+    leases.chain(unreachable).chain(files).collect()
+}
+
+fn drops(total: &datapath::status::Worker) -> Vec<DropDocument> {
+    let count = |counters: &datapath::status::Counters, reason: DropReason| {
+        counters.drops.get(reason.name()).copied().unwrap_or(0)
+    };
+    let drop = |&reason: &DropReason| DropDocument {
+        reason: reason.name(),
+        encap: count(&total.encap, reason),
+        decap: count(&total.decap, reason),
+        remedy: reason.remedy(),
+    };
+    DropReason::ALL.iter().map(drop).collect()
+}

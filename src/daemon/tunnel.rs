@@ -1,0 +1,130 @@
+//! Owns the open data plane: from settings to running workers, and back. Never decides when to open it again.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::register::Registration;
+use super::{DaemonError, Options};
+use crate::backend::kernel::{Kernel, KernelError};
+use crate::backend::reconcile::{self, Outcome, reconcile};
+use crate::backend::udp;
+use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
+
+/// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
+const EVENTS: usize = 1024;
+
+/// What the workers say.
+pub(super) struct Events {
+    /// Worth a log line.
+    pub(super) news: mpsc::Receiver<Event>,
+    /// The data plane is at its end. One is enough, so none is ever lost to a flood of news.
+    pub(super) fatal: mpsc::Receiver<Event>,
+}
+
+/// A running data plane and its configured device. Dropping it drains and stops the workers and takes the device
+/// away.
+pub(super) struct Tunnel {
+    /// Some until it is dropped.
+    datapath: Option<Datapath>,
+    pub(super) device: String,
+    pub(super) index: u32,
+    pub(super) desired: reconcile::Desired,
+    pub(super) events: Events,
+}
+
+impl Tunnel {
+    /// Opens the data plane, configures the device, publishes `routes` and starts the workers.
+    pub(super) async fn open(
+        options: &Options,
+        registration: &Registration,
+        kernel: &impl Kernel,
+        routes: &[PeerRoute],
+    ) -> Result<Self, DaemonError> {
+        let begun = Instant::now();
+        let (on_event, events) = event_channels();
+        let subnets = &registration.lease.subnets;
+        let datapath = Datapath::open(Settings {
+            engine: options.engine,
+            workers: options.workers,
+            pin: options.pin,
+            device: udp::DEVICE.to_owned(),
+            bind: registration.underlay.bind,
+            mtu: registration.underlay.mtu,
+            source_check: udp::source_check(&registration.backend),
+            source_port: udp::source_port(&registration.backend),
+            local: udp::local(subnets, &registration.choice),
+            on_event,
+        })?;
+        let device = datapath.device().to_owned();
+        let vanished = || DaemonError::DeviceVanished(device.clone());
+        let link = kernel.link(&device).await?.ok_or_else(vanished)?;
+        let mut tunnel = Self {
+            datapath: Some(datapath),
+            index: link.index,
+            desired: udp::device(&registration.config, &registration.underlay, subnets),
+            events,
+            device,
+        };
+        match tunnel.repair(kernel).await? {
+            Outcome::Gone => return Err(DaemonError::DeviceVanished(tunnel.device.clone())),
+            Outcome::Done(actions) => tracing::debug!(?actions, "device configured"),
+        }
+        if let Some(datapath) = &mut tunnel.datapath {
+            datapath.publish(routes);
+            datapath.start().map_err(DaemonError::Workers)?;
+        }
+        tracing::info!(
+            "tunnel {} is up: bound to {}, MTU {}, {} peer routes, after {:?}",
+            tunnel.device,
+            registration.underlay.bind,
+            registration.underlay.mtu,
+            routes.len(),
+            begun.elapsed()
+        );
+        Ok(tunnel)
+    }
+
+    /// Brings the device back to what it should be.
+    pub(super) async fn repair(&self, kernel: &impl Kernel) -> Result<Outcome, KernelError> {
+        reconcile(kernel, self.index, &self.desired).await
+    }
+
+    pub(super) fn publish(&self, routes: &[PeerRoute]) {
+        if let Some(datapath) = &self.datapath {
+            datapath.publish(routes);
+        }
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let status = self.datapath.as_ref().map(Datapath::status);
+        status.unwrap_or_default()
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        if let Some(datapath) = self.datapath.take() {
+            datapath.stop();
+        }
+    }
+}
+
+fn event_channels() -> (Arc<dyn Fn(Event) + Send + Sync>, Events) {
+    let (news_sender, news) = mpsc::channel(EVENTS);
+    let (fatal_sender, fatal) = mpsc::channel(1);
+    let on_event = move |event: Event| {
+        let place = match event {
+            Event::DeviceGone { .. } | Event::WorkerDied { .. } => &fatal_sender,
+            Event::CapabilityWithdrawn { .. }
+            | Event::CapabilityRestored { .. }
+            | Event::FirstDrop { .. }
+            | Event::PathMtu { .. }
+            | Event::PeerRefused { .. } => &news_sender,
+        };
+        // Full or closed: a worker must not wait, and the counters tell what a lost line would have.
+        let _lost = place.try_send(event);
+    };
+    (Arc::new(on_event), Events { news, fatal })
+}

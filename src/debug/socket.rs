@@ -1,0 +1,291 @@
+//! Owns the status socket: one line of JSON in, one line of JSON out. Never answers anybody but root and the
+//! daemon's own user, and never waits for a client longer than [`PATIENCE`].
+
+use std::ffi::OsString;
+use std::fs::{self, Permissions};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+
+/// The longest path a socket may have: `sun_path` of unix(7), less the final zero.
+pub const MAX_PATH: usize = 107;
+
+/// How long a client may take to send its request, or to read the answer.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The longest request read, in bytes.
+const MAX_REQUEST: u64 = 4096;
+
+/// The longest answer a client reads: 5000 peers at about 400 bytes, with room to spare.
+const MAX_ANSWER: u64 = 16 << 20;
+
+/// Clients served at a time; further ones are turned away.
+const MAX_CLIENTS: usize = 8;
+
+/// What a client may ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "query", rename_all = "kebab-case")]
+pub enum Request {
+    /// Everything there is to know.
+    Status,
+}
+
+/// A request with the place for its answer.
+#[derive(Debug)]
+pub struct Asked {
+    /// What is asked.
+    pub request: Request,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Value>,
+}
+
+/// Why there is no status socket, or no answer from it.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// No socket can have such a path.
+    #[error("{}: longer than the {MAX_PATH} bytes a socket's path may have: give a shorter one with --status-socket", .0.display())]
+    TooLong(PathBuf),
+    /// Somebody else answers there.
+    #[error("{}: another process listens there: stop it, or give another path with --status-socket", .0.display())]
+    InUse(PathBuf),
+    /// There is something that is no socket.
+    #[error("{}: exists and is not a socket: remove it, or give another path with --status-socket", .0.display())]
+    NotASocket(PathBuf),
+    /// Nobody listens.
+    #[error("no daemon answers at {}: is it running, with this --subnet-file or --status-socket? ({source})", path.display())]
+    NoDaemon {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The daemon's answer makes no sense.
+    #[error("{}: the daemon's answer cannot be read: {reason}", path.display())]
+    BadAnswer {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Any other step.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+/// The socket's place by default: beside the subnet file, `subnet.sock` for `subnet.env`.
+#[must_use]
+pub fn beside(subnet_file: &Path) -> PathBuf {
+    if subnet_file.extension().is_some_and(|ext| ext == "env") {
+        return subnet_file.with_extension("sock");
+    }
+    let mut name = OsString::from(subnet_file.as_os_str());
+    name.push(".sock");
+    name.into()
+}
+
+/// Whether a socket can have this path.
+///
+/// # Errors
+///
+/// [`SocketError::TooLong`].
+pub fn check_path(path: &Path) -> Result<(), SocketError> {
+    if path.as_os_str().as_bytes().len() > MAX_PATH {
+        return Err(SocketError::TooLong(path.to_owned()));
+    }
+    Ok(())
+}
+
+/// A bound socket; dropping it removes it from the file system.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    /// Device and inode, to remove only what is ours.
+    identity: (u64, u64),
+    serving: tokio::task::JoinHandle<()>,
+}
+
+impl Server {
+    /// Binds the socket, mode 0600, in the place of one that nobody listens to any more, and serves it in a
+    /// task of the current runtime. Requests go to `asked`.
+    ///
+    /// # Errors
+    ///
+    /// [`SocketError`]; nothing is left behind.
+    pub fn start(path: &Path, asked: mpsc::Sender<Asked>) -> Result<Self, SocketError> {
+        check_path(path)?;
+        let failed = |action| {
+            move |source| SocketError::Io {
+                path: path.to_owned(),
+                action,
+                source,
+            }
+        };
+        match fs::symlink_metadata(path) {
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(SocketError::NotASocket(path.to_owned()));
+            }
+            Ok(_) if BlockingStream::connect(path).is_ok() => {
+                return Err(SocketError::InUse(path.to_owned()));
+            }
+            Ok(_) => fs::remove_file(path).map_err(failed("remove the stale socket"))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("look at it")(error)),
+        }
+        let listener = UnixListener::bind(path).map_err(failed("bind it"))?;
+        // Until here the umask decides who may connect; every client's user is checked in any case.
+        let restricted = fs::set_permissions(path, Permissions::from_mode(0o600))
+            .and_then(|()| fs::symlink_metadata(path));
+        let meta = match restricted {
+            Ok(meta) => meta,
+            Err(source) => {
+                // The error that matters is the one above.
+                let _leftover = fs::remove_file(path);
+                return Err(failed("restrict it")(source));
+            }
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            identity: (meta.dev(), meta.ino()),
+            serving: tokio::spawn(serve(listener, asked)),
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.serving.abort();
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "status socket stays behind");
+        }
+    }
+}
+
+async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
+    let slots = Arc::new(Semaphore::new(MAX_CLIENTS));
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: there is nothing to do but let some be closed.
+                tracing::debug!(%error, "status socket cannot accept");
+                tokio::time::sleep(PATIENCE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            continue;
+        };
+        let asked = asked.clone();
+        tokio::spawn(async move {
+            if let Err(error) = converse(stream, &asked).await {
+                tracing::debug!(%error, "status client went away");
+            }
+            drop(slot);
+        });
+    }
+}
+
+async fn converse(mut stream: UnixStream, asked: &mpsc::Sender<Asked>) -> io::Result<()> {
+    let peer = stream.peer_cred()?.uid();
+    if peer != 0 && peer != nix::unistd::geteuid().as_raw() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let (reader, mut writer) = stream.split();
+    let mut line = String::new();
+    let mut reader = tokio::io::BufReader::new(reader.take(MAX_REQUEST));
+    timeout(PATIENCE, reader.read_line(&mut line)).await??;
+    let mut answer = match serde_json::from_str(&line) {
+        Ok(request) => {
+            let (answer, answered) = oneshot::channel();
+            let waited = async {
+                asked.send(Asked { request, answer }).await.ok()?;
+                answered.await.ok()
+            };
+            let answer = timeout(PATIENCE, waited).await.ok().flatten();
+            answer.unwrap_or_else(|| error("the daemon is busy, or has no lease: try again"))
+        }
+        Err(e) => error(&format!(
+            "no request I know: {e}: send {{\"query\":\"status\"}}"
+        )),
+    }
+    .to_string();
+    answer.push('\n');
+    timeout(PATIENCE, writer.write_all(answer.as_bytes())).await?
+}
+
+fn error(text: &str) -> Value {
+    serde_json::json!({ "error": text })
+}
+
+/// Asks the daemon at `path`.
+///
+/// # Errors
+///
+/// [`SocketError`]; also if the daemon answers with an error.
+pub fn ask(path: &Path, request: Request) -> Result<Value, SocketError> {
+    check_path(path)?;
+    let failed = |action| {
+        move |source| SocketError::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        }
+    };
+    let bad = |reason: String| SocketError::BadAnswer {
+        path: path.to_owned(),
+        reason,
+    };
+    let mut stream = BlockingStream::connect(path).map_err(|source| SocketError::NoDaemon {
+        path: path.to_owned(),
+        source,
+    })?;
+    // The daemon's own patience, and as much again for what it does in between.
+    let patience = Some(2 * PATIENCE);
+    stream
+        .set_read_timeout(patience)
+        .and_then(|()| stream.set_write_timeout(patience))
+        .map_err(failed("limit the wait for it"))?;
+    let mut line = serde_json::to_string(&request).map_err(|e| bad(e.to_string()))?;
+    line.push('\n');
+    stream
+        .write_all(line.as_bytes())
+        .map_err(failed("send the request"))?;
+    let mut answer = String::new();
+    BufReader::new(stream.take(MAX_ANSWER))
+        .read_line(&mut answer)
+        .map_err(failed("read the answer"))?;
+    let answer: Value = serde_json::from_str(&answer).map_err(|e| {
+        bad(if answer.is_empty() {
+            "it hung up: only root and its own user are answered, a few at a time".to_owned()
+        } else {
+            e.to_string()
+        })
+    })?;
+    match answer.get("error").and_then(Value::as_str) {
+        Some(error) => Err(bad(error.to_owned())),
+        None => Ok(answer),
+    }
+}
+
+#[cfg(test)]
+mod tests;

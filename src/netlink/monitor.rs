@@ -1,0 +1,123 @@
+//! Owns the subscription to the kernel's notifications. Never interprets them beyond what they are about: a
+//! notification is a hint, and a lost one becomes [`Change::Everything`].
+
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use netlink_packet_route::RouteNetlinkMessage;
+use nix::sys::socket::{setsockopt, sockopt};
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::sys::{AsyncSocket as _, SocketAddr};
+use rtnetlink::{Handle, MulticastGroup};
+use tokio::sync::mpsc;
+
+use super::decode;
+use crate::backend::kernel::{Change, KernelError};
+
+const GROUPS: &[MulticastGroup] = &[
+    MulticastGroup::Link,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv6Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Ipv6Route,
+];
+
+/// Room for notifications that arrive in a burst, such as the deletion of a link with thousands of routes at
+/// about 200 bytes each; past it the kernel reports an overrun.
+const RECEIVE_BUFFER: usize = 4 << 20;
+
+/// Wait before a subscription that ended is made anew.
+const RESUBSCRIBE_AFTER: Duration = Duration::from_secs(1);
+
+type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
+
+/// Subscribes, and reports until the receiver is dropped.
+pub(super) fn start() -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
+    let subscription = subscribe()?;
+    let (changes, receiver) = mpsc::unbounded_channel();
+    tokio::spawn(report(subscription, changes));
+    Ok(receiver)
+}
+
+/// The handle keeps the connection open.
+fn subscribe() -> Result<(Handle, impl Stream<Item = Message> + Unpin + Send + 'static), KernelError>
+{
+    let (mut connection, handle, messages) =
+        rtnetlink::new_multicast_connection(GROUPS).map_err(|source| KernelError {
+            operation: "subscribe to netlink notifications".to_owned(),
+            source,
+        })?;
+    let socket = connection.socket_mut().socket_mut();
+    if let Err(error) = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER) {
+        tracing::debug!(%error, "netlink receive buffer stays small: overruns are repaired by looking again");
+    }
+    tokio::spawn(connection);
+    Ok((handle, messages))
+}
+
+async fn report(
+    subscription: (Handle, impl Stream<Item = Message> + Unpin),
+    changes: mpsc::UnboundedSender<Change>,
+) {
+    forward(subscription, &changes).await;
+    while !changes.is_closed() {
+        tracing::debug!("netlink subscription ended, making a new one");
+        tokio::select! {
+            () = changes.closed() => return,
+            () = tokio::time::sleep(RESUBSCRIBE_AFTER) => {}
+        }
+        match subscribe() {
+            Ok(subscription) if changes.send(Change::Everything).is_ok() => {
+                forward(subscription, &changes).await;
+            }
+            Ok(_) => return,
+            Err(error) => tracing::debug!(%error, "no netlink subscription yet"),
+        }
+    }
+}
+
+/// Returns when the subscription or the interest in it has ended.
+async fn forward(
+    (_handle, mut messages): (Handle, impl Stream<Item = Message> + Unpin),
+    changes: &mpsc::UnboundedSender<Change>,
+) {
+    loop {
+        let message = tokio::select! {
+            () = changes.closed() => return,
+            message = messages.next() => message,
+        };
+        let Some((message, _from)) = message else {
+            return;
+        };
+        if let Some(change) = interpret(message)
+            && changes.send(change).is_err()
+        {
+            return;
+        }
+    }
+}
+
+fn interpret(message: NetlinkMessage<RouteNetlinkMessage>) -> Option<Change> {
+    use RouteNetlinkMessage as Message;
+    if matches!(message.payload, NetlinkPayload::Overrun(_)) {
+        return Some(Change::Everything);
+    }
+    let NetlinkPayload::InnerMessage(inner) = message.payload else {
+        return None;
+    };
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "an answer, or about something else"
+    )]
+    match inner {
+        Message::NewLink(link) | Message::DelLink(link) => Some(Change::Link(link.header.index)),
+        Message::NewAddress(address) | Message::DelAddress(address) => {
+            Some(Change::Address(address.header.index))
+        }
+        Message::NewRoute(route) | Message::DelRoute(route) => {
+            let routes = decode::routes(&route);
+            routes.first().map(|route| Change::Route(route.net))
+        }
+        _ => None,
+    }
+}

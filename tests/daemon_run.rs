@@ -1,0 +1,656 @@
+//! The real daemon in namespaces of its own: what it promises at start, while it runs and at its end, and how
+//! it answers misuse. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
+#[path = "common/ns.rs"]
+mod ns;
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use loden::lab::{Interrupt, wait};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use ns::Ns;
+use serde_json::Value;
+use tempfile::TempDir;
+
+const LODEN: &str = env!("CARGO_BIN_EXE_loden");
+
+/// Only a failing test waits this long.
+const LIMIT: Duration = Duration::from_secs(10);
+
+const CONFIG: &str = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"udp"}}"#;
+
+/// A namespace and a directory for one daemon's files.
+struct Node {
+    ns: Ns,
+    dir: TempDir,
+}
+
+impl Node {
+    fn new(config: &str) -> Self {
+        let node = Self {
+            ns: Ns::new(),
+            dir: tempfile::tempdir().unwrap(),
+        };
+        fs::create_dir(node.path("run")).unwrap();
+        node.configure(config);
+        node
+    }
+
+    fn configure(&self, config: &str) {
+        fs::create_dir_all(self.path("store")).unwrap();
+        // By rename, so that a waiting daemon never reads half of it.
+        fs::write(self.path("config"), config).unwrap();
+        fs::rename(self.path("config"), self.path("store/config")).unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn env(&self) -> String {
+        fs::read_to_string(self.path("run/subnet.env")).unwrap_or_default()
+    }
+
+    /// The value of a line of `subnet.env`.
+    fn env_value(&self, key: &str) -> String {
+        let env = self.env();
+        let mut lines = env.lines().filter_map(|line| line.split_once('='));
+        let (_, value) = lines.find(|(name, _)| *name == key).unwrap();
+        value.to_owned()
+    }
+
+    /// The daemon's command, in the namespace; `args` last, so that they win.
+    fn command(&self, program: &Path, args: &[&str]) -> Command {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", self.ns.name()])
+            .arg(program)
+            .args(program.ends_with("loden").then_some("daemon"))
+            .arg("--local-store")
+            .arg(self.path("store"))
+            .arg("--subnet-file")
+            .arg(self.path("run/subnet.env"))
+            .args(args)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn loden(&self, args: &[&str]) -> Command {
+        self.command(Path::new(LODEN), args)
+    }
+
+    /// Starts a daemon; does not wait.
+    fn spawn(&self, mut command: Command) -> Daemon {
+        let log = self.path("log");
+        let file = fs::File::create(&log).unwrap();
+        let child = command.stderr(file).spawn().unwrap();
+        Daemon { child, log }
+    }
+
+    /// Starts a daemon and waits for `subnet.env` to be written by this run, and for the status socket.
+    fn start(&self, args: &[&str]) -> Daemon {
+        let daemon = self.spawn(self.loden(args));
+        daemon.wait_for_log("ready");
+        daemon.wait_until("the status socket", || {
+            self.path("run/subnet.sock").exists()
+        });
+        daemon
+    }
+
+    /// Runs a daemon that must end by itself.
+    fn fails(&self, args: &[&str]) -> (i32, String) {
+        failed(self.loden(args))
+    }
+
+    /// What an ended daemon may leave: nothing.
+    fn assert_clean(&self) {
+        let links = self.ns.json("link show");
+        let names = links.iter().map(|link| link["ifname"].as_str().unwrap());
+        let names: Vec<&str> = names.collect();
+        assert!(
+            !names.iter().any(|name| name.starts_with("flannel")),
+            "{names:?}"
+        );
+        assert!(self.ns.json("-4 route show 198.18.0.0/16").is_empty());
+        let mut left: Vec<String> = fs::read_dir(self.path("run"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.retain(|name| name != "subnet.env");
+        assert_eq!(left, Vec::<String>::new());
+    }
+
+    fn status(&self) -> Value {
+        let output = Command::new(LODEN)
+            .args(["status", "--json", "--subnet-file"])
+            .arg(self.path("run/subnet.env"))
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{text}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+/// Runs a command that must end by itself; its exit status, and its last line on stderr.
+fn failed(mut command: Command) -> (i32, String) {
+    let child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn();
+    let mut daemon = Daemon {
+        child: child.unwrap(),
+        log: PathBuf::new(),
+    };
+    let code = daemon.exit_code();
+    let mut text = String::new();
+    let mut stderr = daemon.child.stderr.take().unwrap();
+    std::io::Read::read_to_string(&mut stderr, &mut text).unwrap();
+    let errors: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("loden: "))
+        .collect();
+    assert!(errors.len() <= 1, "more than one line of error: {text}");
+    (
+        code,
+        errors
+            .first()
+            .map_or(text.clone(), |line| (*line).to_owned()),
+    )
+}
+
+struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn wait_until(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let waited = wait::until(what, LIMIT, &Interrupt::default(), || {
+            Ok(condition().then_some(()))
+        });
+        assert!(waited.is_ok(), "no {what}; log:\n{}", self.log());
+    }
+
+    fn wait_for_log(&self, text: &str) {
+        self.wait_until(text, || self.log().contains(text));
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
+    }
+
+    fn exit_code(&mut self) -> i32 {
+        self.exit_status().code().unwrap()
+    }
+
+    fn exit_status(&mut self) -> ExitStatus {
+        let mut code = None;
+        let child = &mut self.child;
+        wait::until("the daemon to end", LIMIT, &Interrupt::default(), || {
+            code = child.try_wait().unwrap();
+            Ok(code.map(drop))
+        })
+        .unwrap();
+        code.unwrap()
+    }
+
+    fn stop(mut self) -> i32 {
+        self.signal(Signal::SIGTERM);
+        self.exit_code()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Already reaped, if the test went well.
+        let _gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+#[test]
+fn device_routes_lease_and_files_are_the_originals_and_only_the_lease_and_subnet_env_stay() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let env = node.env();
+    let subnet = node.env_value("FLANNEL_SUBNET");
+    let base = subnet.replace(".1/24", ".0");
+    assert_eq!(
+        env,
+        format!(
+            "FLANNEL_NETWORK=198.18.0.0/16\nFLANNEL_SUBNET={subnet}\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+        )
+    );
+    assert_eq!(node.ns.addrs("flannel0"), [format!("{base}/32")]);
+    let links = node.ns.json("link show dev flannel0");
+    assert_eq!(links[0]["mtu"], 1472);
+    assert_eq!(links[0]["txqlen"], 1000);
+    assert_eq!(links[0]["inet6_addr_gen_mode"], "none");
+    let routes = node.ns.json("-4 route show 198.18.0.0/16");
+    assert_eq!(routes[0]["dev"], "flannel0");
+    assert_eq!(routes[0]["scope"], "global");
+    assert_eq!(routes[0]["protocol"], "boot");
+    let lease = node.path("store/subnets").join(format!("{base}-24"));
+    assert_eq!(
+        fs::read_to_string(&lease).unwrap().trim_end(),
+        r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#
+    );
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+    assert_eq!(node.env(), env);
+    assert!(lease.exists());
+
+    let again = node.start(&["--iface", "eth0"]);
+    assert_eq!(node.env(), env, "a restart keeps the subnet");
+    assert_eq!(again.stop(), 0);
+}
+
+#[test]
+fn dual_stack_network_over_an_ipv6_underlay_has_both_families_and_the_smaller_mtu() {
+    let node = Node::new(
+        r#"{"Network":"198.18.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"udp"}}"#,
+    );
+    let daemon = node.start(&["--iface", "2001:db8::1"]);
+    assert_eq!(node.env_value("FLANNEL_MTU"), "1452");
+    let addrs = node.ns.addrs("flannel0");
+    assert_eq!(addrs.len(), 2, "{addrs:?}");
+    assert!(
+        addrs[0].ends_with(".0/32") && addrs[1].ends_with("::/128"),
+        "{addrs:?}"
+    );
+    let routes = node.ns.json("-6 route show fd00:1::/48");
+    assert_eq!(routes[0]["dev"], "flannel0");
+    assert_eq!(node.status()["bind"], "[2001:db8::1]:8285");
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn called_as_flanneld_it_takes_gos_flags_and_flannels_environment() {
+    let node = Node::new(CONFIG);
+    let flanneld = node.path("flanneld");
+    symlink(LODEN, &flanneld).unwrap();
+    let mut command = node.command(&flanneld, &["-v=1", "-iface-regex", "^eth"]);
+    command.env("FLANNELD_PUBLIC_IP", "203.0.113.7");
+    let daemon = node.spawn(command);
+    daemon.wait_for_log("ready");
+    let status = node.path("run/subnet.sock");
+    daemon.wait_until("the status socket", || status.exists());
+    assert_eq!(node.status()["lease"]["public"], "203.0.113.7");
+    assert!(daemon.log().contains("DEBUG"), "-v=1 logs more");
+    assert_eq!(daemon.stop(), 0);
+}
+
+#[test]
+fn whatever_is_done_to_the_device_is_repaired_and_a_deleted_one_comes_back() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let picture = || {
+        let links = node.ns.json("link show dev flannel0");
+        let up = links[0]["flags"].as_array().unwrap().contains(&"UP".into());
+        let routes = node.ns.json("-4 route show 198.18.0.0/16 dev flannel0");
+        let (mtu, queue) = (&links[0]["mtu"], &links[0]["txqlen"]);
+        format!(
+            "{mtu} {queue} {up} {routes:?} {:?}",
+            node.ns.addrs("flannel0")
+        )
+    };
+    let healthy = picture();
+    for deed in [
+        "addr flush dev flannel0",
+        "route flush dev flannel0",
+        "link set flannel0 mtu 1300",
+        "link set flannel0 txqueuelen 7",
+        "link set flannel0 down",
+        "addr add 198.18.200.1/24 dev flannel0",
+    ] {
+        node.ns.ip(deed);
+        daemon.wait_until(deed, || picture() == healthy);
+    }
+    assert_eq!(node.status()["reopened"], 0);
+    node.ns.ip("link del flannel0");
+    daemon.wait_until("the device to come back", || {
+        node.ns.try_ip("link show flannel0").status.success() && picture() == healthy
+    });
+    daemon.wait_until("status to tell", || node.status()["reopened"] == 1);
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn missing_configuration_is_waited_for_with_one_line_and_a_signal_ends_the_wait() {
+    let node = Node::new(CONFIG);
+    fs::remove_file(node.path("store/config")).unwrap();
+    let daemon = node.spawn(node.loden(&["--iface", "eth0"]));
+    daemon.wait_for_log("no network configuration");
+    assert_eq!(node.env(), "");
+    node.configure(CONFIG);
+    daemon.wait_for_log("ready");
+    assert_eq!(daemon.log().matches("no network configuration").count(), 1);
+    assert_eq!(daemon.stop(), 0);
+
+    fs::remove_file(node.path("store/config")).unwrap();
+    let waiting = node.spawn(node.loden(&["--iface", "eth0"]));
+    waiting.wait_for_log("no network configuration");
+    assert_eq!(waiting.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn lost_lease_is_replaced_by_another_without_an_exit() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let before = node.env_value("FLANNEL_SUBNET");
+    let key = before.replace(".1/24", ".0-24");
+    // Another node takes it, as after a restored backup of the store.
+    let lease = node.path("store/subnets").join(&key);
+    let sidecar = node.path("store/expiry").join(&key);
+    let _gone = fs::remove_file(&sidecar);
+    fs::write(&lease, r#"{"PublicIP":"192.0.2.99","PublicIPv6":null}"#).unwrap();
+    daemon.wait_until("another subnet", || {
+        node.env_value("FLANNEL_SUBNET") != before
+    });
+    let base = node.env_value("FLANNEL_SUBNET").replace(".1/24", ".0/32");
+    daemon.wait_until("the device to follow", || {
+        node.ns.addrs("flannel0") == [base.clone()]
+    });
+    assert!(daemon.log().contains("is lost"), "{}", daemon.log());
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn status_tells_every_reason_for_a_drop_with_its_remedy_and_why_this_interface() {
+    let node = Node::new(CONFIG);
+    fs::create_dir_all(node.path("store/subnets")).unwrap();
+    let put = |key: &str, value: &str| {
+        fs::write(node.path("store/subnets").join(key), value).unwrap();
+    };
+    put(
+        "198.18.7.0-24",
+        r#"{"PublicIP":"192.0.2.7","PublicIPv6":null}"#,
+    );
+    put(
+        "203.0.113.0-24",
+        r#"{"PublicIP":"192.0.2.8","PublicIPv6":null}"#,
+    );
+    put("198.18.9.0-24", "no json");
+    let daemon = node.start(&["--iface", "eth9", "--iface", "eth0", "--engine", "portable"]);
+    let status = node.status();
+    assert_eq!(status["ready"], true);
+    assert_eq!(status["interface"]["name"], "eth0");
+    assert_eq!(status["candidates"].as_array().unwrap().len(), 3);
+    assert_eq!(status["datapath"]["engine"], "portable");
+    assert_eq!(status["device"]["tx_dropped"], 0);
+    let peers = status["peers"].as_array().unwrap();
+    assert_eq!(peers.len(), 1, "{peers:?}");
+    assert_eq!(peers[0]["endpoint"], "192.0.2.7:8285");
+    let refused = status["refused"].to_string();
+    assert!(
+        refused.contains("203.0.113.0") && refused.contains("198.18.9.0-24"),
+        "{refused}"
+    );
+    let drops = status["drops"].as_array().unwrap();
+    assert_eq!(drops.len(), loden::datapath::DropReason::COUNT);
+    assert!(
+        drops
+            .iter()
+            .all(|drop| !drop["remedy"].as_str().unwrap().is_empty())
+    );
+
+    let text = Command::new(LODEN)
+        .args(["status", "--socket"])
+        .arg(node.path("run/subnet.sock"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(
+        text.contains("198.18.7.0/24") && text.contains("not lo:"),
+        "{text}"
+    );
+    assert!(
+        text.lines().all(|line| line.chars().count() <= 100),
+        "{text}"
+    );
+    assert_eq!(daemon.stop(), 0);
+}
+
+#[test]
+fn second_daemon_on_the_same_subnet_file_is_refused_by_name_and_the_first_unharmed() {
+    let node = Node::new(CONFIG);
+    let first = node.start(&["--iface", "eth0"]);
+    let env = node.env();
+    let (code, error) = node.fails(&["--iface", "eth0"]);
+    assert_eq!(code, 1);
+    assert!(error.contains("another daemon (pid"), "{error}");
+    assert!(error.contains("subnet.env"), "{error}");
+    assert_eq!(node.env(), env);
+    assert_eq!(node.status()["ready"], true);
+    assert_eq!(first.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn second_daemon_on_the_same_network_or_port_is_refused_before_it_writes_anything() {
+    let node = Node::new(CONFIG);
+    let first = node.start(&["--iface", "eth0"]);
+    // The network first, for that is what two daemons on one node share by default.
+    let other = node.path("run/other.env");
+    let other_env = ["--iface", "eth0", "--subnet-file", other.to_str().unwrap()];
+    let (code, error) = node.fails(&other_env);
+    assert_eq!(code, 1);
+    assert!(error.contains("198.18.0.0/16 on flannel0"), "{error}");
+
+    let store = node.path("other-store");
+    fs::create_dir(&store).unwrap();
+    fs::write(store.join("config"), CONFIG.replace("198.18", "198.19")).unwrap();
+    let other_store = ["--local-store", store.to_str().unwrap()];
+    let (code, error) = node.fails(&[&other_env[..], &other_store].concat());
+    assert_eq!(code, 1);
+    assert!(error.contains("192.0.2.1:8285"), "{error}");
+    assert!(!other.exists());
+    assert_eq!(first.stop(), 0);
+}
+
+#[test]
+fn what_a_killed_daemon_leaves_behind_does_not_hinder_the_next() {
+    let node = Node::new(CONFIG);
+    let mut killed = node.start(&["--iface", "eth0"]);
+    let env = node.env();
+    killed.child.kill().unwrap();
+    killed.child.wait().unwrap();
+    assert!(node.path("run/subnet.sock").exists() && node.path("run/.subnet.env.lock").exists());
+    let daemon = node.start(&["--iface", "eth0"]);
+    daemon.wait_until("status to be answered", || {
+        Command::new(LODEN)
+            .args(["status", "--subnet-file"])
+            .arg(node.path("run/subnet.env"))
+            .output()
+            .is_ok_and(|output| output.status.success())
+    });
+    assert_eq!(node.env(), env);
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn second_signal_ends_the_daemon_at_once() {
+    let node = Node::new(CONFIG);
+    let mut daemon = node.start(&["--iface", "eth0"]);
+    // Both are pending when it runs again, so it gets no time to end by the first.
+    daemon.signal(Signal::SIGSTOP);
+    daemon.signal(Signal::SIGTERM);
+    daemon.signal(Signal::SIGINT);
+    daemon.signal(Signal::SIGCONT);
+    assert!(daemon.exit_status().signal().is_some());
+}
+
+#[test]
+fn missing_tun_device_is_named_with_the_module_that_brings_it() {
+    let node = Node::new(CONFIG);
+    let hide = "mount -t tmpfs none /dev/net && exec \"$@\"";
+    let inner = node.loden(&["--iface", "eth0"]);
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", hide, "sh"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    let (code, error) = failed(command);
+    assert_eq!(code, 1, "{error}");
+    assert!(
+        error.contains("/dev/net/tun") && error.contains("modprobe tun"),
+        "{error}"
+    );
+    assert_eq!(node.env(), "");
+    node.assert_clean();
+}
+
+#[test]
+fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
+    let other_port = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"udp","Port":70000}}"#;
+    for (config, args, names) in [
+        (CONFIG, &["--iface", "eth9"][..], "eth9"),
+        (CONFIG, &["--public-ip", "203.0.113.9"], "203.0.113.9"),
+        (CONFIG, &[], "default route"),
+        (
+            r#"{"Network":"198.18.0.0/33"}"#,
+            &["--iface", "eth0"],
+            "Network",
+        ),
+        (r#"{"Network":"#, &["--iface", "eth0"], "config"),
+        (other_port, &["--iface", "eth0"], "Port"),
+        (
+            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"vxlan"}}"#,
+            &["--iface", "eth0"],
+            "vxlan",
+        ),
+        (
+            r#"{"Network":"192.0.0.0/16"}"#,
+            &["--iface", "eth0"],
+            "192.0.2.1",
+        ),
+    ] {
+        let node = Node::new(config);
+        let (code, error) = node.fails(args);
+        assert_eq!(code, 1, "{args:?} {config}: {error}");
+        assert!(
+            error.starts_with("loden: ") && error.contains(names),
+            "{names}: {error}"
+        );
+        assert_eq!(node.env(), "");
+        node.assert_clean();
+    }
+}
+
+#[test]
+fn route_in_the_way_is_named_with_the_command_that_removes_it() {
+    let node = Node::new(CONFIG);
+    node.ns.ip("route add 198.18.0.0/16 dev far");
+    let (code, error) = node.fails(&["--iface", "eth0"]);
+    assert_eq!(code, 1, "{error}");
+    assert!(
+        error.contains("ip route del 198.18.0.0/16 dev far"),
+        "{error}"
+    );
+    assert_eq!(node.env(), "");
+    node.ns.ip("route del 198.18.0.0/16 dev far");
+    node.assert_clean();
+
+    node.ns.ip("route add 198.18.77.0/24 dev far");
+    let daemon = node.start(&["--iface", "eth0"]);
+    assert!(
+        node.status()["conflicts"]
+            .to_string()
+            .contains("198.18.77.0/24 on far")
+    );
+    assert_eq!(daemon.stop(), 0);
+}
+
+#[test]
+fn address_that_leaves_the_external_interface_is_told_and_so_is_its_return() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    node.ns.ip("addr add 198.51.100.5/24 dev eth0");
+    node.ns.ip("addr del 192.0.2.1/24 dev eth0");
+    daemon.wait_for_log("with 198.51.100.5 now");
+    assert!(
+        node.status()["conflicts"]
+            .to_string()
+            .contains("198.51.100.5")
+    );
+    node.ns.ip("addr flush dev eth0");
+    daemon.wait_for_log("192.0.2.1 is gone");
+    node.ns.ip("addr add 192.0.2.1/24 dev eth0");
+    daemon.wait_for_log("is back");
+    assert_eq!(node.status()["conflicts"], Value::Array(Vec::new()));
+    assert_eq!(daemon.stop(), 0);
+}
+
+#[test]
+fn port_that_is_taken_is_named_with_its_remedy() {
+    let node = Node::new(CONFIG);
+    let held = node
+        .ns
+        .run(|| std::net::UdpSocket::bind("192.0.2.1:8285").unwrap());
+    let (code, error) = node.fails(&["--iface", "eth0"]);
+    drop(held);
+    assert_eq!(code, 1, "{error}");
+    assert!(
+        error.contains("192.0.2.1:8285") && error.contains("ss -ulnp"),
+        "{error}"
+    );
+    assert_eq!(node.env(), "");
+    node.assert_clean();
+}
+
+#[test]
+fn place_for_the_subnet_file_that_cannot_be_written_is_named_before_anything_happens() {
+    let node = Node::new(CONFIG);
+    fs::remove_dir(node.path("run")).unwrap();
+    fs::File::create(node.path("run"))
+        .unwrap()
+        .write_all(b"x")
+        .unwrap();
+    let (code, error) = node.fails(&["--iface", "eth0"]);
+    assert_eq!(code, 1, "{error}");
+    assert!(
+        error.contains("run") && error.contains("--subnet-file"),
+        "{error}"
+    );
+    assert!(!node.path("store/subnets").exists(), "no lease was taken");
+}
+
+#[test]
+fn usage_errors_end_with_2_and_the_nearest_flag_and_help_with_0() {
+    let run = |args: &[&str]| -> Output { Command::new(LODEN).args(args).output().unwrap() };
+    let unknown = run(&["daemon", "--subnet-fiel", "x"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&unknown.stderr);
+    assert!(text.contains("--subnet-file"), "{text}");
+    for args in [
+        &["--help"][..],
+        &["daemon", "--help"],
+        &["status", "--help"],
+    ] {
+        let help = run(args);
+        assert_eq!(help.status.code(), Some(0), "{args:?}");
+        assert!(help.stdout.starts_with(b"") && !help.stdout.is_empty());
+    }
+    let none = run(&["status", "--socket", "/nonexistent/subnet.sock"]);
+    assert_eq!(none.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&none.stderr);
+    assert!(text.contains("/nonexistent/subnet.sock"), "{text}");
+}
