@@ -206,9 +206,7 @@ impl Path<'_> {
                 send(&self.opened.socket, packet, peer, counts);
             }
             EncapVerdict::Answer(kind, reason) => {
-                let built = self
-                    .answerer
-                    .build(self.shared, &self.rules, kind, packet, &meta);
+                let built = self.answerer.build_local(self.shared, kind, packet, &meta);
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
                 if answered {
                     counts.answered += 1;
@@ -251,9 +249,9 @@ impl Path<'_> {
                 }
             }
             DecapVerdict::Answer(peer, kind, reason) => {
-                let built = self
-                    .answerer
-                    .build(self.shared, &self.rules, kind, packet, &meta);
+                let built =
+                    self.answerer
+                        .build_remote(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built
                     .is_some_and(|answer| self.opened.socket.send_to(answer, peer.addr).is_ok());
                 if answered {
