@@ -165,8 +165,7 @@ impl Portable {
             if tun == Progress::Gone && !gone {
                 let fd = opened.iface.as_raw_fd();
                 if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
-                    let error = "the TUN device vanished".to_owned();
-                    shared.event(Event::DeviceGone { error });
+                    shared.device_gone();
                 }
             }
         }
