@@ -5,6 +5,10 @@ pub mod checksum;
 pub mod fragment;
 pub mod icmp_error;
 pub mod ip_parse;
+pub mod lease_value;
+pub mod net_conf;
+pub mod subnet_env;
+pub mod subnet_key;
 
 /// The body of a target: takes any bytes, panics when a promise is broken.
 pub type Target = fn(&[u8]);
@@ -15,4 +19,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("fragment", fragment::run),
     ("icmp_error", icmp_error::run),
     ("ip_parse", ip_parse::run),
+    ("lease_value", lease_value::run),
+    ("net_conf", net_conf::run),
+    ("subnet_env", subnet_env::run),
+    ("subnet_key", subnet_key::run),
 ];

@@ -9,7 +9,8 @@
 //! - any other error is first retried once, because an ICMP answer to an earlier datagram is told instead of
 //!   sending; the error queue is drained before.
 //! - anything else about a run: it is replayed once as single datagrams, at once, so that no later packet of
-//!   its flow overtakes it. If those go, `UDP_SEGMENT` is withdrawn for that next hop.
+//!   its flow overtakes it. If those go, and the error can be about runs, `UDP_SEGMENT` is withdrawn for that
+//!   next hop.
 //! - `EMSGSIZE` about a single datagram: the path MTU is smaller than we knew; it is answered or fragmented.
 
 use std::io;
@@ -325,9 +326,18 @@ fn settle(
         }
     }
     // Singles that went where the run did not: the run was the problem, not its size.
-    if gso && went && !too_big {
+    if gso && went && !too_big && is_about_runs(refusal) {
         cx.shared.withdraw_gso(peer, refusal);
     }
+}
+
+/// Whether the kernel's refusal can mean that it takes no run (`udp_send_skb`, net/ipv4/udp.c). A full queue
+/// (`ENOBUFS`) or a firewall that lets some packets pass says nothing of the kind.
+fn is_about_runs(refusal: &io::Error) -> bool {
+    matches!(
+        refusal.raw_os_error(),
+        Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP | libc::EMSGSIZE)
+    )
 }
 
 /// The value for `UDP_SEGMENT`; a run of one needs none.

@@ -302,6 +302,7 @@ impl Shared {
             tun_udp: Withdrawable::default(),
             udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
+            device_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
     }

@@ -100,6 +100,8 @@ pub struct Shared {
     pub udp_gso_withdrawals: AtomicU64,
     /// One entry per worker.
     pub counts: Vec<WorkerCounts>,
+    /// That the device vanished was told.
+    pub device_gone: AtomicBool,
     /// Workers end after the burst in hand.
     pub stop: AtomicBool,
 }
@@ -108,6 +110,14 @@ impl Shared {
     /// Tells the control plane.
     pub fn event(&self, event: Event) {
         (self.settings.on_event)(event);
+    }
+
+    /// Tells the control plane, once for all workers, that the device vanished.
+    pub fn device_gone(&self) {
+        if !self.device_gone.swap(true, Ordering::Relaxed) {
+            let error = "the TUN device vanished".to_owned();
+            self.event(Event::DeviceGone { error });
+        }
     }
 
     /// Stops using GSO runs towards `peer`.
