@@ -551,7 +551,11 @@ async fn damaged_entries_are_named_once_and_withdraw_nobody() {
             .replace("2.1", "2.7"),
     );
     fs::remove_file(lab.path("subnets/10.9.0.12-30")).unwrap();
-    let (leases, _) = snapshot(&watcher.pass());
+    let (leases, problems) = snapshot(&watcher.pass());
+    for file in ["10.9.0.4-30", "10.9.0.12-30"] {
+        let solved = |p: &String| p.contains(&format!("/{file}: in order again"));
+        assert!(problems.iter().any(solved), "{problems:?}");
+    }
     let now = [
         ("10.9.0.4-30".to_owned(), node(7)),
         ("10.9.0.8-30".to_owned(), node(2)),
@@ -608,7 +612,10 @@ async fn a_directory_that_goes_away_and_comes_back_costs_nobody_anything() {
     assert_eq!(watcher.pass(), []);
     fs::remove_dir_all(lab.dir.path()).unwrap();
     fs::rename(&aside, lab.dir.path()).unwrap();
-    assert_eq!(watcher.pass(), [], "as if nothing had been");
+    let (leases, problems) = snapshot(&watcher.pass());
+    assert_eq!(leases.len(), 2, "as if nothing had been");
+    assert!(problems[0].contains("in order again"), "{problems:?}");
+    assert_eq!(watcher.pass(), []);
     lab.write_lease("10.9.0.12-30", 3, HOUR);
     assert_eq!(snapshot(&watcher.pass()).0.len(), 3);
     fs::rename(lab.dir.path(), &aside).unwrap();
@@ -668,6 +675,11 @@ async fn a_damaged_lease_of_ours_is_restored() {
         assert_eq!(
             fs::read_to_string(lab.path("expiry/10.9.0.4-30")).unwrap(),
             sidecar
+        );
+        let problems = snapshot(&watcher.pass()).1;
+        assert!(
+            problems.iter().all(|p| p.contains("in order again")),
+            "{problems:?}"
         );
         assert_eq!(watcher.pass(), []);
     }
