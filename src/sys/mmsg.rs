@@ -25,6 +25,9 @@ const SLOT_LEN: usize = 1 << 16;
 const SLOT_STRIDE: usize = SLOT_LEN + 17 * 64;
 /// `struct sockaddr_in6`, the larger of the two.
 const NAME_LEN: usize = size_of::<libc::sockaddr_in6>();
+/// As the kernel counts it.
+const NAME_SPACE: libc::socklen_t = 28;
+const _: () = assert!(NAME_SPACE as usize == NAME_LEN);
 /// Room for the control messages we ask for: a GRO stride, a TOS byte; and on the error queue one
 /// `sock_extended_err` with its offender's address.
 const CONTROL_LEN: usize = 128;
@@ -120,7 +123,7 @@ impl RecvBatch {
             };
             let msg = &mut header.msg_hdr;
             msg.msg_name = name.0.as_mut_ptr().cast();
-            msg.msg_namelen = NAME_LEN as libc::socklen_t;
+            msg.msg_namelen = NAME_SPACE;
             msg.msg_iov = iov;
             msg.msg_iovlen = 1;
             msg.msg_control = control.0.as_mut_ptr().cast();
@@ -464,7 +467,7 @@ pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<Option<QueuedError>> {
     };
     let mut header = empty_header().msg_hdr;
     header.msg_name = name.0.as_mut_ptr().cast();
-    header.msg_namelen = NAME_LEN as libc::socklen_t;
+    header.msg_namelen = NAME_SPACE;
     header.msg_iov = &raw mut iov;
     header.msg_iovlen = 1;
     header.msg_control = control.0.as_mut_ptr().cast();
