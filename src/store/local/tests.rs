@@ -772,6 +772,31 @@ async fn overlapping_claims_under_different_keys_are_settled_alike() {
 }
 
 #[tokio::test]
+async fn a_reservation_that_overlaps_a_held_lease_takes_it_only_when_its_node_comes() {
+    let config = r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+    let lab = Lab::new(config);
+    let holder = lab.store();
+    let key = "10.9.3.0-24&fd00:0:0:3::-64";
+    let lease = holder.acquire(asking(1, key)).await.unwrap();
+    let mut watcher = Watcher::new(Arc::clone(&holder.inner));
+    watcher.pass();
+    for overlapping in [
+        "10.9.3.128-25",
+        "10.9.0.0-17",
+        "10.9.3.0-24&fd00:0:0:9::-64",
+    ] {
+        lab.write(SUBNETS, overlapping, &value(9));
+    }
+    assert_eq!(lost(&watcher.pass()), None, "a file is not a node");
+    holder.renew(&lease).await.unwrap();
+    let again = lab.store().acquire(asking(1, key)).await.unwrap();
+    assert_eq!(again.subnets, lease.subnets, "nor after a restart");
+    let reserved = lab.store().acquire(request(9)).await.unwrap();
+    assert_eq!(reserved.subnets.to_string(), "10.9.3.0-24&fd00:0:0:9::-64");
+    assert_eq!(lost(&watcher.pass()), Some(LostTo::Node(node(9))));
+}
+
+#[tokio::test]
 async fn a_lease_that_arrives_without_its_claim_is_waited_for() {
     let key = "10.9.0.4-30";
     let [(here, _, mut watcher, _), (there, ..)] = split(9, 1, Duration::from_millis(3)).await;
