@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::future::Future;
+use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -27,6 +28,10 @@ use tokio::sync::mpsc;
 /// Where everything of a test is, as flannel has it by default.
 pub(crate) const PREFIX: &str = "/coreos.com/network";
 
+/// Where clients look for etcd, and where not.
+const PORT: u16 = 2379;
+const HIDDEN: u16 = 2479;
+
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -38,6 +43,7 @@ pub(crate) struct Etcd {
     cluster: String,
     arguments: Vec<String>,
     scheme: &'static str,
+    port: u16,
     /// What etcdctl needs beside the endpoints.
     pub(crate) ctl: Vec<String>,
 }
@@ -56,6 +62,16 @@ impl Etcd {
 
     /// `count` members, with more arguments for each.
     pub(crate) fn cluster(count: u8, scheme: &'static str, arguments: &[String]) -> Self {
+        Self::cluster_with_ctl(count, scheme, arguments, &[])
+    }
+
+    /// Likewise, with more arguments for etcdctl.
+    pub(crate) fn cluster_with_ctl(
+        count: u8,
+        scheme: &'static str,
+        arguments: &[String],
+        ctl: &[String],
+    ) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let netns = NetNs::named(format!("loden-etcd-{}-{number}", std::process::id()));
@@ -78,7 +94,8 @@ impl Etcd {
             cluster: peers.join(","),
             arguments: arguments.to_vec(),
             scheme,
-            ctl: Vec::new(),
+            port: PORT,
+            ctl: ctl.to_vec(),
         };
         let name = etcd.netns.name().to_owned();
         ip(&["-n", &name, "link", "set", "lo", "up"]);
@@ -95,6 +112,18 @@ impl Etcd {
 
     /// Starts a member again, with the data it has.
     pub(crate) fn spawn(&mut self, n: usize) {
+        self.port = PORT;
+        self.spawn_on_port(n);
+    }
+
+    /// Starts the only member where no store looks for it, and waits for it; etcdctl finds it there.
+    pub(crate) fn spawn_hidden(&mut self, n: usize) {
+        self.port = HIDDEN;
+        self.spawn_on_port(n);
+        self.await_health();
+    }
+
+    fn spawn_on_port(&mut self, n: usize) {
         let log = File::options()
             .create(true)
             .append(true)
@@ -105,7 +134,7 @@ impl Etcd {
             )
             .unwrap();
         let member = &self.members[n];
-        let client = format!("{}://{}:2379", self.scheme, member.addr);
+        let client = format!("{}://{}:{}", self.scheme, member.addr, self.port);
         let peer = format!("http://{}:2380", member.addr);
         let mut command = Command::new("etcd");
         command
@@ -155,10 +184,14 @@ impl Etcd {
 
     /// The URLs of all members, comma-separated.
     pub(crate) fn endpoints(&self) -> String {
+        self.endpoints_on(PORT)
+    }
+
+    fn endpoints_on(&self, port: u16) -> String {
         let urls: Vec<String> = self
             .members
             .iter()
-            .map(|m| format!("{}://{}:2379", self.scheme, m.addr))
+            .map(|m| format!("{}://{}:{port}", self.scheme, m.addr))
             .collect();
         urls.join(",")
     }
@@ -168,11 +201,27 @@ impl Etcd {
         command
             .env_clear()
             .env("ETCDCTL_API", "3")
-            .args(["--endpoints", &self.endpoints()])
+            .args(["--endpoints", &self.endpoints_on(self.port)])
             .args(["--command-timeout", "3s", "--dial-timeout", "1s"])
             .args(&self.ctl)
             .args(arguments);
         self.netns.run(|| command.output()).unwrap().unwrap()
+    }
+
+    /// Runs a transaction in the language of etcdctl.
+    pub(crate) fn txn(&self, text: &str) {
+        let mut command = Command::new("etcdctl");
+        command
+            .env_clear()
+            .env("ETCDCTL_API", "3")
+            .args(["--endpoints", &self.endpoints_on(self.port), "txn"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null());
+        let mut child = self.netns.spawn(&mut command).unwrap();
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(text.as_bytes()).unwrap();
+        drop(input);
+        assert!(child.wait().unwrap().success());
     }
 
     /// Runs etcdctl, a client that shares no code with ours.

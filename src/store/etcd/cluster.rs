@@ -111,7 +111,7 @@ impl Cluster {
             .unwrap_or_else(|_elapsed| Err(FailureCause::TimedOut(CONNECT)))
             .map_err(|cause| Failure {
                 endpoint: endpoint.url.clone(),
-                cause,
+                cause: cause.at_once(endpoint.tls, self.settings.cert_file.is_some()),
             })
     }
 

@@ -33,6 +33,9 @@ pub(super) enum FailureCause {
     TimedOut(Duration),
     #[error("the connection was closed: {0}")]
     Closed(String),
+    /// TLS 1.3 has a server refuse a client only after the handshake, so that the reason may be lost.
+    #[error("it closed the connection at once ({said}): {hint}")]
+    ClosedAtOnce { said: String, hint: &'static str },
     #[error("the etcd cluster has no leader: more than half of its members must be running")]
     NoLeader,
     #[error("its certificate is signed by an authority that is not trusted: check --etcd-cafile")]
@@ -89,6 +92,22 @@ impl FailureCause {
         )
     }
 
+    /// Adds to a connection that was closed as soon as it was made what may be behind it.
+    pub(super) fn at_once(self, tls: bool, identity: bool) -> Self {
+        let Self::Closed(said) = self else {
+            return self;
+        };
+        let hint = match (tls, identity) {
+            (false, _) => "if it speaks TLS, use https://",
+            (true, _) if said == "tls handshake eof" => "if it does not speak TLS, use http://",
+            (true, false) => {
+                "if it wants a client certificate, give --etcd-certfile and --etcd-keyfile"
+            }
+            (true, true) => "it may not accept our client certificate, --etcd-certfile",
+        };
+        Self::ClosedAtOnce { said, hint }
+    }
+
     /// Whether it is the answer of a server that works.
     pub(super) const fn is_answer(&self) -> bool {
         matches!(
@@ -102,7 +121,7 @@ impl FailureCause {
             Self::Refused => io::ErrorKind::ConnectionRefused,
             Self::NoSuchHost | Self::Unreachable(_) => io::ErrorKind::HostUnreachable,
             Self::TimedOut(_) => io::ErrorKind::TimedOut,
-            Self::Closed(_) => io::ErrorKind::ConnectionReset,
+            Self::Closed(_) | Self::ClosedAtOnce { .. } => io::ErrorKind::ConnectionReset,
             Self::WrongPassword(_) | Self::UserWanted | Self::PermissionDenied(_) => {
                 io::ErrorKind::PermissionDenied
             }
@@ -130,8 +149,12 @@ impl FailureCause {
     )]
     pub(super) fn of(error: &etcd_client::Error, user: Option<&str>) -> Self {
         match error {
+            // What a server says has nothing beneath it.
+            etcd_client::Error::GRpcStatus(status) if status.source().is_none() => {
+                Self::of_message(status.message(), user)
+            }
             etcd_client::Error::GRpcStatus(status) => {
-                Self::beneath(status).unwrap_or_else(|| Self::of_message(status.message(), user))
+                Self::beneath(status).unwrap_or_else(|| Self::Closed(deepest(status)))
             }
             etcd_client::Error::TransportError(transport) => {
                 Self::beneath(transport).unwrap_or_else(|| Self::Closed(deepest(transport)))

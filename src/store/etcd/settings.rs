@@ -117,7 +117,7 @@ pub(super) struct Endpoint {
     /// With scheme, without credentials: to connect to and to show.
     pub(super) url: String,
     host: String,
-    tls: bool,
+    pub(super) tls: bool,
 }
 
 impl Endpoint {

@@ -137,7 +137,8 @@ impl Watcher {
                 () = receiver_gone(self.events.clone()) => return Closed,
                 ended = self.session(list) => ended,
             };
-            if began.elapsed() >= LASTING && self.outage.since.is_none() {
+            let lasted = began.elapsed() >= LASTING && self.outage.since.is_none();
+            if lasted {
                 backoff.reset();
                 in_vain.reset();
             }
@@ -149,7 +150,10 @@ impl Watcher {
                 }
                 End::Failed(failures) => {
                     list = self.view.position().is_none();
-                    self.note_outage(&failures);
+                    // The end of a connection that worked is no outage if the next one works.
+                    if !lasted {
+                        self.note_outage(&failures);
+                    }
                     if failures.need_repair() {
                         in_vain.pause()
                     } else {
