@@ -4,17 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
+use super::extension;
 use super::keys::{Keys, Meaning};
-use crate::config::Object;
 use crate::lease::{Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
-use crate::store::{Cause, LEASE_TTL, Problem};
+use crate::store::{Cause, LEASE_TTL};
 
 /// How long leases that went with the data of the store are kept, for their nodes to register again. Nodes that
 /// watch do so within seconds.
 pub(super) const GRACE: Duration = Duration::from_secs(60);
-
-/// The largest extension read; one takes 12 bytes.
-const MAX_EXTENSION_LEN: usize = 1024;
 
 /// The most characters of a key that are shown.
 const SHOWN: usize = 200;
@@ -268,7 +265,7 @@ impl View {
                 self.stored.insert(item.key.to_owned(), item.mod_revision);
                 self.problems.insert(subject(), Cause::Key(error));
             }
-            Meaning::Extension(subnets) => match parse_extension(item.value) {
+            Meaning::Extension(subnets) => match extension::parse(item.value) {
                 Ok(extension) => {
                     self.problems.remove(&subject());
                     self.extensions
@@ -376,14 +373,6 @@ fn fresh(
         .collect()
 }
 
-/// As the event wants it.
-pub(super) fn problems(found: BTreeMap<String, Cause>) -> Vec<Problem> {
-    found
-        .into_iter()
-        .map(|(subject, cause)| Problem { subject, cause })
-        .collect()
-}
-
 /// A key as text of bounded length, which a terminal can show.
 fn shown(key: &[u8]) -> String {
     let text = String::from_utf8_lossy(key);
@@ -396,28 +385,6 @@ fn shown(key: &[u8]) -> String {
         shown.push('…');
     }
     shown
-}
-
-/// What [`extension_json`] wrote, or a later version of it.
-fn parse_extension(text: &[u8]) -> Result<LeaseExtension, String> {
-    if text.len() > MAX_EXTENSION_LEN {
-        return Err(format!(
-            "the extension is larger than {MAX_EXTENSION_LEN} bytes"
-        ));
-    }
-    let object = Object::parse(text, "").map_err(|e| format!("the extension is no object: {e}"))?;
-    let ecn = object
-        .plain::<bool>("Ecn", "true or false")
-        .map_err(|e| e.to_string())?;
-    Ok(LeaseExtension {
-        ecn: ecn.unwrap_or_default(),
-    })
-}
-
-/// The value beside a lease; none for what is assumed anyway.
-pub(super) fn extension_json(extension: LeaseExtension) -> Option<String> {
-    let LeaseExtension { ecn } = extension;
-    (extension != LeaseExtension::default()).then(|| format!(r#"{{"Ecn":{ecn}}}"#))
 }
 
 #[cfg(test)]
