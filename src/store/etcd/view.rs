@@ -162,7 +162,8 @@ impl View {
             other_history |= item.key.starts_with(self.keys.subnets().as_bytes())
                 && item.mod_revision <= past
                 && known.get(item.key) != Some(&item.mod_revision);
-            if let Meaning::Lease(subnets) = self.keys.meaning(item.key)
+            if !records.is_empty()
+                && let Meaning::Lease(subnets) = self.keys.meaning(item.key)
                 && let Some(record) = records.remove(&subnets)
             {
                 self.records.insert(subnets, record);
@@ -267,7 +268,7 @@ impl View {
             }
             Meaning::Extension(subnets) => match extension::parse(item.value) {
                 Ok(extension) => {
-                    self.problems.remove(&subject());
+                    self.repaired(item.key);
                     self.extensions
                         .insert(subnets, (item.mod_revision, extension));
                 }
@@ -280,7 +281,7 @@ impl View {
                 self.stored.insert(item.key.to_owned(), item.mod_revision);
                 match LeaseAttrs::parse(item.value) {
                     Ok(attrs) => {
-                        self.problems.remove(&subject());
+                        self.repaired(item.key);
                         return self.register(subnets, attrs, item, now);
                     }
                     // What was good stays; the key is still there, so nobody else can take its place.
@@ -294,6 +295,14 @@ impl View {
             }
         }
         Vec::new()
+    }
+
+    /// A key is good, or gone.
+    fn repaired(&mut self, key: &[u8]) {
+        // Nearly always: then its text is not worth making.
+        if !self.problems.is_empty() {
+            self.problems.remove(&shown(key));
+        }
     }
 
     fn register(
@@ -321,13 +330,12 @@ impl View {
         let replaced = |(at, orphan): &(&Subnets, &Record)| {
             orphan.orphaned.is_some() && **at != subnets && replaces(&subnets, &record, at, orphan)
         };
-        let replaced: Vec<Subnets> = self
-            .records
-            .iter()
-            .filter(|_| self.orphans)
-            .filter(replaced)
-            .map(|(at, _)| *at)
-            .collect();
+        let replaced: Vec<Subnets> = if self.orphans {
+            let orphans = self.records.iter().filter(replaced);
+            orphans.map(|(at, _)| *at).collect()
+        } else {
+            Vec::new()
+        };
         for orphan in &replaced {
             self.records.remove(orphan);
         }
@@ -342,7 +350,7 @@ impl View {
     }
 
     fn delete(&mut self, key: &[u8]) {
-        self.problems.remove(&shown(key));
+        self.repaired(key);
         self.stored.remove(key);
         match self.keys.meaning(key) {
             Meaning::Lease(subnets) => {
