@@ -3,6 +3,7 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::panic,
     reason = "a test that cannot prepare itself must fail"
 )]
 #![allow(dead_code, reason = "every test file uses the part that it needs")]
