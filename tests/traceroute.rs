@@ -1,6 +1,7 @@
 //! What a traceroute through the overlay sees, from a pod, over the whole program. Needs root.
 
 #![expect(
+    clippy::panic,
     clippy::unwrap_used,
     reason = "a test that cannot prepare itself must fail"
 )]

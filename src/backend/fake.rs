@@ -171,7 +171,7 @@ impl Kernel for FakeKernel {
         Ok(Snapshot::default())
     }
 
-    fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
-        Ok(mpsc::unbounded_channel().1)
+    fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {
+        Ok(mpsc::channel(1).1)
     }
 }

@@ -130,7 +130,7 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     ///
     /// The kernel refuses to report.
-    fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError>;
+    fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError>;
 }
 
 /// A network interface.

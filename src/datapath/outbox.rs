@@ -27,6 +27,11 @@ use crate::underlay::{SOURCE_PORTS, UdpCaps};
 
 /// Segments held before a flush: four 64 KiB superpackets of 1400-byte segments, five times over.
 const MAX_SEGMENTS: usize = 1024;
+/// As the planner counts them.
+const PLANNED_SEGMENTS: u16 = 1024;
+const PLANNED_PORTS: u16 = 8;
+const _: () = assert!(PLANNED_SEGMENTS as usize == MAX_SEGMENTS);
+const _: () = assert!(PLANNED_PORTS as usize == SOURCE_PORTS);
 /// Entries of one `sendmmsg`.
 const MAX_ENTRIES: usize = 64;
 /// Slices of one `sendmmsg`: a header and a payload for every segment.
@@ -127,7 +132,7 @@ impl Outbox {
             pending: Pending {
                 headers: vec![0; MAX_SEGMENTS * HEADER_STRIDE],
                 segments: Vec::with_capacity(MAX_SEGMENTS),
-                planner: Planner::new(MAX_SEGMENTS as u16, SOURCE_PORTS as u16),
+                planner: Planner::new(PLANNED_SEGMENTS, PLANNED_PORTS),
                 limits: RunLimits {
                     gso: caps.gso,
                     max_segments: caps.max_segments,

@@ -208,7 +208,7 @@ impl Kernel for Netlink {
         Ok(decode::snapshot(&links, &addrs, &routes))
     }
 
-    fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
+    fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {
         monitor::start()
     }
 }

@@ -9,6 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 /// `struct sockaddr_in6`, the larger of the two.
 pub(super) const NAME_LEN: usize = size_of::<libc::sockaddr_in6>();
+/// As the kernel counts it.
+pub(super) const NAME_SPACE: libc::socklen_t = 28;
+const _: () = assert!(NAME_SPACE as usize == NAME_LEN);
 /// Room for the control messages we ask for: a GRO stride, a TOS byte; and on the error queue one
 /// `sock_extended_err` with its offender's address.
 pub(super) const CONTROL_LEN: usize = 128;

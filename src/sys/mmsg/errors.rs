@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::abi::{
-    CONTROL_LEN, Control, ControlMessages, NAME_LEN, Name, empty_header, parse_name, read_int,
+    CONTROL_LEN, Control, ControlMessages, NAME_LEN, NAME_SPACE, Name, empty_header, parse_name,
+    read_int,
 };
 
 /// One error from a socket's error queue (ip(7), `IP_RECVERR`).
@@ -38,7 +39,7 @@ pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<Option<QueuedError>> {
     };
     let mut header = empty_header().msg_hdr;
     header.msg_name = name.0.as_mut_ptr().cast();
-    header.msg_namelen = NAME_LEN as libc::socklen_t;
+    header.msg_namelen = NAME_SPACE;
     header.msg_iov = &raw mut iov;
     header.msg_iovlen = 1;
     header.msg_control = control.0.as_mut_ptr().cast();

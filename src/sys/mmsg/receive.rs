@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::abi::{
-    CONTROL_LEN, Control, ControlMessages, NAME_LEN, Name, empty_header, parse_name, read_int,
+    CONTROL_LEN, Control, ControlMessages, NAME_LEN, NAME_SPACE, Name, empty_header, parse_name,
+    read_int,
 };
 use crate::sys::iov::EMPTY;
 
@@ -87,7 +88,7 @@ impl RecvBatch {
             };
             let msg = &mut header.msg_hdr;
             msg.msg_name = name.0.as_mut_ptr().cast();
-            msg.msg_namelen = NAME_LEN as libc::socklen_t;
+            msg.msg_namelen = NAME_SPACE;
             msg.msg_iov = iov;
             msg.msg_iovlen = 1;
             msg.msg_control = control.0.as_mut_ptr().cast();
