@@ -77,9 +77,20 @@ fn generate(sockets: &[UdpSocket], to: SocketAddr, seen_all: &AtomicBool) {
     }
 }
 
+/// Sets a flag when it goes.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Receives until every flow has got past [`COUNT`]; each number must exceed the one before of its flow.
 /// Returns how many arrived.
 fn check(socket: &UdpSocket, seen_all: &AtomicBool) -> u64 {
+    // Also when an assertion fails: the generator must end.
+    let _ended = SetOnDrop(seen_all);
     let (mut last, mut arrived) = ([None; FLOWS], 0);
     let mut buf = [0; LEN + 1];
     while !last
@@ -97,7 +108,6 @@ fn check(socket: &UdpSocket, seen_all: &AtomicBool) -> u64 {
         last[flow] = Some(number);
         arrived += 1;
     }
-    seen_all.store(true, Ordering::Relaxed);
     arrived
 }
 

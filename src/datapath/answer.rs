@@ -1,12 +1,13 @@
 //! Owns building ICMP errors about packets that do not go on, within the rate limit. Never sends.
 
 use std::net::IpAddr;
+use std::sync::atomic::Ordering;
 
 use super::forward::Rules;
 use super::limiter::Limiter;
 use super::shared::Shared;
 use crate::wire::icmp_error::{self, IcmpError, MAX_LEN};
-use crate::wire::ip::IpMeta;
+use crate::wire::ip::{IpMeta, Version};
 
 /// One worker's answers.
 pub struct Answerer {
@@ -26,17 +27,26 @@ impl Answerer {
 
     /// The error to send about `packet` to a sender on this side of the tunnel.
     ///
-    /// It comes from the packet's own destination, as the kernel's tunnels do it
-    /// (`iptunnel_pmtud_build_icmp`, net/ipv4/ip_tunnel_core.c): what enters the TUN device from an address of
-    /// this node is a martian to the kernel and dropped (`fib_validate_source`, net/ipv4/fib_frontend.c).
+    /// It comes from this node's overlay address where the kernel takes that from the device. Where it does
+    /// not, an address of this node is a martian (`fib_validate_source`, net/ipv4/fib_frontend.c), and the
+    /// answer comes from the packet's own destination, as the kernel's tunnels do it
+    /// (`iptunnel_pmtud_build_icmp`, net/ipv4/ip_tunnel_core.c).
     pub fn build_local(
         &mut self,
         shared: &Shared,
+        rules: &Rules,
         kind: IcmpError,
         packet: &[u8],
         meta: &IpMeta,
     ) -> Option<&[u8]> {
-        self.build_from(shared, meta.dst(), kind, packet, meta)
+        // IPv6 knows no such martians.
+        let as_self =
+            meta.version() == Version::V6 || shared.answers_as_self.load(Ordering::Relaxed);
+        let from = rules
+            .answer_from(meta.src())
+            .filter(|_| as_self)
+            .unwrap_or_else(|| meta.dst());
+        self.build_from(shared, from, kind, packet, meta)
     }
 
     /// The error to send about `packet` through the tunnel; `None` when the rules of ICMP forbid one, the

@@ -200,7 +200,9 @@ impl Path<'_> {
                 send(&self.opened.socket, packet, peer, counts);
             }
             EncapVerdict::Answer(kind, reason) => {
-                let built = self.answerer.build_local(self.shared, kind, packet, &meta);
+                let built =
+                    self.answerer
+                        .build_local(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
                 if answered {
                     counts.answered += 1;

@@ -100,6 +100,9 @@ pub struct Shared {
     pub udp_gso_withdrawals: AtomicU64,
     /// One entry per worker.
     pub counts: Vec<WorkerCounts>,
+    /// The kernel takes IPv4 packets from the device that come from an address of this node, so our answers
+    /// to local senders may name us (`accept_local`, Documentation/networking/ip-sysctl.rst).
+    pub answers_as_self: AtomicBool,
     /// That the device vanished was told.
     pub device_gone: AtomicBool,
     /// Workers end after the burst in hand.

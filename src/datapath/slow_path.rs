@@ -54,7 +54,9 @@ impl SlowPath {
         meta: &IpMeta,
         packets: u64,
     ) {
-        let answer = self.answerer.build_local(cx.shared, kind, packet, meta);
+        let answer = self
+            .answerer
+            .build_local(cx.shared, cx.rules, kind, packet, meta);
         let answered = answer.is_some_and(|answer| {
             let mut gathered = self.gather.start();
             if cx.shared.tun_caps.vnet_hdr {
