@@ -407,9 +407,11 @@ fn wrong_virtio_headers_are_counted_and_survived() {
         status.total.encap.read >= sent
     });
     while read(&b.tun[0]).is_some() {}
-    write(&a.tun[0], &plain(&packet));
+    // Of a flow of its own, so that it is not merged with a late one that was good by chance.
+    let good = udp(pod(1), pod(2), (3000, 4000), 64, &[9; 201]);
+    write(&a.tun[0], &plain(&good));
     wait_for("the good one", || {
-        read(&b.tun[0]).is_some_and(|(_, got)| got.len() == packet.len())
+        read(&b.tun[0]).is_some_and(|(_, got)| got.len() == good.len())
     });
 }
 
@@ -417,22 +419,24 @@ fn wrong_virtio_headers_are_counted_and_survived() {
 fn a_new_table_is_used_while_traffic_runs() {
     let (a, b) = pair(Shape::default());
     let packet = plain(&udp(pod(1), pod(2), (1, 2), 64, b"x"));
-    let (mut delivered, mut refused) = (0, 0);
     for round in 0..50 {
-        let routes = if round % 2 == 0 {
-            vec![route(2, &b)]
-        } else {
-            vec![]
-        };
+        let routed = round % 2 == 0;
+        let routes = if routed { vec![route(2, &b)] } else { vec![] };
         a.datapath.publish(&routes);
-        write(&a.tun[0], &packet);
-        wait_for("an outcome", || {
-            delivered += u64::from(read(&b.tun[0]).is_some());
-            refused += u64::from(read(&a.tun[0]).is_some());
-            delivered + refused == round + 1
+        // A burst that began before may still take some by the table it began with; every packet has one
+        // outcome all the same.
+        wait_for("an outcome by the new table", || {
+            write(&a.tun[0], &packet);
+            let mut delivered = false;
+            wait_for("an outcome", || {
+                delivered = read(&b.tun[0]).is_some();
+                delivered || read(&a.tun[0]).is_some()
+            });
+            delivered == routed
         });
     }
-    assert_eq!((delivered, refused), (25, 25));
+    assert!(read(&a.tun[0]).is_none() && read(&b.tun[0]).is_none());
+    adds_up(&a.datapath.status());
 }
 
 #[test]
