@@ -84,10 +84,7 @@ impl Lab {
         for (node, net) in (1..).zip(&nets) {
             self.attach_pods(node, net)?;
         }
-        if self.spec().backend == Backend::Udp {
-            self.await_connected()?;
-        }
-        Ok(())
+        self.await_connected()
     }
 
     fn create_underlay(&mut self) -> Result<(), Error> {
@@ -161,30 +158,38 @@ impl Lab {
         Ok(())
     }
 
-    /// Waits until the first pod of every node reaches the first pod of every other node.
+    /// Waits until every pod answers the first one of its node, and, if there is a backend, the first pod of
+    /// every node answers that of every other: the kernel takes up to a second until a new link carries packets.
     ///
     /// # Errors
     /// [`Error::Timeout`] names the first pair without a connection, [`Error::Ended`] a daemon that gave up.
     pub fn await_connected(&mut self) -> Result<(), Error> {
-        let firsts: Vec<PodRecord> = self
-            .layout
-            .pods
-            .iter()
-            .filter(|pod| matches!(pod.member, Member::Pod(_, 1)))
-            .copied()
-            .collect();
         let interrupt = self.interrupt.clone();
-        for from in &firsts {
-            for to in firsts.iter().filter(|to| to.member != from.member) {
-                let netns = self.netns(from.member);
-                let what = format!("an answer to a ping from {} to {}", from.member, to.member);
-                wait::until(&what, CONNECT_LIMIT, &interrupt, || {
-                    self.check_daemons()?;
-                    ping(&netns, to.addr)
-                })?;
-            }
+        for (from, to) in self.connections() {
+            let netns = self.netns(from);
+            let what = format!("an answer to a ping from {from} to {}", to.member);
+            wait::until(&what, CONNECT_LIMIT, &interrupt, || {
+                self.check_daemons()?;
+                ping(&netns, to.addr)
+            })?;
         }
         Ok(())
+    }
+
+    /// Which pods have to reach which.
+    fn connections(&self) -> Vec<(Member, PodRecord)> {
+        let joined = self.spec().backend != Backend::None;
+        let mut pairs = Vec::new();
+        for node in 1..=self.spec().nodes {
+            let first = Member::Pod(node, 1);
+            let others = self.layout.pods.iter().filter(|to| match to.member {
+                Member::Pod(n, pod) if n == node => pod > 1,
+                Member::Pod(_, pod) => joined && pod == 1,
+                Member::Node(_) | Member::Underlay => false,
+            });
+            pairs.extend(others.map(|to| (first, *to)));
+        }
+        pairs
     }
 
     /// # Errors
