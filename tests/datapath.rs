@@ -406,10 +406,11 @@ fn wrong_virtio_headers_are_counted_and_survived() {
         adds_up(&status);
         status.total.encap.read >= sent
     });
-    while read(&b.tun[0]).is_some() {}
-    write(&a.tun[0], &plain(&packet));
+    // Another flow, so that it is not merged with what is still on its way.
+    let good = udp(pod(1), pod(2), (7, 8), 64, b"good");
+    write(&a.tun[0], &plain(&good));
     wait_for("the good one", || {
-        read(&b.tun[0]).is_some_and(|(_, got)| got.len() == packet.len())
+        read(&b.tun[0]).is_some_and(|(_, got)| got.ends_with(b"good"))
     });
 }
 
@@ -417,22 +418,22 @@ fn wrong_virtio_headers_are_counted_and_survived() {
 fn a_new_table_is_used_while_traffic_runs() {
     let (a, b) = pair(Shape::default());
     let packet = plain(&udp(pod(1), pod(2), (1, 2), 64, b"x"));
-    let (mut delivered, mut refused) = (0, 0);
     for round in 0..50 {
-        let routes = if round % 2 == 0 {
-            vec![route(2, &b)]
-        } else {
-            vec![]
-        };
+        let routed = round % 2 == 0;
+        let routes = if routed { vec![route(2, &b)] } else { vec![] };
         a.datapath.publish(&routes);
-        write(&a.tun[0], &packet);
-        wait_for("an outcome", || {
-            delivered += u64::from(read(&b.tun[0]).is_some());
-            refused += u64::from(read(&a.tun[0]).is_some());
-            delivered + refused == round + 1
-        });
+        // A burst that began before may still use the table before; the one after it may not.
+        let mut as_published = false;
+        for _ in 0..2 {
+            write(&a.tun[0], &packet);
+            wait_for("an outcome", || {
+                let delivered = read(&b.tun[0]).is_some();
+                as_published = delivered == routed;
+                delivered || read(&a.tun[0]).is_some()
+            });
+        }
+        assert!(as_published, "the second packet after publication {round}");
     }
-    assert_eq!((delivered, refused), (25, 25));
 }
 
 #[test]
