@@ -155,6 +155,5 @@ impl DaemonArgs {
 }
 
 pub(super) fn run(args: DaemonArgs) -> anyhow::Result<()> {
-    // The texts are whole sentences already; without this the causes would be told twice.
-    daemon::run(args.into_options()?).map_err(|error| anyhow::Error::msg(error.to_string()))
+    Ok(daemon::run(args.into_options()?)?)
 }
