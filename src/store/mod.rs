@@ -2,8 +2,11 @@
 //! the kernel.
 
 pub mod allocator;
+pub mod backoff;
 pub mod env_file;
+pub mod etcd;
 pub mod local;
+mod random;
 
 use std::fmt;
 use std::future::Future;
@@ -16,6 +19,7 @@ use tokio::sync::mpsc;
 use crate::config::{ConfigError, NetworkConfig};
 use crate::lease::{AttrsError, KeyError, Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
 
+pub use etcd::EtcdStore;
 pub use local::LocalStore;
 
 /// How long a lease lasts unless renewed; specification section 5.5.
@@ -178,6 +182,21 @@ pub enum Cause {
     /// Our own entry was damaged or overwritten, and we have written it anew.
     #[error("our own lease was overwritten and is restored")]
     Restored,
+    /// A daemon that is not this one has written our own entry, with our public IP.
+    #[error(
+        "another daemon leases it with our public IP {0}: give every node a public IP of its own"
+    )]
+    Twin(IpAddr),
+    /// The store came back without what it had.
+    #[error(
+        "it lost its data: {missing} leases are kept for {grace:?}, for their nodes to register again"
+    )]
+    DataLoss {
+        /// How many leases are no longer there.
+        missing: usize,
+        /// How long they are kept.
+        grace: Duration,
+    },
 }
 
 /// Why a store could not do what was asked.

@@ -34,7 +34,6 @@ mod scan;
 mod sidecar;
 mod watch;
 
-use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,6 +42,7 @@ use std::{fmt, io};
 
 use tokio::sync::{Notify, mpsc};
 
+use super::random::random_below;
 use super::{
     AcquireRequest, Cause, LeaseStore, LostTo, Problem, RenewError, StoreError, StoreEvent,
 };
@@ -254,14 +254,6 @@ fn half(dir: &Path, own: &Own, lease: IpAddr) -> Problem {
             sidecar: own.node,
         },
     }
-}
-
-/// A random index below `count`, from the seed that the standard library draws for every hasher. Keeps nodes
-/// that start together apart; nobody is harmed by guessing it.
-fn random_below(count: usize) -> usize {
-    let random = RandomState::new().hash_one(SystemTime::now());
-    let count = u64::try_from(count).unwrap_or(u64::MAX).max(1);
-    usize::try_from(random % count).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,0 +1,390 @@
+//! Owns who holds what: acquiring and renewing by compare-and-swap. Every write is conditional on what was read
+//! before; nothing is ever overwritten blindly.
+
+use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
+
+use etcd_client::{
+    Compare, CompareOp, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse,
+};
+
+use super::Inner;
+use super::cluster::Connection;
+use super::failure::{Failure, FailureCause};
+use super::keys::{Keys, Meaning};
+use super::view::extension_json;
+use crate::config::NetworkConfig;
+use crate::lease::{KeyError, Lease, LeaseAttrs, LeaseExtension, Subnets};
+use crate::store::allocator::{allocate, compatible};
+use crate::store::backoff::Backoff;
+use crate::store::random::random_below;
+use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
+
+/// How often others may be faster before it is an error; specification section 5.4.
+const ATTEMPTS: u32 = 10;
+
+/// What this node holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Own {
+    pub(super) subnets: Subnets,
+    pub(super) node: IpAddr,
+    attrs: LeaseAttrs,
+    extension: LeaseExtension,
+    /// Zero for a reservation.
+    pub(super) etcd_lease: i64,
+    expires: Option<SystemTime>,
+}
+
+impl Own {
+    pub(super) fn lease(&self) -> Lease {
+        Lease {
+            subnets: self.subnets,
+            attrs: self.attrs.clone(),
+            expires: self.expires,
+            extension: self.extension,
+        }
+    }
+}
+
+/// A key where leases are.
+struct Entry {
+    subnets: Subnets,
+    /// None if the value is not a lease value, or was not asked for.
+    attrs: Option<LeaseAttrs>,
+    etcd_lease: i64,
+    create_revision: i64,
+    mod_revision: i64,
+}
+
+impl Entry {
+    /// Other spellings of a key count too: somebody took these addresses.
+    fn read(keys: &Keys, kv: &KeyValue) -> Option<Self> {
+        let subnets = match keys.meaning(kv.key()) {
+            Meaning::Lease(subnets) => subnets,
+            Meaning::NoLease(_, KeyError::NotCanonical { canonical }) => canonical,
+            Meaning::NoLease(..) | Meaning::Extension(_) | Meaning::Foreign => return None,
+        };
+        let canonical = kv.key() == keys.lease(&subnets).as_bytes();
+        Some(Self {
+            subnets,
+            attrs: LeaseAttrs::parse(kv.value()).ok().filter(|_| canonical),
+            etcd_lease: kv.lease(),
+            create_revision: kv.create_revision(),
+            mod_revision: kv.mod_revision(),
+        })
+    }
+
+    fn node(&self) -> Option<IpAddr> {
+        self.attrs.as_ref().and_then(LeaseAttrs::node)
+    }
+
+    /// Whether somebody else claimed a part of it earlier.
+    fn is_beaten(&self, all: &[Self]) -> bool {
+        all.iter().any(|other| {
+            other.create_revision < self.create_revision
+                && other.subnets.overlaps(&self.subnets)
+                && other.node() != self.node()
+        })
+    }
+}
+
+/// What one conditional write led to.
+enum Written {
+    Done(Own),
+    /// The condition no longer holds.
+    Outrun,
+}
+
+/// How a lease is to be written.
+struct Draft<'a> {
+    subnets: Subnets,
+    node: IpAddr,
+    attrs: &'a LeaseAttrs,
+    extension: LeaseExtension,
+    condition: Compare,
+    permanent: bool,
+}
+
+/// Leases subnets for the node; [`LeaseStore::acquire`](crate::store::LeaseStore::acquire).
+pub(super) async fn acquire(
+    inner: &Inner,
+    config: &NetworkConfig,
+    request: &AcquireRequest,
+    node: IpAddr,
+) -> Result<Own, StoreError> {
+    // Those who lost the same race do not meet again at once.
+    let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(500));
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            tokio::time::sleep(backoff.pause()).await;
+        }
+        let connection = inner.cluster.connection().await?;
+        if let Written::Done(own) = attempt_once(inner, &connection, config, request, node).await? {
+            return Ok(own);
+        }
+    }
+    Err(StoreError::Contended { attempts: ATTEMPTS })
+}
+
+async fn attempt_once(
+    inner: &Inner,
+    connection: &Connection,
+    config: &NetworkConfig,
+    request: &AcquireRequest,
+    node: IpAddr,
+) -> Result<Written, StoreError> {
+    let entries = list(inner, connection).await?;
+    let mut mine: Vec<&Entry> = entries
+        .iter()
+        .filter(|entry| entry.node() == Some(node))
+        .collect();
+    // A reservation, else the subnets of the run before, else the earliest claim.
+    mine.sort_by_key(|entry| {
+        (
+            entry.etcd_lease != 0,
+            Some(entry.subnets) != request.previous,
+            entry.create_revision,
+        )
+    });
+    let mut held: Option<&Entry> = None;
+    for entry in mine {
+        let fits = compatible(config, &entry.subnets) && !entry.is_beaten(&entries);
+        if held.is_none() && fits {
+            held = Some(entry);
+        } else if entry.etcd_lease == 0 {
+            tracing::warn!(key = %entry.subnets,
+                "a reservation for this node does not fit the network or other leases");
+        } else if !withdraw(inner, connection, entry).await? {
+            return Ok(Written::Outrun);
+        }
+    }
+    let draft = |subnets, condition, permanent| Draft {
+        subnets,
+        node,
+        attrs: &request.attrs,
+        extension: request.extension,
+        condition,
+        permanent,
+    };
+    if let Some(entry) = held {
+        let condition = unchanged(&inner.keys, entry);
+        let draft = draft(entry.subnets, condition, entry.etcd_lease == 0);
+        if draft.permanent && entry.attrs.as_ref() == Some(draft.attrs) {
+            return Ok(Written::Done(Own::of(&draft, 0, None)));
+        }
+        return Ok(write(inner, connection, &draft).await?);
+    }
+
+    let taken: Vec<Subnets> = entries.iter().map(|entry| entry.subnets).collect();
+    let free = |subnets: &Subnets| !taken.iter().any(|key| key.overlaps(subnets));
+    let previous = request
+        .previous
+        .filter(|previous| compatible(config, previous) && free(previous));
+    let subnets = match previous {
+        Some(previous) => previous,
+        None => allocate(config, &taken, random_below)?,
+    };
+    let absent = Compare::version(inner.keys.lease(&subnets), CompareOp::Equal, 0);
+    Ok(write(inner, connection, &draft(subnets, absent, false)).await?)
+}
+
+/// Extends our lease; [`LeaseStore::renew`](crate::store::LeaseStore::renew).
+pub(super) async fn renew(inner: &Inner, lease: &Lease) -> Result<Own, RenewError> {
+    let node = lease.attrs.node().ok_or(StoreError::NoPublicIp)?;
+    let lost = |to| RenewError::Lost {
+        subnets: lease.subnets,
+        to,
+    };
+    for _ in 0..ATTEMPTS {
+        let connection = inner.cluster.connection().await.map_err(StoreError::from)?;
+        let found = get(inner, &connection, &lease.subnets).await;
+        let Some(entry) = found.map_err(StoreError::from)? else {
+            return Err(lost(LostTo::Nobody));
+        };
+        // A value that cannot be read says nothing about another owner: ours takes its place.
+        if let Some(other) = entry.node().filter(|other| *other != node) {
+            return Err(lost(LostTo::Node(other)));
+        }
+        let draft = Draft {
+            subnets: lease.subnets,
+            node,
+            attrs: &lease.attrs,
+            extension: lease.extension,
+            condition: unchanged(&inner.keys, &entry),
+            permanent: entry.etcd_lease == 0,
+        };
+        if draft.permanent && entry.attrs.as_ref() == Some(draft.attrs) {
+            return Ok(Own::of(&draft, 0, None));
+        }
+        let written = write(inner, &connection, &draft).await;
+        if let Written::Done(own) = written.map_err(StoreError::from)? {
+            return Ok(own);
+        }
+    }
+    Err(StoreError::Contended { attempts: ATTEMPTS }.into())
+}
+
+/// Who holds our subnets now; `None` if it is still us.
+pub(super) async fn lost_to(
+    inner: &Inner,
+    connection: &Connection,
+    own: &Own,
+) -> Result<Option<LostTo>, Failure> {
+    Ok(match get(inner, connection, &own.subnets).await? {
+        None => Some(LostTo::Nobody),
+        Some(entry) => entry
+            .node()
+            .filter(|node| *node != own.node)
+            .map(LostTo::Node),
+    })
+}
+
+impl Own {
+    fn of(draft: &Draft<'_>, etcd_lease: i64, expires: Option<SystemTime>) -> Self {
+        Self {
+            subnets: draft.subnets,
+            node: draft.node,
+            attrs: draft.attrs.clone(),
+            extension: draft.extension,
+            etcd_lease,
+            expires,
+        }
+    }
+}
+
+fn unchanged(keys: &Keys, entry: &Entry) -> Compare {
+    let key = keys.lease(&entry.subnets);
+    Compare::mod_revision(key, CompareOp::Equal, entry.mod_revision)
+}
+
+async fn list(inner: &Inner, connection: &Connection) -> Result<Vec<Entry>, Failure> {
+    let (mut kv, options) = (connection.kv(), GetOptions::new().with_prefix());
+    let listing = connection
+        .call(kv.get(inner.keys.subnets(), Some(options)))
+        .await?;
+    Ok(entries(&inner.keys, listing.kvs()))
+}
+
+fn entries(keys: &Keys, kvs: &[KeyValue]) -> Vec<Entry> {
+    kvs.iter().filter_map(|kv| Entry::read(keys, kv)).collect()
+}
+
+async fn get(
+    inner: &Inner,
+    connection: &Connection,
+    subnets: &Subnets,
+) -> Result<Option<Entry>, Failure> {
+    let mut kv = connection.kv();
+    let answer = connection
+        .call(kv.get(inner.keys.lease(subnets), None))
+        .await?;
+    Ok(answer
+        .kvs()
+        .first()
+        .and_then(|kv| Entry::read(&inner.keys, kv)))
+}
+
+/// Gives back a lease of ours that does not fit any more. False if it has changed since it was read.
+async fn withdraw(inner: &Inner, connection: &Connection, entry: &Entry) -> Result<bool, Failure> {
+    let key = inner.keys.lease(&entry.subnets);
+    let txn = Txn::new()
+        .when([unchanged(&inner.keys, entry)])
+        .and_then([TxnOp::delete(key, None)]);
+    let mut kv = connection.kv();
+    Ok(connection.call(kv.txn(txn)).await?.succeeded())
+}
+
+/// Writes a lease under its condition, with a new etcd lease unless it is permanent.
+async fn write(
+    inner: &Inner,
+    connection: &Connection,
+    draft: &Draft<'_>,
+) -> Result<Written, Failure> {
+    if draft.permanent {
+        let done = commit(inner, connection, draft, 0).await?;
+        return Ok(if done {
+            Written::Done(Own::of(draft, 0, None))
+        } else {
+            Written::Outrun
+        });
+    }
+    // Before it is granted: our lease never seems to last longer than it does.
+    let asked = SystemTime::now();
+    let ttl = i64::try_from(LEASE_TTL.as_secs()).unwrap_or(i64::MAX);
+    let mut leases = connection.leases();
+    let grant = connection.call(leases.grant(ttl, None)).await?;
+    // Before it is used: the watch must know our own writes.
+    inner.granted(grant.id());
+    let outcome = commit(inner, connection, draft, grant.id()).await;
+    if matches!(outcome, Ok(true)) {
+        let granted = Duration::from_secs(u64::try_from(grant.ttl()).unwrap_or_default());
+        let own = Own::of(draft, grant.id(), Some(asked + granted));
+        return Ok(Written::Done(own));
+    }
+    // Takes what may have been written with it. If this fails too, etcd does it after the lease's time.
+    if let Err(error) = connection.call(leases.revoke(grant.id())).await {
+        tracing::debug!(%error, "a lease that was granted in vain stays for its time");
+    }
+    outcome.map(|_| Written::Outrun)
+}
+
+/// Writes the keys of a lease in one piece. False if the condition does not hold, or if somebody else claimed an
+/// overlapping key before us: then ours must go.
+async fn commit(
+    inner: &Inner,
+    connection: &Connection,
+    draft: &Draft<'_>,
+    etcd_lease: i64,
+) -> Result<bool, Failure> {
+    let extension = extension_json(draft.extension).filter(|_| inner.extensions_allowed());
+    if let Some(json) = extension {
+        match commit_with(inner, connection, draft, etcd_lease, Some(json)).await {
+            Err(Failure {
+                cause: FailureCause::PermissionDenied(_),
+                ..
+            }) => inner.forbid_extensions(),
+            outcome => return outcome,
+        }
+    }
+    commit_with(inner, connection, draft, etcd_lease, None).await
+}
+
+async fn commit_with(
+    inner: &Inner,
+    connection: &Connection,
+    draft: &Draft<'_>,
+    etcd_lease: i64,
+    extension: Option<String>,
+) -> Result<bool, Failure> {
+    let keys = &inner.keys;
+    let put = |key, value| TxnOp::put(key, value, Some(PutOptions::new().with_lease(etcd_lease)));
+    let mut operations = vec![put(keys.lease(&draft.subnets), draft.attrs.to_json())];
+    operations.extend(extension.map(|json| put(keys.extension(&draft.subnets), json)));
+    // Two keys can differ and still overlap, which no condition on one key can see. The listing is of the very
+    // moment of our write, so of two that overlap exactly the later one sees the other.
+    let listing = GetOptions::new().with_prefix().with_keys_only();
+    operations.push(TxnOp::get(keys.subnets(), Some(listing)));
+    let txn = Txn::new()
+        .when([draft.condition.clone()])
+        .and_then(operations);
+    let mut kv = connection.kv();
+    let answer = connection.call(kv.txn(txn)).await?;
+    if !answer.succeeded() {
+        return Ok(false);
+    }
+    let mut present = Vec::new();
+    for operation in answer.op_responses() {
+        if let TxnOpResponse::Get(listing) = operation {
+            present = entries(keys, listing.kvs());
+        }
+    }
+    let ours = present.iter().find(|entry| entry.subnets == draft.subnets);
+    let earlier = |entry: &&Entry| {
+        entry.subnets != draft.subnets
+            && entry.subnets.overlaps(&draft.subnets)
+            && ours.is_none_or(|ours| entry.create_revision < ours.create_revision)
+    };
+    // What was held before stays held: only a new claim gives way.
+    let is_new = ours.is_some_and(|ours| ours.create_revision == ours.mod_revision);
+    Ok(!(is_new && present.iter().any(|entry| earlier(&entry))))
+}
