@@ -27,6 +27,7 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod debug;
+pub mod firewall;
 pub mod iface;
 pub mod lab;
 pub mod lease;
