@@ -48,7 +48,10 @@ impl Mtu {
     /// Takes 68 to 65535; `None` outside.
     #[must_use]
     pub fn new(bytes: u32) -> Option<Self> {
-        u16::try_from(bytes).ok().filter(|&b| b >= Self::MIN.0).map(Self)
+        u16::try_from(bytes)
+            .ok()
+            .filter(|&b| b >= Self::MIN.0)
+            .map(Self)
     }
 
     /// The number of bytes.
@@ -60,7 +63,9 @@ impl Mtu {
     /// What is left for the inner packet after `overhead` bytes of outer headers; `None` below [`Mtu::MIN`].
     #[must_use]
     pub fn less(self, overhead: u16) -> Option<Self> {
-        self.0.checked_sub(overhead).and_then(|b| Self::new(u32::from(b)))
+        self.0
+            .checked_sub(overhead)
+            .and_then(|b| Self::new(u32::from(b)))
     }
 }
 

@@ -165,6 +165,17 @@ impl Kernel for FakeKernel {
         Ok(Snapshot::default())
     }
 
+    async fn route_to(
+        &self,
+        _to: std::net::IpAddr,
+    ) -> Result<Option<crate::iface::Reach>, KernelError> {
+        Ok(None)
+    }
+
+    async fn add_blackhole(&self, _net: IpNet) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
         Ok(mpsc::unbounded_channel().1)
     }
