@@ -1,11 +1,15 @@
 //! The batched engine over in-memory devices: a sequenced-packet socket pair stands for the TUN, loopback for
 //! the underlay. Everything else is the program's own code and the kernel's UDP stack.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -50,7 +54,7 @@ fn subnet(n: u8) -> ipnet::IpNet {
     format!("198.18.{n}.0/24").parse().unwrap()
 }
 
-fn pod(n: u8) -> [u8; 4] {
+const fn pod(n: u8) -> [u8; 4] {
     [198, 18, n, 2]
 }
 
@@ -76,8 +80,8 @@ fn node(n: u8, shape: Shape) -> Node {
         for end in [&ours, &theirs] {
             setsockopt(end, sockopt::SndBuf, &(4 << 20)).unwrap();
         }
-        queues.push(TunQueue::new(File::from(OwnedFd::from(ours)), None));
-        tun.push(File::from(OwnedFd::from(theirs)));
+        queues.push(TunQueue::new(File::from(ours), None));
+        tun.push(File::from(theirs));
     }
     let caps = TunCaps {
         vnet_hdr: true,

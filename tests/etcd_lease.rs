@@ -1,10 +1,5 @@
 //! Leases in a real etcd: acquiring, renewing and losing them, beside nodes that run the original.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot prepare itself must fail"
-)]
-
 #[path = "common/etcd.rs"]
 mod common;
 

@@ -1,10 +1,5 @@
 //! The watch of the store in etcd, through everything that can happen to a real etcd.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot prepare itself must fail"
-)]
-
 #[path = "common/etcd.rs"]
 mod common;
 

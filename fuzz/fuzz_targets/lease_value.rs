@@ -1,5 +1,3 @@
-//! Runs `loden_fuzz::lease_value` under libFuzzer.
-
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::lease_value::lease_value(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::lease_value::run(data));

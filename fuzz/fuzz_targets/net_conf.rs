@@ -1,5 +1,3 @@
-//! Runs `loden_fuzz::net_conf` under libFuzzer.
-
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::net_conf::net_conf(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::net_conf::run(data));

@@ -1,5 +1,3 @@
-//! Runs `loden_fuzz::subnet_env` under libFuzzer.
-
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::subnet_env::subnet_env(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::subnet_env::run(data));

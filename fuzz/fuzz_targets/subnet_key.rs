@@ -1,5 +1,3 @@
-//! Runs `loden_fuzz::subnet_key` under libFuzzer.
-
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::subnet_key::subnet_key(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| loden_fuzz::subnet_key::run(data));

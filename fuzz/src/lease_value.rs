@@ -7,7 +7,7 @@ use loden::lease::LeaseAttrs;
 /// # Panics
 ///
 /// If the second reading differs from the first, or its text is not what was written.
-pub fn lease_value(data: &[u8]) {
+pub fn run(data: &[u8]) {
     let Ok(attrs) = LeaseAttrs::parse(data) else {
         return;
     };

@@ -2,9 +2,18 @@
 //! `tests/fuzz_replay.rs` runs the committed corpora on every build.
 
 pub mod checksum;
+pub mod coalesce;
 pub mod fragment;
+pub mod gso_plan;
 pub mod icmp_error;
 pub mod ip_parse;
+pub mod lease_value;
+pub mod net_conf;
+pub mod round_trip;
+pub mod split;
+pub mod subnet_env;
+pub mod subnet_key;
+pub mod vnet_hdr;
 
 /// The body of a target: takes any bytes, panics when a promise is broken.
 pub type Target = fn(&[u8]);
@@ -12,7 +21,16 @@ pub type Target = fn(&[u8]);
 /// Every target by the name it has in `fuzz_targets` and `corpus`.
 pub const TARGETS: &[(&str, Target)] = &[
     ("checksum", checksum::run),
+    ("coalesce", coalesce::run),
     ("fragment", fragment::run),
+    ("gso_plan", gso_plan::run),
     ("icmp_error", icmp_error::run),
     ("ip_parse", ip_parse::run),
+    ("lease_value", lease_value::run),
+    ("net_conf", net_conf::run),
+    ("round_trip", round_trip::run),
+    ("split", split::run),
+    ("subnet_env", subnet_env::run),
+    ("subnet_key", subnet_key::run),
+    ("vnet_hdr", vnet_hdr::run),
 ];

@@ -8,7 +8,7 @@ use loden::config::{NetworkConfig, SubnetPool};
 /// # Panics
 ///
 /// On a configuration that breaks a promise of [`NetworkConfig`].
-pub fn net_conf(data: &[u8]) {
+pub fn run(data: &[u8]) {
     let Ok(config) = NetworkConfig::parse(data) else {
         return;
     };

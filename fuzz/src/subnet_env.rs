@@ -7,7 +7,7 @@ use loden::store::env_file::PreviousEnv;
 /// # Panics
 ///
 /// If subnets are proposed that the file does not list.
-pub fn subnet_env(data: &[u8]) {
+pub fn run(data: &[u8]) {
     let env = PreviousEnv::parse(&String::from_utf8_lossy(data));
     if let Some(previous) = env.previous() {
         assert_eq!(previous.v4().as_slice(), env.subnets);

@@ -7,7 +7,7 @@ use loden::lease::Subnets;
 /// # Panics
 ///
 /// If an accepted text is not the text of its value.
-pub fn subnet_key(data: &[u8]) {
+pub fn run(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };

@@ -108,6 +108,12 @@ impl Kernel for FakeKernel {
         })
     }
 
+    async fn accept_own_sources(&self, link: &Link) -> Result<(), KernelError> {
+        self.change("accept own sources".to_owned(), |state| {
+            state.link_mut(link.index).map(|_link| ())
+        })
+    }
+
     async fn addresses(&self, index: u32) -> Result<Vec<IpNet>, KernelError> {
         let state = self.state();
         let of_link = state.addrs.iter().filter(|(at, _)| *at == index);
@@ -176,7 +182,7 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
-        Ok(mpsc::unbounded_channel().1)
+    fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {
+        Ok(mpsc::channel(1).1)
     }
 }

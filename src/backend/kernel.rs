@@ -47,6 +47,17 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses, for instance because IPv6 is off.
     fn silence_ipv6(&self, link: &Link) -> impl Future<Output = Result<(), KernelError>> + Send;
 
+    /// Makes the kernel take IPv4 packets from the link that come from an address of this node
+    /// (`accept_local`): our ICMP errors to local senders do.
+    ///
+    /// # Errors
+    ///
+    /// The setting may not be written, as in a container with a read-only /proc/sys.
+    fn accept_own_sources(
+        &self,
+        link: &Link,
+    ) -> impl Future<Output = Result<(), KernelError>> + Send;
+
     /// The addresses of a link, with their prefix lengths.
     ///
     /// # Errors
@@ -136,7 +147,7 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     ///
     /// The kernel refuses to report.
-    fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError>;
+    fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError>;
 }
 
 /// A network interface.

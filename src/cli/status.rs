@@ -214,13 +214,14 @@ fn peers(page: &mut Page, peers: &Value) {
 }
 
 fn drops(page: &mut Page, drops: &Value) {
-    let happened = |drop: &&Value| count(&drop["encap"]) > 0 || count(&drop["decap"]) > 0;
-    let drops: Vec<&Value> = list(drops).filter(happened).collect();
-    if drops.is_empty() {
+    let (happened, not): (Vec<&Value>, Vec<&Value>) =
+        list(drops).partition(|drop| count(&drop["encap"]) > 0 || count(&drop["decap"]) > 0);
+    if happened.is_empty() && not.is_empty() {
         return;
     }
     page.blank();
-    for (nth, drop) in drops.iter().enumerate() {
+    let mut title = "drops";
+    for drop in happened {
         let line = format!(
             "{}: {} encap, {} decap: {}",
             plain(&drop["reason"]),
@@ -228,8 +229,10 @@ fn drops(page: &mut Page, drops: &Value) {
             plain(&drop["decap"]),
             plain(&drop["remedy"])
         );
-        page.section(if nth == 0 { "drops" } else { "" }, &line);
+        page.section(std::mem::take(&mut title), &line);
     }
+    let not: Vec<String> = not.iter().map(|drop| plain(&drop["reason"])).collect();
+    page.section(title, &format!("none by {}", not.join(", ")));
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -380,9 +383,10 @@ mod tests {
     }
 
     #[test]
-    fn reasons_without_drops_are_left_out_and_control_characters_never_printed() {
+    fn reasons_without_drops_are_named_without_remedy_and_control_characters_never_printed() {
         let text = render(&answer());
-        assert!(!text.contains("malformed"), "{text}");
+        assert!(text.contains("none by malformed"), "{text}");
+        assert!(!text.contains("find the sender"), "{text}");
         assert!(!text.contains('\u{1b}'), "{text:?}");
     }
 

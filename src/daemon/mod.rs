@@ -281,7 +281,7 @@ struct Daemon<'a, S, K> {
     options: &'a Options,
     store: &'a S,
     kernel: &'a K,
-    changes: mpsc::UnboundedReceiver<Change>,
+    changes: mpsc::Receiver<Change>,
     asked: mpsc::Receiver<Asked>,
     asked_sender: mpsc::Sender<Asked>,
     /// The status socket, from the first `subnet.env` on.

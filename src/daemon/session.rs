@@ -25,7 +25,7 @@ use crate::debug::socket::Server;
 use crate::iface::{self, Choice};
 use crate::lease::{Lease, LeaseDelta, LeaseSet, Subnets};
 use crate::store::env_file::SubnetEnv;
-use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
+use crate::store::{Cause, LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::RateLimit;
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.
@@ -376,9 +376,13 @@ impl Session {
         };
         self.counts.store_problems += problems.len() as u64;
         for problem in problems {
-            self.log_limited(problem.to_string());
             self.problems
                 .retain(|known| known.subject != problem.subject);
+            if problem.cause == Cause::Solved {
+                tracing::info!("{problem}");
+                continue;
+            }
+            self.log_limited(problem.to_string());
             if self.problems.len() >= MAX_PROBLEMS {
                 self.problems.remove(0);
             }

@@ -72,6 +72,11 @@ impl Tunnel {
             Outcome::Done(actions) => tracing::debug!(?actions, "device configured"),
         }
         if let Some(datapath) = &mut tunnel.datapath {
+            match kernel.accept_own_sources(&link).await {
+                Ok(()) => datapath.answer_as_self(),
+                // A container with a read-only /proc/sys: answers name the destination instead.
+                Err(error) => tracing::debug!("{error}"),
+            }
             datapath.publish(routes);
             datapath.start().map_err(DaemonError::Workers)?;
         }

@@ -33,7 +33,8 @@ use crate::wire::ip;
 const BURST: usize = 64;
 /// Inner packets held in one burst. A GRO buffer holds at most 64 datagrams from a wire
 /// (`UDP_GRO_CNT_MAX`, net/ipv4/udp_offload.c), but as many as one run when the peer is on this host.
-const MAX_PACKETS: u16 = BURST as u16 * 128;
+const MAX_PACKETS: u16 = 8192;
+const _: () = assert!(MAX_PACKETS as usize == BURST * 128);
 /// One worker's decap. Memory is fixed at construction.
 pub struct Decap {
     receive: RecvBatch,

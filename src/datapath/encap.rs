@@ -28,6 +28,9 @@ use crate::wire::ip::{self, IpMeta};
 const BURST: usize = 64;
 /// Bytes in one burst: four superpackets, so that what was read is still in the cache when it is sent.
 const BURST_BYTES: usize = 4 << 16;
+/// A first packet below this leaves at once; above, it is a superpacket, and its last segments can share a run
+/// with the next one's.
+const SMALL: usize = 2048;
 /// The largest superpacket and its virtio-net header.
 const SLOT_LEN: usize = VNET_HDR_LEN + (1 << 16);
 /// Slots start this far apart: not a power of two, as for the receive slots.
@@ -94,6 +97,10 @@ impl Encap {
                 Ok(len) => {
                     bytes += len;
                     self.packet(cx, outbox, counts, slot, len);
+                    // A lone packet does not wait for the look whether another follows.
+                    if slot == 0 && len < SMALL {
+                        outbox.flush(cx, &self.slots, counts);
+                    }
                 }
                 Err(error) => progress = after_tun_read(&error),
             }

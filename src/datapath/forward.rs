@@ -183,6 +183,6 @@ impl Rules {
 }
 
 /// Multicast and limited broadcast: what an overlay of point-to-point tunnels does not carry.
-fn is_group(addr: IpAddr) -> bool {
+const fn is_group(addr: IpAddr) -> bool {
     addr.is_multicast() || matches!(addr, IpAddr::V4(v4) if v4.is_broadcast())
 }

@@ -9,7 +9,8 @@
 //! - any other error is first retried once, because an ICMP answer to an earlier datagram is told instead of
 //!   sending; the error queue is drained before.
 //! - anything else about a run: it is replayed once as single datagrams, at once, so that no later packet of
-//!   its flow overtakes it. If those go, `UDP_SEGMENT` is withdrawn for that next hop.
+//!   its flow overtakes it. If those go, and the error can be about runs, `UDP_SEGMENT` is withdrawn for that
+//!   next hop.
 //! - `EMSGSIZE` about a single datagram: the path MTU is smaller than we knew; it is answered or fragmented.
 
 use std::io;
@@ -26,6 +27,11 @@ use crate::underlay::{SOURCE_PORTS, UdpCaps};
 
 /// Segments held before a flush: four 64 KiB superpackets of 1400-byte segments, five times over.
 const MAX_SEGMENTS: usize = 1024;
+/// As the planner counts them.
+const PLANNED_SEGMENTS: u16 = 1024;
+const PLANNED_PORTS: u16 = 8;
+const _: () = assert!(PLANNED_SEGMENTS as usize == MAX_SEGMENTS);
+const _: () = assert!(PLANNED_PORTS as usize == SOURCE_PORTS);
 /// Entries of one `sendmmsg`.
 const MAX_ENTRIES: usize = 64;
 /// Slices of one `sendmmsg`: a header and a payload for every segment.
@@ -126,7 +132,7 @@ impl Outbox {
             pending: Pending {
                 headers: vec![0; MAX_SEGMENTS * HEADER_STRIDE],
                 segments: Vec::with_capacity(MAX_SEGMENTS),
-                planner: Planner::new(MAX_SEGMENTS as u16, SOURCE_PORTS as u16),
+                planner: Planner::new(PLANNED_SEGMENTS, PLANNED_PORTS),
                 limits: RunLimits {
                     gso: caps.gso,
                     max_segments: caps.max_segments,
@@ -325,9 +331,18 @@ fn settle(
         }
     }
     // Singles that went where the run did not: the run was the problem, not its size.
-    if gso && went && !too_big {
+    if gso && went && !too_big && is_about_runs(refusal) {
         cx.shared.withdraw_gso(peer, refusal);
     }
+}
+
+/// Whether the kernel's refusal can mean that it takes no run (`udp_send_skb`, net/ipv4/udp.c). A full queue
+/// (`ENOBUFS`) or a firewall that lets some packets pass says nothing of the kind.
+fn is_about_runs(refusal: &io::Error) -> bool {
+    matches!(
+        refusal.raw_os_error(),
+        Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP | libc::EMSGSIZE)
+    )
 }
 
 /// The value for `UDP_SEGMENT`; a run of one needs none.

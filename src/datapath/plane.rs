@@ -184,6 +184,12 @@ impl Datapath {
         publisher.publish(table);
     }
 
+    /// Says that the device's `accept_local` is set: ICMP errors to local senders then come from this node's
+    /// own overlay address, as traceroute expects.
+    pub fn answer_as_self(&self) {
+        self.shared.answers_as_self.store(true, Ordering::Relaxed);
+    }
+
     /// Starts the workers. The device must be up.
     ///
     /// # Errors
@@ -302,6 +308,8 @@ impl Shared {
             tun_udp: Withdrawable::default(),
             udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
+            answers_as_self: AtomicBool::new(false),
+            device_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
     }

@@ -153,8 +153,7 @@ impl Portable {
                     gone = true;
                     let fd = opened.iface.as_raw_fd();
                     if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
-                        let error = "the TUN device vanished".to_owned();
-                        shared.event(Event::DeviceGone { error });
+                        shared.device_gone();
                     }
                 }
                 drained = tun != Progress::More && socket != Progress::More;
@@ -201,9 +200,9 @@ impl Path<'_> {
                 send(&self.opened.socket, packet, peer, counts);
             }
             EncapVerdict::Answer(kind, reason) => {
-                let built = self
-                    .answerer
-                    .build(self.shared, &self.rules, kind, packet, &meta);
+                let built =
+                    self.answerer
+                        .build_local(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
                 if answered {
                     counts.answered += 1;
@@ -246,9 +245,9 @@ impl Path<'_> {
                 }
             }
             DecapVerdict::Answer(peer, kind, reason) => {
-                let built = self
-                    .answerer
-                    .build(self.shared, &self.rules, kind, packet, &meta);
+                let built =
+                    self.answerer
+                        .build_remote(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built
                     .is_some_and(|answer| self.opened.socket.send_to(answer, peer.addr).is_ok());
                 if answered {

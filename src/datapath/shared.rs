@@ -100,6 +100,11 @@ pub struct Shared {
     pub udp_gso_withdrawals: AtomicU64,
     /// One entry per worker.
     pub counts: Vec<WorkerCounts>,
+    /// The kernel takes IPv4 packets from the device that come from an address of this node, so our answers
+    /// to local senders may name us (`accept_local`, Documentation/networking/ip-sysctl.rst).
+    pub answers_as_self: AtomicBool,
+    /// That the device vanished was told.
+    pub device_gone: AtomicBool,
     /// Workers end after the burst in hand.
     pub stop: AtomicBool,
 }
@@ -108,6 +113,14 @@ impl Shared {
     /// Tells the control plane.
     pub fn event(&self, event: Event) {
         (self.settings.on_event)(event);
+    }
+
+    /// Tells the control plane, once for all workers, that the device vanished.
+    pub fn device_gone(&self) {
+        if !self.device_gone.swap(true, Ordering::Relaxed) {
+            let error = "the TUN device vanished".to_owned();
+            self.event(Event::DeviceGone { error });
+        }
     }
 
     /// Stops using GSO runs towards `peer`.

@@ -54,7 +54,9 @@ impl SlowPath {
         meta: &IpMeta,
         packets: u64,
     ) {
-        let answer = self.answerer.build(cx.shared, cx.rules, kind, packet, meta);
+        let answer = self
+            .answerer
+            .build_local(cx.shared, cx.rules, kind, packet, meta);
         let answered = answer.is_some_and(|answer| {
             let mut gathered = self.gather.start();
             if cx.shared.tun_caps.vnet_hdr {
@@ -78,7 +80,10 @@ impl SlowPath {
         meta: &IpMeta,
         peer: &Peer,
     ) {
-        let Some(answer) = self.answerer.build(cx.shared, cx.rules, kind, packet, meta) else {
+        let Some(answer) = self
+            .answerer
+            .build_remote(cx.shared, cx.rules, kind, packet, meta)
+        else {
             return counts.drop(reason, 1);
         };
         let socket = cx.shared.socket(0, cx.socket);

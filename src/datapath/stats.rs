@@ -23,7 +23,7 @@ macro_rules! counters {
         const WORDS: usize = SCALARS + DropReason::COUNT;
 
         impl Counts {
-            fn words(&self) -> [u64; WORDS] {
+            const fn words(&self) -> [u64; WORDS] {
                 let mut words = [0; WORDS];
                 let (scalars, drops) = words.split_at_mut(SCALARS);
                 scalars.copy_from_slice(&[$(self.$name),*]);
@@ -160,7 +160,7 @@ impl SharedCounts {
             let before = self.sequence.load(Ordering::Acquire);
             let words = std::array::from_fn(|i| self.words[i].load(Ordering::Relaxed));
             fence(Ordering::Acquire);
-            if before % 2 == 0 && before == self.sequence.load(Ordering::Relaxed) {
+            if before.is_multiple_of(2) && before == self.sequence.load(Ordering::Relaxed) {
                 return Counts::from_words(words);
             }
             std::hint::spin_loop();
@@ -193,7 +193,10 @@ mod tests {
                     counts.read += 3;
                     counts.sent += 1;
                     counts.answered += 1;
-                    counts.drop(DropReason::ALL[round as usize % DropReason::COUNT], 1);
+                    counts.drop(
+                        DropReason::ALL[usize::try_from(round).unwrap() % DropReason::COUNT],
+                        1,
+                    );
                     shared.publish(&counts);
                 }
                 stop.store(true, Ordering::Relaxed);

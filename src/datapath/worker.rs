@@ -195,8 +195,7 @@ impl Worker {
                     // Left registered it would wake us for ever: a gone device is always "in error".
                     let fd = queue.raw_fd();
                     if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
-                        let error = "the TUN device vanished".to_owned();
-                        shared.event(Event::DeviceGone { error });
+                        shared.device_gone();
                     }
                 }
             }

@@ -235,30 +235,29 @@ impl Firewall {
             return Ok(Vec::new());
         };
         let mut differences = Vec::new();
+        let mut failed = None;
         for (family, tool) in Family::ALL.into_iter().zip(tools) {
             for slot in slots {
                 let random = tool.as_ref().is_some_and(Iptables::random_fully);
                 let wanted = iptables::desired(slot, rules, family, random);
-                let found = match (tool, &wanted) {
-                    (Some(tool), _) => bring_slot(tool, slot, wanted.as_ref(), change).await,
+                let wanted = wanted.as_ref();
+                let found = match (tool, wanted) {
+                    (Some(tool), _) => bring_slot(tool, slot, wanted, change).await,
                     (None, None) => continue,
-                    // Says which program is missing.
-                    (None, Some(_)) => {
-                        let tool = Iptables::find(&self.search, family, suffix).await?;
-                        bring_slot(&tool, slot, wanted.as_ref(), change).await
-                    }
+                    // Says which program is missing, or runs one that has been installed since.
+                    (None, Some(_)) => match Iptables::find(&self.search, family, suffix).await {
+                        Ok(tool) => bring_slot(&tool, slot, wanted, change).await,
+                        Err(error) => Err(error),
+                    },
                 };
                 match found {
                     Ok(found) => differences.extend(found),
-                    // A kernel without the family cannot hold what is not wanted either.
-                    Err(error) if wanted.is_none() => {
-                        debug!(%error, %family, "cannot look for rules that are not wanted");
-                    }
-                    Err(error) => return Err(error),
+                    // One chain that cannot be changed is no reason to neglect the others.
+                    Err(error) => failed = failed.or(Some(error)),
                 }
             }
         }
-        Ok(differences)
+        failed.map_or(Ok(differences), Err)
     }
 }
 
@@ -331,7 +330,15 @@ async fn bring_slot(
     if wanted.is_none() && !tool.has_table(slot.table) {
         return Ok(Vec::new());
     }
-    let plan = plan(tool, slot, wanted).await?;
+    let plan = match plan(tool, slot, wanted).await {
+        Ok(plan) => plan,
+        // A kernel without this table or family cannot hold what is not wanted either.
+        Err(error @ Error::Refused { .. }) if wanted.is_none() => {
+            debug!(%error, "cannot look for rules that are not wanted");
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(error),
+    };
     if !change || plan.payload.is_empty() {
         return Ok(plan.differences);
     }

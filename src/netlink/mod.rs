@@ -123,6 +123,14 @@ impl Kernel for Netlink {
         })
     }
 
+    async fn accept_own_sources(&self, link: &Link) -> Result<(), KernelError> {
+        let path = format!("/proc/sys/net/ipv4/conf/{}/accept_local", link.name);
+        std::fs::write(&path, "1").map_err(|source| KernelError {
+            operation: format!("write {path}"),
+            source,
+        })
+    }
+
     async fn addresses(&self, index: u32) -> Result<Vec<IpNet>, KernelError> {
         let request = self.handle.address().get().set_link_index_filter(index);
         let messages = collect(request.execute(), "list addresses").await?;
@@ -232,7 +240,7 @@ impl Kernel for Netlink {
         unless(libc::EEXIST, added.map_err(failed(operation)))
     }
 
-    fn monitor(&self) -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
+    fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {
         monitor::start()
     }
 }

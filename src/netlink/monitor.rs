@@ -1,5 +1,5 @@
-//! Owns the subscription to the kernel's notifications. Never interprets them beyond what they are about: a
-//! notification is a hint, and a lost one becomes [`Change::Everything`].
+//! Owns the subscription to the kernel's notifications. Never interprets them beyond what they are about, and
+//! never holds many: a notification is a hint, and a lost one becomes [`Change::Everything`].
 
 use std::time::Duration;
 
@@ -29,12 +29,15 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 /// Wait before a subscription that ended is made anew.
 const RESUBSCRIBE_AFTER: Duration = Duration::from_secs(1);
 
+/// Changes that wait for their receiver, which may be busy for hours with waiting for a configuration.
+const CHANGES: usize = 256;
+
 type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
 
 /// Subscribes, and reports until the receiver is dropped.
-pub(super) fn start() -> Result<mpsc::UnboundedReceiver<Change>, KernelError> {
+pub(super) fn start() -> Result<mpsc::Receiver<Change>, KernelError> {
     let subscription = subscribe()?;
-    let (changes, receiver) = mpsc::unbounded_channel();
+    let (changes, receiver) = mpsc::channel(CHANGES);
     tokio::spawn(report(subscription, changes));
     Ok(receiver)
 }
@@ -57,9 +60,9 @@ fn subscribe() -> Result<(Handle, impl Stream<Item = Message> + Unpin + Send + '
 
 async fn report(
     subscription: (Handle, impl Stream<Item = Message> + Unpin),
-    changes: mpsc::UnboundedSender<Change>,
+    changes: mpsc::Sender<Change>,
 ) {
-    forward(subscription, &changes).await;
+    forward(subscription, &changes, false).await;
     while !changes.is_closed() {
         tracing::debug!("netlink subscription ended, making a new one");
         tokio::select! {
@@ -67,33 +70,39 @@ async fn report(
             () = tokio::time::sleep(RESUBSCRIBE_AFTER) => {}
         }
         match subscribe() {
-            Ok(subscription) if changes.send(Change::Everything).is_ok() => {
-                forward(subscription, &changes).await;
-            }
-            Ok(_) => return,
+            Ok(subscription) => forward(subscription, &changes, true).await,
             Err(error) => tracing::debug!(%error, "no netlink subscription yet"),
         }
     }
 }
 
-/// Returns when the subscription or the interest in it has ended.
+/// Returns when the subscription or the interest in it has ended. The kernel's messages are always read: what
+/// finds no room is replaced by one [`Change::Everything`] as soon as there is some, and so is whatever a
+/// subscription made anew has missed.
 async fn forward(
     (_handle, mut messages): (Handle, impl Stream<Item = Message> + Unpin),
-    changes: &mpsc::UnboundedSender<Change>,
+    changes: &mpsc::Sender<Change>,
+    mut missed: bool,
 ) {
     loop {
         let message = tokio::select! {
             () = changes.closed() => return,
+            room = changes.reserve(), if missed => {
+                let Ok(room) = room else { return };
+                room.send(Change::Everything);
+                missed = false;
+                continue;
+            }
             message = messages.next() => message,
         };
         let Some((message, _from)) = message else {
             return;
         };
-        if let Some(change) = interpret(message)
-            && changes.send(change).is_err()
-        {
-            return;
-        }
+        let Some(change) = interpret(message) else {
+            continue;
+        };
+        // Closed is noticed above.
+        missed |= !missed && changes.try_send(change).is_err();
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Leases of one network are normally subnets of one size, so each family's table is an array indexed by
 //! `(address - base) >> host_bits`: one subtraction, one shift, one load. When prefixes differ in size, or
-//! would need an array of more than [`MAX_SLOTS`], a prefix trie takes over.
+//! would need an array of more than 2²⁰ slots, a prefix trie takes over.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -33,7 +33,7 @@ impl Family for u32 {
     type Net = Ipv4Net;
     const BITS: u8 = 32;
     fn parts(net: &Ipv4Net) -> (u128, u8) {
-        (u128::from(u32::from(net.network())), net.prefix_len())
+        (u128::from(Self::from(net.network())), net.prefix_len())
     }
     fn host(self) -> Ipv4Net {
         Ipv4Net::from(Ipv4Addr::from(self))
@@ -191,7 +191,7 @@ impl<N> Fib<N> {
 
     /// Whether both families use the direct index (or are empty): what the benchmark and `status` report.
     #[must_use]
-    pub fn is_direct(&self) -> bool {
+    pub const fn is_direct(&self) -> bool {
         matches!(self.v4, Table::Direct { .. }) && matches!(self.v6, Table::Direct { .. })
     }
 }

@@ -87,7 +87,8 @@ pub enum StoreEvent {
     Snapshot {
         /// In the order of their keys.
         leases: Vec<Lease>,
-        /// What is wrong now and was not, or was otherwise, at the event before. Nobody is withdrawn for it.
+        /// What is wrong now and was not, or was otherwise, at the event before; [`Cause::Solved`] ends it.
+        /// Nobody is withdrawn for it.
         problems: Vec<Problem>,
     },
     /// What changed since the event before.
@@ -185,6 +186,9 @@ pub enum Cause {
     /// Our own entry was damaged or overwritten, and cannot be written.
     #[error("our own lease was overwritten and cannot be restored: {0}")]
     Unwritable(String),
+    /// What was said about it before holds no longer.
+    #[error("in order again, or gone")]
+    Solved,
     /// Our own entry was damaged or overwritten, and we have written it anew.
     #[error("our own lease was overwritten and is restored")]
     Restored,

@@ -3,7 +3,8 @@
 
 #![expect(
     clippy::unwrap_used,
-    reason = "a test that cannot prepare itself must fail"
+    clippy::print_stderr,
+    reason = "a test that cannot prepare itself must fail, and say why"
 )]
 #![allow(dead_code, reason = "every test file uses the part that it needs")]
 
@@ -313,7 +314,7 @@ impl Etcd {
         self.dir.path()
     }
 
-    pub(crate) fn netns(&self) -> &NetNs {
+    pub(crate) const fn netns(&self) -> &NetNs {
         &self.netns
     }
 

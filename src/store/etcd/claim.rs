@@ -10,9 +10,9 @@ use etcd_client::{
 
 use super::Inner;
 use super::cluster::Connection;
+use super::extension;
 use super::failure::{Failure, FailureCause};
 use super::keys::{Keys, Meaning};
-use super::view::extension_json;
 use crate::config::NetworkConfig;
 use crate::lease::{KeyError, Lease, LeaseAttrs, LeaseExtension, Subnets};
 use crate::store::allocator::{allocate, compatible};
@@ -338,8 +338,8 @@ async fn commit(
     draft: &Draft<'_>,
     etcd_lease: i64,
 ) -> Result<bool, Failure> {
-    let extension = extension_json(draft.extension).filter(|_| inner.extensions_allowed());
-    if let Some(json) = extension {
+    let beside = extension::to_json(draft.extension).filter(|_| inner.extensions_allowed());
+    if let Some(json) = beside {
         match commit_with(inner, connection, draft, etcd_lease, Some(json)).await {
             Err(Failure {
                 cause: FailureCause::PermissionDenied(_),

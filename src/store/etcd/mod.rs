@@ -26,8 +26,10 @@
 
 mod claim;
 mod cluster;
+mod extension;
 mod failure;
 mod keys;
+mod news;
 mod settings;
 mod view;
 mod watch;

@@ -4,17 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
+use super::extension;
 use super::keys::{Keys, Meaning};
-use crate::config::Object;
 use crate::lease::{Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
-use crate::store::{Cause, LEASE_TTL, Problem};
+use crate::store::{Cause, LEASE_TTL};
 
 /// How long leases that went with the data of the store are kept, for their nodes to register again. Nodes that
 /// watch do so within seconds.
 pub(super) const GRACE: Duration = Duration::from_secs(60);
-
-/// The largest extension read; one takes 12 bytes.
-const MAX_EXTENSION_LEN: usize = 1024;
 
 /// The most characters of a key that are shown.
 const SHOWN: usize = 200;
@@ -165,7 +162,8 @@ impl View {
             other_history |= item.key.starts_with(self.keys.subnets().as_bytes())
                 && item.mod_revision <= past
                 && known.get(item.key) != Some(&item.mod_revision);
-            if let Meaning::Lease(subnets) = self.keys.meaning(item.key)
+            if !records.is_empty()
+                && let Meaning::Lease(subnets) = self.keys.meaning(item.key)
                 && let Some(record) = records.remove(&subnets)
             {
                 self.records.insert(subnets, record);
@@ -268,9 +266,9 @@ impl View {
                 self.stored.insert(item.key.to_owned(), item.mod_revision);
                 self.problems.insert(subject(), Cause::Key(error));
             }
-            Meaning::Extension(subnets) => match parse_extension(item.value) {
+            Meaning::Extension(subnets) => match extension::parse(item.value) {
                 Ok(extension) => {
-                    self.problems.remove(&subject());
+                    self.repaired(item.key);
                     self.extensions
                         .insert(subnets, (item.mod_revision, extension));
                 }
@@ -283,7 +281,7 @@ impl View {
                 self.stored.insert(item.key.to_owned(), item.mod_revision);
                 match LeaseAttrs::parse(item.value) {
                     Ok(attrs) => {
-                        self.problems.remove(&subject());
+                        self.repaired(item.key);
                         return self.register(subnets, attrs, item, now);
                     }
                     // What was good stays; the key is still there, so nobody else can take its place.
@@ -297,6 +295,14 @@ impl View {
             }
         }
         Vec::new()
+    }
+
+    /// A key is good, or gone.
+    fn repaired(&mut self, key: &[u8]) {
+        // Nearly always: then its text is not worth making.
+        if !self.problems.is_empty() {
+            self.problems.remove(&shown(key));
+        }
     }
 
     fn register(
@@ -324,13 +330,12 @@ impl View {
         let replaced = |(at, orphan): &(&Subnets, &Record)| {
             orphan.orphaned.is_some() && **at != subnets && replaces(&subnets, &record, at, orphan)
         };
-        let replaced: Vec<Subnets> = self
-            .records
-            .iter()
-            .filter(|_| self.orphans)
-            .filter(replaced)
-            .map(|(at, _)| *at)
-            .collect();
+        let replaced: Vec<Subnets> = if self.orphans {
+            let orphans = self.records.iter().filter(replaced);
+            orphans.map(|(at, _)| *at).collect()
+        } else {
+            Vec::new()
+        };
         for orphan in &replaced {
             self.records.remove(orphan);
         }
@@ -345,7 +350,7 @@ impl View {
     }
 
     fn delete(&mut self, key: &[u8]) {
-        self.problems.remove(&shown(key));
+        self.repaired(key);
         self.stored.remove(key);
         match self.keys.meaning(key) {
             Meaning::Lease(subnets) => {
@@ -376,14 +381,6 @@ fn fresh(
         .collect()
 }
 
-/// As the event wants it.
-pub(super) fn problems(found: BTreeMap<String, Cause>) -> Vec<Problem> {
-    found
-        .into_iter()
-        .map(|(subject, cause)| Problem { subject, cause })
-        .collect()
-}
-
 /// A key as text of bounded length, which a terminal can show.
 fn shown(key: &[u8]) -> String {
     let text = String::from_utf8_lossy(key);
@@ -396,28 +393,6 @@ fn shown(key: &[u8]) -> String {
         shown.push('…');
     }
     shown
-}
-
-/// What [`extension_json`] wrote, or a later version of it.
-fn parse_extension(text: &[u8]) -> Result<LeaseExtension, String> {
-    if text.len() > MAX_EXTENSION_LEN {
-        return Err(format!(
-            "the extension is larger than {MAX_EXTENSION_LEN} bytes"
-        ));
-    }
-    let object = Object::parse(text, "").map_err(|e| format!("the extension is no object: {e}"))?;
-    let ecn = object
-        .plain::<bool>("Ecn", "true or false")
-        .map_err(|e| e.to_string())?;
-    Ok(LeaseExtension {
-        ecn: ecn.unwrap_or_default(),
-    })
-}
-
-/// The value beside a lease; none for what is assumed anyway.
-pub(super) fn extension_json(extension: LeaseExtension) -> Option<String> {
-    let LeaseExtension { ecn } = extension;
-    (extension != LeaseExtension::default()).then(|| format!(r#"{{"Ecn":{ecn}}}"#))
 }
 
 #[cfg(test)]

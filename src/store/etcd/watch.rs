@@ -4,7 +4,6 @@
 //! One session is one connection: 1 check that the store is still the one we know, or list it · 2 watch from there
 //! on · 3 hand on what happens, until the connection fails or falls silent.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -19,10 +18,10 @@ use super::Inner;
 use super::claim;
 use super::cluster::Connection;
 use super::failure::{Failure, FailureCause, Failures};
-use super::view::{Change, Item, Now, Position, View, problems};
-use crate::lease::LeaseDelta;
+use super::news::News;
+use super::view::{Change, Item, Now, Position, View};
+use crate::store::StoreEvent;
 use crate::store::backoff::Backoff;
-use crate::store::{Cause, StoreEvent};
 
 /// How often the server is asked for a sign of life on the stream itself.
 const ASK: Duration = Duration::from_secs(2);
@@ -43,22 +42,15 @@ const LONGEST_PAUSE_IN_VAIN: Duration = Duration::from_secs(10);
 /// A session that lasted so long was a success.
 const LASTING: Duration = Duration::from_secs(5);
 
-/// How often an outage is reported anew if its cause has changed.
-const REPORT_AGAIN: Duration = Duration::from_secs(60);
-
-/// Changes that may wait for a slow receiver beyond one per lease; then a snapshot replaces them.
-const WAITING: usize = 1000;
-
 /// Reports until the receiver is dropped.
 pub(super) async fn run(inner: Arc<Inner>, events: mpsc::Sender<StoreEvent>) {
     let mut watcher = Watcher {
         view: View::new(inner.keys.clone()),
+        news: News::new(inner.cluster.location()),
         inner,
         events,
         start: Instant::now(),
-        waiting: Waiting::default(),
         suspect: true,
-        outage: Outage::default(),
     };
     // Ends only when the receiver is gone.
     let Closed = watcher.run().await;
@@ -93,37 +85,14 @@ impl From<Failure> for End {
     }
 }
 
-/// What is known, and not yet handed on.
-#[derive(Default)]
-struct Waiting {
-    snapshot: bool,
-    deltas: Vec<LeaseDelta>,
-    problems: BTreeMap<String, Cause>,
-    lost: Option<StoreEvent>,
-}
-
-impl Waiting {
-    fn is_empty(&self) -> bool {
-        !self.snapshot && self.deltas.is_empty() && self.problems.is_empty() && self.lost.is_none()
-    }
-}
-
-#[derive(Default)]
-struct Outage {
-    since: Option<Instant>,
-    reported: Option<(Instant, String)>,
-    said: bool,
-}
-
 struct Watcher {
     inner: Arc<Inner>,
     events: mpsc::Sender<StoreEvent>,
     start: Instant,
     view: View,
-    waiting: Waiting,
+    news: News,
     /// Our own lease may be lost: what we see of it is not what we wrote.
     suspect: bool,
-    outage: Outage,
 }
 
 impl Watcher {
@@ -137,7 +106,7 @@ impl Watcher {
                 () = receiver_gone(self.events.clone()) => return Closed,
                 ended = self.session(list) => ended,
             };
-            let lasted = began.elapsed() >= LASTING && self.outage.since.is_none();
+            let lasted = began.elapsed() >= LASTING && !self.news.is_away();
             if lasted {
                 backoff.reset();
                 in_vain.reset();
@@ -152,7 +121,7 @@ impl Watcher {
                     list = self.view.position().is_none();
                     // The end of a connection that worked is no outage if the next one works.
                     if !lasted {
-                        self.note_outage(&failures);
+                        self.news.away(&failures, Instant::now());
                     }
                     if failures.need_repair() {
                         in_vain.pause()
@@ -184,7 +153,7 @@ impl Watcher {
         };
         self.settle_own(&connection).await?;
         let stream = self.open(&connection, wide).await?;
-        self.note_return(&connection);
+        self.news.back(connection.endpoint());
         let ended = self.stream(&connection, stream).await;
         if matches!(ended, Err(End::Failed(_))) {
             connection.give_up();
@@ -246,9 +215,8 @@ impl Watcher {
         let at = position(&listing);
         let now = self.now();
         let found = self.view.replace(listing.kvs().iter().map(item), at, now);
-        self.waiting.snapshot = true;
-        self.waiting.deltas.clear();
-        self.waiting.problems.extend(found);
+        self.news.replaced();
+        self.news.found(found);
         self.suspect = true;
         Ok(wide)
     }
@@ -298,8 +266,9 @@ impl Watcher {
         loop {
             tokio::select! {
                 biased;
-                permit = events.reserve(), if !self.waiting.is_empty() => {
-                    self.hand_on(permit.map_err(|_gone| Closed)?);
+                permit = events.reserve(), if !self.news.is_empty() => {
+                    let permit = permit.map_err(|_gone| Closed)?;
+                    self.news.hand_on(permit, &self.view);
                 }
                 message = stream.message() => {
                     heard = Instant::now();
@@ -348,9 +317,7 @@ impl Watcher {
                         let foreign = item.etcd_lease != own.etcd_lease
                             && !self.inner.is_ours(item.etcd_lease);
                         if foreign {
-                            self.waiting
-                                .problems
-                                .insert(format!("{key} (ours)"), Cause::Twin(own.node));
+                            self.news.twin(&key, own.node);
                         }
                         self.suspect = true;
                     }
@@ -361,8 +328,8 @@ impl Watcher {
         }
         let (deltas, found) = self.view.apply(changes, self.now());
         self.view.advance(last.mod_revision());
-        self.say(deltas);
-        self.waiting.problems.extend(found);
+        self.news.changed(deltas, self.view.len());
+        self.news.found(found);
     }
 
     /// Asks whether our lease is still ours if what we see of it is not.
@@ -386,10 +353,8 @@ impl Watcher {
                 });
                 if still_held {
                     let subnets = own.subnets;
-                    self.waiting
-                        .problems
-                        .remove(&format!("{} (ours)", self.inner.keys.lease(&subnets)));
-                    self.waiting.lost = Some(StoreEvent::OwnLost { subnets, to });
+                    let key = self.inner.keys.lease(&subnets);
+                    self.news.lost(&key, subnets, to);
                 }
             }
         }
@@ -400,40 +365,7 @@ impl Watcher {
     fn expire_orphans(&mut self) {
         let monotonic = self.now().monotonic;
         let deltas = self.view.expire_orphans(monotonic);
-        self.say(deltas);
-    }
-
-    /// Has changes handed on. If too many wait, a snapshot says the same.
-    fn say(&mut self, deltas: Vec<LeaseDelta>) {
-        if self.waiting.snapshot {
-            return;
-        }
-        self.waiting.deltas.extend(deltas);
-        if self.waiting.deltas.len() > self.view.len() + WAITING {
-            self.waiting.deltas.clear();
-            self.waiting.snapshot = true;
-        }
-    }
-
-    /// Hands on one event.
-    fn hand_on(&mut self, permit: mpsc::Permit<'_, StoreEvent>) {
-        let waiting = &mut self.waiting;
-        let found = std::mem::take(&mut waiting.problems);
-        if waiting.snapshot {
-            waiting.snapshot = false;
-            waiting.deltas.clear();
-            permit.send(StoreEvent::Snapshot {
-                leases: self.view.leases(),
-                problems: problems(found),
-            });
-        } else if !waiting.deltas.is_empty() || !found.is_empty() {
-            permit.send(StoreEvent::Delta {
-                deltas: std::mem::take(&mut waiting.deltas),
-                problems: problems(found),
-            });
-        } else if let Some(lost) = waiting.lost.take() {
-            permit.send(lost);
-        }
+        self.news.changed(deltas, self.view.len());
     }
 
     /// Waits before the next attempt, and hands on what there is meanwhile.
@@ -445,40 +377,11 @@ impl Watcher {
             tokio::select! {
                 () = &mut sleep => return Ok(()),
                 () = events.closed() => return Err(Closed),
-                permit = events.reserve(), if !self.waiting.is_empty() => {
-                    self.hand_on(permit.map_err(|_gone| Closed)?);
+                permit = events.reserve(), if !self.news.is_empty() => {
+                    let permit = permit.map_err(|_gone| Closed)?;
+                    self.news.hand_on(permit, &self.view);
                 }
             }
-        }
-    }
-
-    /// Says that the store is away: once, and again only after a while and for another cause.
-    fn note_outage(&mut self, failures: &Failures) {
-        let now = Instant::now();
-        self.outage.since.get_or_insert(now);
-        let text = failures.to_string();
-        let quiet = self.outage.reported.as_ref().is_some_and(|(at, before)| {
-            now.duration_since(*at) < REPORT_AGAIN || (self.outage.said && *before == text)
-        });
-        if quiet {
-            return;
-        }
-        self.outage.said = true;
-        self.outage.reported = Some((now, text.clone()));
-        let subject = self.inner.cluster.location();
-        self.waiting.problems.insert(subject, Cause::Away(text));
-    }
-
-    fn note_return(&mut self, connection: &Connection) {
-        let since = self.outage.since.take();
-        if std::mem::take(&mut self.outage.said) {
-            // If nobody has heard of the outage yet, nobody needs to.
-            self.waiting.problems.remove(&self.inner.cluster.location());
-            tracing::info!(
-                endpoint = connection.endpoint(),
-                seconds = since.map_or(0, |since| since.elapsed().as_secs()),
-                "the store is back"
-            );
         }
     }
 

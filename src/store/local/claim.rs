@@ -94,13 +94,16 @@ pub(super) enum Standing {
 }
 
 /// Decides between our claim and all others. Each node decides alike from the same files: the earlier claim
-/// wins, then the lower public IP.
+/// wins, then the lower public IP. A reservation that merely overlaps takes nothing away until its node takes
+/// it up: until then it is a file that anybody may have dropped.
 pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standing {
     let ours = own.claim(now);
     let stronger = listing
         .entries
         .iter()
-        .filter(|(key, _)| key.overlaps(&own.subnets))
+        .filter(|(key, entry)| {
+            **key == own.subnets || (key.overlaps(&own.subnets) && !entry.is_untaken())
+        })
         .filter_map(|(_, entry)| entry.claim(now))
         .filter(|claim| claim.1 != own.node && *claim < ours)
         .min();

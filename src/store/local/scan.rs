@@ -94,6 +94,11 @@ impl Entry {
         }
     }
 
+    /// Whether it is a reservation that no node has taken up.
+    pub(super) const fn is_untaken(&self) -> bool {
+        matches!(self, Self::Lease(record) if record.sidecar.is_none())
+    }
+
     /// Whether others may take the addresses over. What cannot be judged is not given away.
     pub(super) fn is_expired(&self, now: SystemTime) -> bool {
         match self {

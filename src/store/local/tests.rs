@@ -551,7 +551,11 @@ async fn damaged_entries_are_named_once_and_withdraw_nobody() {
             .replace("2.1", "2.7"),
     );
     fs::remove_file(lab.path("subnets/10.9.0.12-30")).unwrap();
-    let (leases, _) = snapshot(&watcher.pass());
+    let (leases, problems) = snapshot(&watcher.pass());
+    for file in ["10.9.0.4-30", "10.9.0.12-30"] {
+        let solved = |p: &String| p.contains(&format!("/{file}: in order again"));
+        assert!(problems.iter().any(solved), "{problems:?}");
+    }
     let now = [
         ("10.9.0.4-30".to_owned(), node(7)),
         ("10.9.0.8-30".to_owned(), node(2)),
@@ -608,7 +612,10 @@ async fn a_directory_that_goes_away_and_comes_back_costs_nobody_anything() {
     assert_eq!(watcher.pass(), []);
     fs::remove_dir_all(lab.dir.path()).unwrap();
     fs::rename(&aside, lab.dir.path()).unwrap();
-    assert_eq!(watcher.pass(), [], "as if nothing had been");
+    let (leases, problems) = snapshot(&watcher.pass());
+    assert_eq!(leases.len(), 2, "as if nothing had been");
+    assert!(problems[0].contains("in order again"), "{problems:?}");
+    assert_eq!(watcher.pass(), []);
     lab.write_lease("10.9.0.12-30", 3, HOUR);
     assert_eq!(snapshot(&watcher.pass()).0.len(), 3);
     fs::rename(lab.dir.path(), &aside).unwrap();
@@ -668,6 +675,11 @@ async fn a_damaged_lease_of_ours_is_restored() {
         assert_eq!(
             fs::read_to_string(lab.path("expiry/10.9.0.4-30")).unwrap(),
             sidecar
+        );
+        let problems = snapshot(&watcher.pass()).1;
+        assert!(
+            problems.iter().all(|p| p.contains("in order again")),
+            "{problems:?}"
         );
         assert_eq!(watcher.pass(), []);
     }
@@ -757,6 +769,31 @@ async fn overlapping_claims_under_different_keys_are_settled_alike() {
     assert_eq!(there.keys(), [first], "the loser takes its claim back");
     let moved = two.acquire(asking(1, second)).await.unwrap();
     assert_ne!(moved.subnets.v4(), Some("10.9.1.0/24".parse().unwrap()));
+}
+
+#[tokio::test]
+async fn a_reservation_that_overlaps_a_held_lease_takes_it_only_when_its_node_comes() {
+    let config = r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+    let lab = Lab::new(config);
+    let holder = lab.store();
+    let key = "10.9.3.0-24&fd00:0:0:3::-64";
+    let lease = holder.acquire(asking(1, key)).await.unwrap();
+    let mut watcher = Watcher::new(Arc::clone(&holder.inner));
+    watcher.pass();
+    for overlapping in [
+        "10.9.3.128-25",
+        "10.9.0.0-17",
+        "10.9.3.0-24&fd00:0:0:9::-64",
+    ] {
+        lab.write(SUBNETS, overlapping, &value(9));
+    }
+    assert_eq!(lost(&watcher.pass()), None, "a file is not a node");
+    holder.renew(&lease).await.unwrap();
+    let again = lab.store().acquire(asking(1, key)).await.unwrap();
+    assert_eq!(again.subnets, lease.subnets, "nor after a restart");
+    let reserved = lab.store().acquire(request(9)).await.unwrap();
+    assert_eq!(reserved.subnets.to_string(), "10.9.3.0-24&fd00:0:0:9::-64");
+    assert_eq!(lost(&watcher.pass()), Some(LostTo::Node(node(9))));
 }
 
 #[tokio::test]

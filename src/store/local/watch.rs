@@ -135,14 +135,7 @@ impl Watcher {
             .values()
             .map(|known| known.lease.clone())
             .collect();
-        let fresh: Vec<Problem> = problems
-            .iter()
-            .filter(|&(subject, cause)| self.problems.get(subject) != Some(cause))
-            .map(|(subject, cause)| Problem {
-                subject: subject.clone(),
-                cause: cause.clone(),
-            })
-            .collect();
+        let fresh = news_of(&self.problems, &problems, complete);
         if self.reported.as_ref() != Some(&leases) || !fresh.is_empty() {
             news.push(StoreEvent::Snapshot {
                 leases: leases.clone(),
@@ -273,6 +266,27 @@ impl Watcher {
     }
 }
 
+/// What `now` says that `before` did not. What is no longer said is solved only if everything was looked at.
+fn news_of(
+    before: &BTreeMap<String, Cause>,
+    now: &BTreeMap<String, Cause>,
+    complete: bool,
+) -> Vec<Problem> {
+    let new = now
+        .iter()
+        .filter(|&(subject, cause)| before.get(subject) != Some(cause))
+        .map(|(subject, cause)| (subject, cause.clone()));
+    let solved = before
+        .keys()
+        .filter(|&subject| complete && !now.contains_key(subject))
+        .map(|subject| (subject, Cause::Solved));
+    let problem = |(subject, cause): (&String, Cause)| Problem {
+        subject: subject.clone(),
+        cause,
+    };
+    new.chain(solved).map(problem).collect()
+}
+
 /// The kernel's notification of changes in directories.
 struct Notifier(AsyncFd<Descriptor>);
 
@@ -289,8 +303,8 @@ impl Notifier {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         #[expect(
             deprecated,
-            reason = "what replaces it is unsafe, for descriptors that others may close; \
-            this one is owned by the value registered"
+            reason = "its successor trusts the caller that nobody closes the descriptor; this one is owned \
+            by the value registered"
         )]
         AsyncFd::new(Descriptor(inotify)).map(Self)
     }
