@@ -25,7 +25,7 @@ fn main() -> ExitCode {
                 reason = "the one line that says why the program ends"
             )]
             {
-                eprintln!("loden: {error:#}");
+                eprintln!("loden: {}", cli::sentence(&error));
             }
             ExitCode::FAILURE
         }

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
+use loden::bench::process_clock;
 use loden::lab::{Interrupt, wait};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -552,6 +553,78 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
         );
         assert_eq!(node.env(), "");
         node.assert_clean();
+    }
+}
+
+#[test]
+fn every_wrong_value_of_the_configuration_is_named_by_its_key() {
+    let udp = |option: &str| {
+        format!(r#"{{"Network":"198.18.0.0/16","Backend":{{"Type":"udp",{option}}}}}"#)
+    };
+    let top = |option: &str| format!(r#"{{"Network":"198.18.0.0/16",{option}}}"#);
+    let node = Node::new(CONFIG);
+    for (config, key) in [
+        (udp(r#""Port":"x""#), "Backend.Port"),
+        (udp(r#""Port":0.5"#), "Backend.Port"),
+        (udp(r#""MTU":7"#), "Backend.MTU"),
+        (udp(r#""SourcePort":"any""#), "Backend.SourcePort"),
+        (udp(r#""SourceCheck":1"#), "Backend.SourceCheck"),
+        (top(r#""SubnetLen":31"#), "SubnetLen"),
+        (top(r#""SubnetLen":"24""#), "SubnetLen"),
+        (top(r#""SubnetMin":"198.19.0.0""#), "SubnetMin"),
+        (top(r#""SubnetMax":"198.19.0.0""#), "SubnetMax"),
+        (top(r#""EnableIPv6":true"#), "IPv6Network"),
+        (top(r#""EnableIPv4":false"#), "EnableIPv4"),
+        (top(r#""Backend":{"Type":"warp"}"#), "Backend.Type"),
+        (top(r#""Backend":7"#), "Backend"),
+    ] {
+        node.configure(&config);
+        let (code, error) = node.fails(&["--iface", "eth0"]);
+        assert_eq!(code, 1, "{config}: {error}");
+        assert!(error.contains(key), "{config}: {error}");
+        assert!(error.contains("store/config"), "{config}: {error}");
+    }
+    assert_eq!(node.env(), "");
+    node.assert_clean();
+}
+
+#[test]
+fn idle_daemon_uses_less_than_two_percent_of_a_processor() {
+    let node = Node::new(CONFIG);
+    for engine in ["mmsg", "portable"] {
+        let daemon = node.start(&["--iface", "eth0", "--engine", engine]);
+        let pid = [i32::try_from(daemon.child.id()).unwrap()];
+        let used = || process_clock::total(&pid).unwrap();
+        let before = used();
+        // Long enough for a look at the store and most of the way to one at the device.
+        let span = Duration::from_secs(6);
+        let slept = Command::new("sleep").arg("6").status().unwrap();
+        assert!(slept.success());
+        let spent = used() - before;
+        assert!(spent * 50 < span, "{engine}: {spent:?} in {span:?}");
+        assert_eq!(daemon.stop(), 0);
+    }
+}
+
+#[test]
+fn verbosity_adds_reasons_and_neither_level_tells_of_others_packets_or_panics() {
+    let node = Node::new(CONFIG);
+    let mut before = 0;
+    for v in ["0", "1", "2"] {
+        let daemon = node.start(&["--iface", "eth0", "-v", v]);
+        node.status();
+        let log = daemon.log.clone();
+        assert_eq!(daemon.stop(), 0);
+        let log = fs::read_to_string(log).unwrap();
+        assert!(!log.contains("panicked"), "{log}");
+        assert_eq!(log.contains(" DEBUG "), v != "0", "{log}");
+        let foreign = log.lines().find(|line| {
+            let target = line.split_whitespace().nth(2).unwrap_or_default();
+            v != "0" && !target.starts_with("loden::")
+        });
+        assert_eq!(foreign, None, "only our own modules speak");
+        assert!(log.lines().count() >= before);
+        before = log.lines().count();
     }
 }
 

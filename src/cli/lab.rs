@@ -129,7 +129,7 @@ fn up(args: UpArgs) -> anyhow::Result<()> {
     };
     let interrupt = Interrupt::on_signals().context("cannot listen for signals")?;
     let started = Instant::now();
-    let layout = Lab::build(spec, &interrupt)?.detach()?;
+    let layout = Lab::build(spec, &interrupt).map_err(name_root)?.detach()?;
     let mut text = describe(&layout)?;
     let name = &layout.spec.name;
     writeln!(
@@ -138,6 +138,16 @@ fn up(args: UpArgs) -> anyhow::Result<()> {
         started.elapsed().as_secs_f64()
     )?;
     print(&text)
+}
+
+/// Says who may do what the kernel forbids.
+fn name_root(error: Error) -> anyhow::Error {
+    if let Error::Io { source, .. } = &error
+        && source.kind() == io::ErrorKind::PermissionDenied
+    {
+        return anyhow::anyhow!("{error}: labs are network namespaces: run this as root");
+    }
+    error.into()
 }
 
 fn exec(args: &ExecArgs) -> anyhow::Result<()> {

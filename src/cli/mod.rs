@@ -171,5 +171,20 @@ fn version() -> anyhow::Result<()> {
         .context("cannot write to standard error")
 }
 
+/// The one line that says why the program ends: the error, then every cause that it does not name itself.
+#[must_use]
+pub fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests;

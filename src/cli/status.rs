@@ -37,8 +37,7 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
         Some(path) => path.clone(),
         None => socket::beside(&args.subnet_file),
     };
-    let answer = socket::ask(&path, Request::Status)
-        .map_err(|error| anyhow::Error::msg(error.to_string()))?;
+    let answer = socket::ask(&path, Request::Status)?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&answer)?)
     } else {

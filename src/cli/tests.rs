@@ -281,3 +281,19 @@ fn version_is_asked_for_on_the_command_line_alone() {
 fn derived_command_is_consistent() {
     Cli::command().debug_assert();
 }
+
+#[test]
+fn an_error_that_names_its_cause_names_it_once() {
+    let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+    let whole = crate::lab::Error::Io {
+        doing: "create",
+        thing: "/run/x".to_owned(),
+        source: denied(),
+    };
+    assert_eq!(
+        sentence(&whole.into()),
+        "cannot create /run/x: permission denied"
+    );
+    let part = anyhow::Error::new(denied()).context("cannot listen");
+    assert_eq!(sentence(&part), "cannot listen: permission denied");
+}

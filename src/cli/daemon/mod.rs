@@ -176,6 +176,5 @@ pub(super) fn run(
     if print {
         return print::print(&options, understood);
     }
-    // The texts are whole sentences already; without this the causes would be told twice.
-    daemon::run(options).map_err(|error| anyhow::Error::msg(error.to_string()))
+    Ok(daemon::run(options)?)
 }
