@@ -151,6 +151,100 @@ fn subnet_that_another_node_claimed_is_given_up_for_another() {
 }
 
 #[test]
+fn deleted_lease_of_a_dead_node_is_withdrawn_after_the_hold() {
+    let cluster = Cluster::new(2, NFT);
+    let (one, two) = (cluster.start(1, &[]), cluster.start(2, &[]));
+    cluster.reaches(1, 2);
+    two.signal(Signal::SIGKILL);
+    drop(two);
+    let key = cluster.base(2) + "-24";
+    cluster.etcd.delete(&format!("subnets/{key}"), false);
+    let peers = || cluster.status(1)["peers"].as_array().unwrap().len();
+    one.wait_until("the peer to be withdrawn", || peers() == 0);
+    assert_eq!(one.stop(), 0);
+}
+
+#[test]
+fn killed_daemon_is_followed_by_one_that_takes_everything_over() {
+    let cluster = Cluster::new(2, NFT);
+    let (one, two) = (cluster.start(1, &[]), cluster.start(2, &[]));
+    cluster.reaches(1, 2);
+    let before = cluster.env_value(1, "FLANNEL_SUBNET");
+    one.signal(Signal::SIGKILL);
+    drop(one);
+    let one = cluster.start(1, &[]);
+    assert_eq!(cluster.env_value(1, "FLANNEL_SUBNET"), before);
+    cluster.reaches(1, 2);
+    assert_eq!((one.stop(), two.stop()), (0, 0));
+}
+
+#[test]
+fn service_manager_is_told_when_pods_may_come() {
+    let cluster = Cluster::new(1, NFT);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let mut command = cluster.command(1, &[]);
+    command.env("NOTIFY_SOCKET", &path);
+    let one = cluster.spawn_command(1, command);
+    let mut told = [0; 64];
+    one.wait_until("READY=1", || {
+        socket
+            .recv(&mut told)
+            .is_ok_and(|len| told[..len].starts_with(b"READY=1"))
+    });
+    assert!(!cluster.env_value(1, "FLANNEL_SUBNET").is_empty());
+    assert_eq!(one.stop(), 0);
+}
+
+#[test]
+fn iptables_rules_are_the_originals_and_come_back_after_a_flush() {
+    let cluster = Cluster::new(1, r#"{"Network":"198.18.0.0/16"}"#);
+    let one = cluster.start(1, &["-ip-masq", "-iptables-resync=1"]);
+    let subnet = cluster.base(1) + "/24";
+    let expected = [
+        "-N FLANNEL-POSTRTG".to_owned(),
+        r#"-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN"#.to_owned(),
+        format!(r#"-A FLANNEL-POSTRTG -s {subnet} -d 198.18.0.0/16 -m comment --comment "flanneld masq" -j RETURN"#),
+        format!(r#"-A FLANNEL-POSTRTG -s 198.18.0.0/16 -d {subnet} -m comment --comment "flanneld masq" -j RETURN"#),
+        format!(r#"-A FLANNEL-POSTRTG ! -s 198.18.0.0/16 -d {subnet} -m comment --comment "flanneld masq" -j RETURN"#),
+        r#"-A FLANNEL-POSTRTG -s 198.18.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully"#.to_owned(),
+        r#"-A FLANNEL-POSTRTG ! -s 198.18.0.0/16 -d 198.18.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully"#.to_owned(),
+    ];
+    let rules = || cluster.exec(1, "iptables", &["-t", "nat", "-S", "FLANNEL-POSTRTG"]);
+    assert_eq!(rules().lines().collect::<Vec<_>>(), expected);
+    cluster.exec(1, "iptables", &["-t", "nat", "-F"]);
+    one.wait_until("the rules are repaired", || {
+        rules().lines().collect::<Vec<_>>() == expected
+    });
+    assert_eq!(one.stop(), 0);
+}
+
+#[test]
+fn kubernetes_is_refused_by_name_before_anything_is_changed() {
+    let cluster = Cluster::new(1, NFT);
+    let output = cluster.command(1, &["-kube-subnet-mgr"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        text.contains("--kube-subnet-mgr is not available"),
+        "{text}"
+    );
+    assert!(cluster.etcd.keys("subnets/").is_empty());
+    let unknown = cluster.command(1, &["-etcd-endpoint=x"]).output().unwrap();
+    assert_eq!(unknown.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&unknown.stderr);
+    assert!(text.contains("--etcd-endpoints"), "{text}");
+    let version = cluster.command(1, &["-version"]).output().unwrap();
+    assert_eq!(version.status.code(), Some(0));
+    assert_eq!(
+        version.stderr,
+        concat!(env!("CARGO_PKG_VERSION"), "\n").as_bytes()
+    );
+}
+
+#[test]
 fn address_that_changes_under_a_running_daemon_moves_the_lease_and_keeps_the_subnet() {
     let cluster = Cluster::new(2, NFT);
     let (one, two) = (cluster.start(1, &[]), cluster.start(2, &[]));

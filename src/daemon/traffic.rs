@@ -189,6 +189,10 @@ fn rules(
     registration: &Registration,
     admission: &Admission,
 ) -> Result<Rules, Error> {
+    if !options.masquerade && !options.forward {
+        // Whoever wants no rules of ours wants none: what an earlier run left is removed.
+        return Ok(Rules::none());
+    }
     let mut rules = families(options, &registration.config, &registration.lease.subnets)?;
     if admission.untracked() {
         let family = match registration.underlay.bind {

@@ -157,7 +157,7 @@ impl Cluster {
         self.program(node, &self.dir.path().join("flanneld"), args)
     }
 
-    fn spawn_command(&self, node: u8, mut command: Command) -> Daemon {
+    pub(crate) fn spawn_command(&self, node: u8, mut command: Command) -> Daemon {
         let log = self.node_dir(node).join("log");
         let file = fs::File::create(&log).unwrap();
         let copy = file.try_clone().unwrap();
