@@ -136,6 +136,17 @@ fn revoked_lease_is_acquired_again_and_nobody_exits() {
 }
 
 #[test]
+fn two_nodes_with_one_public_ip_are_told_by_the_address() {
+    let cluster = Cluster::new(2, NFT);
+    let one = cluster.start(1, &[]);
+    // As on cloned machines, where every node has the same address behind its own NAT.
+    let two = cluster.start(2, &["-public-ip=198.51.100.1"]);
+    one.wait_for_log("public IP 198.51.100.1");
+    assert!(one.log().contains("another daemon"), "{}", one.log());
+    assert_eq!((one.stop(), two.stop()), (0, 0));
+}
+
+#[test]
 fn subnet_that_another_node_claimed_is_given_up_for_another() {
     let cluster = Cluster::new(1, NFT);
     let one = cluster.start(1, &[]);

@@ -283,3 +283,29 @@ fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64
 fn number(value: u64) -> ConstGauge<i64> {
     ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::DropReason;
+    use crate::datapath::stats::Counts;
+
+    #[test]
+    fn every_reason_for_a_drop_is_a_series_of_its_own_and_counters_end_in_total_once() {
+        let mut counts = Counts::default();
+        counts.drop(DropReason::NoRoute, 7);
+        let mut snapshot = Snapshot::default();
+        snapshot.datapath.total.encap = counts.to_status();
+        let text = text(snapshot).unwrap();
+        for reason in DropReason::ALL {
+            let count = if *reason == DropReason::NoRoute { 7 } else { 0 };
+            let line = format!(
+                "loden_packets_dropped_total{{direction=\"encap\",reason=\"{}\"}} {count}\n",
+                reason.name()
+            );
+            assert!(text.contains(&line), "{line}{text}");
+        }
+        assert!(!text.contains("_total_total"), "{text}");
+        assert!(text.ends_with("# EOF\n"), "{text}");
+    }
+}
