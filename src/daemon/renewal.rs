@@ -102,10 +102,17 @@ async fn acquire_again(store: &impl LeaseStore, lease: &Lease) -> Lease {
         previous: Some(lease.subnets),
         extension: lease.extension,
     };
+    let mut said = String::new();
     loop {
         match patiently("lease", || store.acquire(request.clone())).await {
             Ok(lease) => return lease,
-            Err(error) => tracing::error!("cannot register again: {error}"),
+            Err(error) => {
+                let text = error.to_string();
+                if text != said {
+                    tracing::error!("cannot register again: {text}");
+                    said = text;
+                }
+            }
         }
         tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
     }

@@ -133,7 +133,7 @@ impl Traffic {
             Ok(firewall) => Arc::new(firewall),
             Err(_said_before) => return Ok(traffic),
         };
-        let rules = rules(options, registration, &prepared.admission)
+        let mut rules = rules(options, registration, &prepared.admission)
             .map_err(|error| DaemonError::Firewall(error.to_string()))?;
         match firewall.apply(&rules).await {
             Ok(applied) => {
@@ -142,6 +142,9 @@ impl Traffic {
                 }
                 if let Some(error) = &applied.tracked_because {
                     tracing::warn!("the tunnel's datagrams are tracked as connections: {error}");
+                    // A cost, not a fault: without wanting it, the rules are complete.
+                    rules = families(options, &registration.config, &registration.lease.subnets)
+                        .map_err(|error| DaemonError::Firewall(error.to_string()))?;
                 }
             }
             Err(error) if options.masquerade => {
