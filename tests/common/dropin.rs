@@ -146,15 +146,20 @@ impl Cluster {
             .args(["netns", "exec", self.name(node)])
             .arg(program)
             .arg("-etcd-endpoints=http://192.0.2.1:2379")
-            .args(["-iface", "eth0", "-subnet-file"])
+            .arg("-subnet-file")
             .arg(self.env_file(node))
             .args(args)
             .stdin(Stdio::null());
         command
     }
 
-    pub(crate) fn command(&self, node: u8, args: &[&str]) -> Command {
+    /// As [`Self::command`], without a word about the interface.
+    pub(crate) fn bare(&self, node: u8, args: &[&str]) -> Command {
         self.program(node, &self.dir.path().join("flanneld"), args)
+    }
+
+    pub(crate) fn command(&self, node: u8, args: &[&str]) -> Command {
+        self.bare(node, &[&["-iface", "eth0"], args].concat())
     }
 
     pub(crate) fn spawn_command(&self, node: u8, mut command: Command) -> Daemon {
@@ -178,7 +183,10 @@ impl Cluster {
 
     /// Likewise for another program with the same command line, which writes `subnet.env` anew.
     pub(crate) fn start_program(&self, node: u8, program: &Path, args: &[&str]) -> Daemon {
-        let daemon = self.spawn_command(node, self.program(node, program, args));
+        let daemon = self.spawn_command(
+            node,
+            self.program(node, program, &[&["-iface", "eth0"], args].concat()),
+        );
         daemon.wait_until("subnet.env", || self.env_file(node).exists());
         daemon
     }
