@@ -171,6 +171,17 @@ impl Kernel for FakeKernel {
         Ok(Snapshot::default())
     }
 
+    async fn route_to(
+        &self,
+        _to: std::net::IpAddr,
+    ) -> Result<Option<crate::iface::Reach>, KernelError> {
+        Ok(None)
+    }
+
+    async fn add_blackhole(&self, _net: IpNet) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {
         Ok(mpsc::channel(1).1)
     }

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use tokio::sync::mpsc;
 
 use crate::addr::Mtu;
-use crate::iface::Snapshot;
+use crate::iface::{Reach, Snapshot};
 
 /// What backends need of the kernel. Everything happens in the network namespace in which the value was made.
 pub trait Kernel: Send + Sync {
@@ -124,6 +124,23 @@ pub trait Kernel: Send + Sync {
     ///
     /// The kernel refuses to say.
     fn snapshot(&self) -> impl Future<Output = Result<Snapshot, KernelError>> + Send;
+
+    /// By which link and from which address packets to `to` leave; `None` if there is no route.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to say.
+    fn route_to(
+        &self,
+        to: IpAddr,
+    ) -> impl Future<Output = Result<Option<Reach>, KernelError>> + Send;
+
+    /// Adds a route that drops what is for `net`. Succeeds if there is a route to `net` already.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    fn add_blackhole(&self, net: IpNet) -> impl Future<Output = Result<(), KernelError>> + Send;
 
     /// Starts to report changes, in a task of the current runtime that ends when the receiver is dropped.
     ///

@@ -142,6 +142,7 @@ mod tests {
             }],
         };
         let snapshot = Snapshot {
+            reach: Vec::new(),
             links: (1..).zip(addrs).map(link).collect(),
             default_routes: Vec::new(),
         };

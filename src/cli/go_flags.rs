@@ -4,9 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 
-/// Flags of flannel that nothing here stands behind yet. They are refused, not ignored: each changes what the
-/// daemon does.
-const UNAVAILABLE: &[&str] = &[
+use super::daemon::values::go_bool;
+
+/// The flags that `FLANNELD_*` may set: those of the original, not ours; specification section 1.2.
+const FROM_ENV: &[&str] = &[
     "etcd-endpoints",
     "etcd-prefix",
     "etcd-keyfile",
@@ -20,7 +21,12 @@ const UNAVAILABLE: &[&str] = &[
     "kubeconfig-file",
     "net-config-path",
     "set-node-network-unavailable",
+    "iface",
+    "iface-regex",
     "iface-can-reach",
+    "public-ip",
+    "public-ipv6",
+    "subnet-file",
     "subnet-lease-renew-margin",
     "ip-masq",
     "ip-masq-fully-random-disable",
@@ -29,18 +35,9 @@ const UNAVAILABLE: &[&str] = &[
     "ip-blackhole-route",
     "healthz-ip",
     "healthz-port",
+    "v",
     "vmodule",
     "log_backtrace_at",
-];
-
-/// The flags that `FLANNELD_*` may set: those of the original, not ours.
-const FROM_ENV: &[&str] = &[
-    "iface",
-    "iface-regex",
-    "public-ip",
-    "public-ipv6",
-    "subnet-file",
-    "v",
 ];
 
 /// The long flags of `command` whose value may be the next argument; the others are switches, `-b` or `-b=false`.
@@ -58,8 +55,8 @@ pub(super) struct Rewritten {
     pub(super) args: Vec<OsString>,
     /// Which flag got its value from which variable.
     pub(super) from_env: BTreeMap<String, String>,
-    /// A flag of flannel that is not available.
-    pub(super) unavailable: Option<String>,
+    /// Only the version is asked for. As in the original, the command line alone can do that.
+    pub(super) version: bool,
     /// What was ignored, as the original ignores it.
     pub(super) warnings: Vec<String>,
 }
@@ -89,8 +86,11 @@ pub(super) fn rewrite(
             ));
             break;
         };
-        if UNAVAILABLE.contains(&flag.name) {
-            out.unavailable.get_or_insert_with(|| flag.name.to_owned());
+        if flag.name == "version"
+            && let Some(asked) = flag.switch()
+        {
+            out.version = asked;
+            continue;
         }
         let name = if flag.name == "h" { "help" } else { flag.name };
         seen.insert(name.to_owned());
@@ -110,12 +110,6 @@ pub(super) fn rewrite(
             arg.push(value);
             out.args.push(arg);
             out.from_env.insert(name.to_owned(), variable);
-        }
-    }
-    for variable in UNAVAILABLE.iter().map(|name| variable(name)) {
-        if env(&variable).is_some_and(|value| !value.is_empty()) {
-            let warning = format!("{variable} is set, but its flag is not available yet: ignored");
-            out.warnings.push(warning);
         }
     }
     out
@@ -152,5 +146,13 @@ impl<'a> Flag<'a> {
                 value: None,
             },
         })
+    }
+
+    /// What it means as a switch; `None` for a value that is no boolean.
+    fn switch(&self) -> Option<bool> {
+        let Some(value) = self.value else {
+            return Some(true);
+        };
+        value.to_str().and_then(|text| go_bool(text).ok())
     }
 }

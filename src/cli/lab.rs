@@ -14,7 +14,7 @@ use clap::{Args, Subcommand};
 use crate::lab::spec::cli_name;
 use crate::lab::teardown;
 use crate::lab::{
-    Backend, Engine, Error, Interrupt, Lab, LabName, Layout, Member, NetNs, Spec, Wire,
+    Backend, Engine, Error, Interrupt, Lab, LabName, Layout, Member, NetNs, Spec, Store, Wire,
 };
 
 /// Arguments of `loden lab`.
@@ -60,6 +60,9 @@ struct UpArgs {
     /// What carries packets between pods of different nodes
     #[arg(long, value_enum, default_value_t = Backend::Udp)]
     backend: Backend,
+    /// Where the daemons keep their leases
+    #[arg(long, value_enum, default_value_t = Store::Local)]
+    store: Store,
     /// The daemons' data-plane engine [default: the daemon's own choice]
     #[arg(long, value_enum)]
     engine: Option<Engine>,
@@ -122,6 +125,7 @@ fn up(args: UpArgs) -> anyhow::Result<()> {
         pods: args.pods,
         wire: args.wire,
         backend: args.backend,
+        store: args.store,
         engine: args.engine,
         workers: args.workers,
         daemon: Some(daemon),

@@ -2,20 +2,24 @@
 //! Never touches the system before the whole line is valid; never decides an exit code (`main` does).
 
 pub mod bench;
+mod cleanup;
 mod daemon;
 mod go_flags;
 pub mod lab;
 mod status;
 
 use std::ffi::{OsStr, OsString};
+use std::io::Write as _;
 use std::path::Path;
 
+use anyhow::Context as _;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 pub use daemon::DaemonArgs;
 pub use status::StatusArgs;
 
+use daemon::{Understood, understood};
 use go_flags::Rewritten;
 
 /// The name under which the program takes flannel's place.
@@ -30,6 +34,10 @@ pub struct Invocation {
     command: Command,
     /// What the original ignores without a word, worth a warning each.
     warnings: Vec<String>,
+    /// Called by the original's name.
+    as_flanneld: bool,
+    /// The daemon's flags, and where each comes from.
+    understood: Vec<Understood>,
 }
 
 #[derive(Debug, Parser)]
@@ -42,9 +50,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the agent; what `flanneld` is
-    Daemon(DaemonArgs),
+    Daemon(Box<DaemonArgs>),
     /// Show what a running daemon does and why
     Status(StatusArgs),
+    /// Remove the traffic rules that a daemon has left on this node
+    Cleanup,
+    /// What `flanneld --version` asks for
+    #[command(skip)]
+    Version,
     /// Build nodes and pods on this machine to try things out
     Lab(lab::LabArgs),
     /// Measure, and compare with other systems
@@ -65,35 +78,38 @@ fn parse_from(
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Invocation, clap::Error> {
     let called = args.first().map(|arg| Path::new(arg).file_name());
-    if called.flatten() == Some(OsStr::new(FLANNELD)) {
+    let as_flanneld = called.flatten() == Some(OsStr::new(FLANNELD));
+    if as_flanneld {
         args.insert(1, DAEMON.into());
     }
+    let mut invocation = Invocation {
+        command: Command::Version,
+        warnings: Vec::new(),
+        as_flanneld,
+        understood: Vec::new(),
+    };
     if args.get(1).is_none_or(|arg| arg != DAEMON) {
-        let command = Cli::try_parse_from(args)?.command;
-        return Ok(Invocation {
-            command,
-            warnings: Vec::new(),
-        });
+        invocation.command = Cli::try_parse_from(args)?.command;
+        return Ok(invocation);
     }
     let given = args.split_off(2);
     let flags = go_flags::valued(&DaemonArgs::augment_args(clap::Command::new(DAEMON)));
     let rewritten = go_flags::rewrite(given, &flags, env);
-    if let Some(flag) = &rewritten.unavailable {
-        return Err(Cli::command().error(
-            clap::error::ErrorKind::UnknownArgument,
-            format!("--{flag} is a flag of flannel that is not available yet: leave it out"),
-        ));
-    }
     args.extend(rewritten.args.iter().cloned());
     let command = Cli::command()
         .try_get_matches_from(args)
-        .and_then(|matches| Cli::from_arg_matches(&matches))
-        .map_err(|error| name_variable(error, &rewritten))?
-        .command;
-    Ok(Invocation {
-        command,
-        warnings: rewritten.warnings,
-    })
+        .and_then(|matches| {
+            if let Some(matches) = matches.subcommand_matches(DAEMON) {
+                invocation.understood = understood(matches, &rewritten);
+            }
+            Cli::from_arg_matches(&matches)
+        });
+    let command = command.map_err(|error| name_variable(error, &rewritten))?;
+    if !rewritten.version {
+        invocation.command = command.command;
+    }
+    invocation.warnings = rewritten.warnings;
+    Ok(invocation)
 }
 
 /// Says which variable a bad value came from, if it did not come from the command line.
@@ -121,7 +137,11 @@ impl Invocation {
     pub const fn verbosity(&self) -> u8 {
         match &self.command {
             Command::Daemon(args) => args.verbosity,
-            Command::Status(_) | Command::Lab(_) | Command::Bench(_) => 0,
+            Command::Status(_)
+            | Command::Cleanup
+            | Command::Version
+            | Command::Lab(_)
+            | Command::Bench(_) => 0,
         }
     }
 
@@ -135,12 +155,20 @@ impl Invocation {
             tracing::warn!("{warning}");
         }
         match self.command {
-            Command::Daemon(args) => daemon::run(args),
+            Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
+            Command::Cleanup => cleanup::run(),
+            Command::Version => version(),
             Command::Lab(args) => lab::run(args),
             Command::Bench(args) => bench::run(args),
         }
     }
+}
+
+/// The version alone, on stderr, as the original says its own.
+fn version() -> anyhow::Result<()> {
+    writeln!(std::io::stderr(), "{}", env!("CARGO_PKG_VERSION"))
+        .context("cannot write to standard error")
 }
 
 /// The one line that says why the program ends: the error, then every cause that it does not name itself.

@@ -116,11 +116,13 @@ fn nonsense_is_refused_before_anything_starts() {
         ("loden daemon --subnet-file /run/", "--subnet-file"),
         ("loden daemon -v two", "two"),
         ("loden daemon -iface", "--iface"),
-        ("loden daemon -kube-subnet-mgr", "not available yet"),
-        (
-            "loden daemon -etcd-endpoints http://192.0.2.1",
-            "etcd-endpoints",
-        ),
+        ("flanneld -subnet-lease-renew-margin 0", "1 to 1439"),
+        ("flanneld -subnet-lease-renew-margin 1440", "1 to 1439"),
+        ("flanneld -iptables-resync 0", "--iptables-resync"),
+        ("flanneld -healthz-port 65536", "--healthz-port"),
+        ("flanneld -healthz-ip node1", "--healthz-ip"),
+        ("flanneld -ip-masq=yes", "true or false"),
+        ("flanneld -version=perhaps", "--version"),
         ("loden daemno", "daemon"),
         ("loden", "Usage"),
     ] {
@@ -139,7 +141,7 @@ fn help_and_version_are_answers_in_every_spelling() {
         "loden daemon --help",
         "flanneld -h",
         "flanneld -help",
-        "flanneld --version",
+        "loden --version",
     ] {
         assert!(!parsed(line, &[]).unwrap_err().use_stderr(), "{line}");
     }
@@ -149,11 +151,130 @@ fn help_and_version_are_answers_in_every_spelling() {
     }
 }
 
+/// The store that a line chooses, as `Debug` shows it, or why none.
+fn store(line: &str, env: &[(&str, &str)]) -> String {
+    let invocation = parsed(line, env).unwrap();
+    let Command::Daemon(args) = invocation.command else {
+        panic!("{line} is no daemon");
+    };
+    match args.into_options(invocation.as_flanneld) {
+        Ok(options) => format!("{:?}", options.store),
+        Err(error) => error.to_string(),
+    }
+}
+
 #[test]
-fn flannels_variables_without_a_flag_here_are_named_not_obeyed() {
-    let (_, warnings) = daemon("loden daemon", &[("FLANNELD_IP_MASQ", "true")]);
-    assert_eq!(warnings.len(), 1);
-    assert!(warnings[0].contains("FLANNELD_IP_MASQ"), "{warnings:?}");
+fn store_is_etcd_for_flanneld_and_with_any_flag_of_etcd_and_a_directory_otherwise() {
+    let default = r#"["http://127.0.0.1:4001", "http://127.0.0.1:2379"]"#;
+    for (line, env, expected) in [
+        ("flanneld", &[][..], default),
+        ("flanneld", &[], r#"prefix: "/coreos.com/network""#),
+        ("loden daemon", &[], r#"Local("/var/lib/loden")"#),
+        ("loden daemon --local-store /x", &[], r#"Local("/x")"#),
+        ("flanneld --local-store=/x", &[], r#"Local("/x")"#),
+        ("loden daemon --etcd-prefix /p", &[], default),
+        ("loden daemon -etcd-cafile=", &[], "Local"),
+        ("loden daemon", &[("FLANNELD_ETCD_USERNAME", "u")], default),
+        (
+            "flanneld -etcd-endpoints=https://u:secret@192.0.2.1:2379",
+            &[("FLANNELD_ETCD_ENDPOINTS", "http://192.0.2.9")],
+            r#"["https://192.0.2.1:2379"]"#,
+        ),
+        (
+            "flanneld --local-store /x --etcd-prefix /p",
+            &[],
+            "leave out one",
+        ),
+        (
+            "flanneld -kube-subnet-mgr",
+            &[],
+            "--kube-subnet-mgr is not available",
+        ),
+        (
+            "flanneld",
+            &[("FLANNELD_KUBE_SUBNET_MGR", "t")],
+            "not available",
+        ),
+        ("flanneld -kube-subnet-mgr=false", &[], default),
+    ] {
+        let text = store(line, env);
+        assert!(text.contains(expected), "{line}: {text}");
+        assert!(!text.contains("secret"), "{text}");
+    }
+}
+
+#[test]
+fn every_flag_of_flannel_and_its_variable_are_understood() {
+    // Specification section 1.2, each with a value that is not the default.
+    let flags = [
+        ("etcd-endpoints", "http://192.0.2.1:2379"),
+        ("etcd-prefix", "/other"),
+        ("etcd-keyfile", "/k"),
+        ("etcd-certfile", "/c"),
+        ("etcd-cafile", "/a"),
+        ("etcd-username", "u"),
+        ("etcd-password", "p"),
+        ("kube-subnet-mgr", "true"),
+        ("kube-api-url", "https://192.0.2.1"),
+        ("kube-annotation-prefix", "x"),
+        ("kubeconfig-file", "/f"),
+        ("net-config-path", "/n"),
+        ("set-node-network-unavailable", "false"),
+        ("iface", "eth7"),
+        ("iface-regex", "eth."),
+        ("iface-can-reach", "192.0.2.9"),
+        ("public-ip", "192.0.2.3"),
+        ("public-ipv6", "2001:db8::3"),
+        ("subnet-file", "/s"),
+        ("subnet-lease-renew-margin", "0x20"),
+        ("ip-masq", "true"),
+        ("ip-masq-fully-random-disable", "true"),
+        ("iptables-forward-rules", "false"),
+        ("iptables-resync", "07"),
+        ("ip-blackhole-route", "T"),
+        ("healthz-ip", "127.0.0.1"),
+        ("healthz-port", "8080"),
+        ("v", "2"),
+        ("vmodule", "main=3"),
+        ("log_backtrace_at", "main.go:1"),
+    ];
+    let (default, _) = daemon("flanneld", &[]);
+    for (flag, value) in flags {
+        let (given, _) = daemon(&format!("flanneld -{flag}={value}"), &[]);
+        assert_ne!(given, default, "{flag}");
+        let variable = format!("FLANNELD_{}", flag.to_uppercase().replace('-', "_"));
+        let (from_env, _) = daemon("flanneld", &[(&variable, value)]);
+        assert_eq!(from_env, given, "{variable}");
+        let (empty, _) = daemon("flanneld", &[(&variable, "")]);
+        assert_eq!(empty, default, "{variable}");
+    }
+}
+
+#[test]
+fn password_is_shown_nowhere() {
+    let invocation = parsed("flanneld -etcd-username u -etcd-password hunter2", &[]).unwrap();
+    let text = format!("{invocation:?}");
+    assert!(!text.contains("hunter2"), "{text}");
+    assert!(text.contains("***"), "{text}");
+}
+
+#[test]
+fn version_is_asked_for_on_the_command_line_alone() {
+    for line in [
+        "flanneld -version",
+        "flanneld --version=1 -v 2",
+        "loden daemon -version",
+    ] {
+        let invocation = parsed(line, &[]).unwrap();
+        assert!(matches!(invocation.command, Command::Version), "{line}");
+    }
+    for (line, env) in [
+        ("flanneld -version=false", &[][..]),
+        ("flanneld", &[("FLANNELD_VERSION", "true")]),
+    ] {
+        let invocation = parsed(line, env).unwrap();
+        assert!(matches!(invocation.command, Command::Daemon(_)), "{line}");
+    }
 }
 
 #[test]

@@ -2,40 +2,50 @@
 //! exists; the device is open and everything probed before `subnet.env` says that pods may come.
 //!
 //! 1. signals, lock on the subnet file
-//! 2. store, network configuration (waited for), external interface, lease
-//! 3. data plane opened, device configured, routes published, workers started
-//! 4. `subnet.env`
-//! 5. status socket
-//! 6. the run loop, until the lease is lost or a signal comes
+//! 2. answers about health
+//! 3. store, network configuration (waited for), external interface, lease
+//! 4. data plane opened, device configured, routes published, workers started
+//! 5. traffic rules
+//! 6. `subnet.env`, status socket, readiness
+//! 7. the run loop, until the lease is lost or a signal comes
 //!
 //! Stopping is dropping: every step holds what it made in a value whose `Drop` takes it away again, so a signal
 //! may arrive anywhere.
 
 mod backoff;
+mod hold;
 mod lock;
 mod news;
 mod register;
 mod renewal;
 mod session;
 mod status;
+mod traffic;
 mod tunnel;
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 
 use crate::backend::kernel::{Change, Kernel, KernelError};
 use crate::backend::preflight::Conflict;
 use crate::backend::udp::MtuTooSmall;
+use crate::config::NetworkConfig;
 use crate::datapath::{EngineKind, OpenError};
 use crate::debug::socket::{Asked, Server};
+use crate::firewall::ResyncInterval;
 use crate::iface::{NoInterface, Wanted};
 use crate::netlink::Netlink;
 use crate::shutdown::Shutdown;
 use crate::store::env_file::{EnvFileError, PreviousEnv};
-use crate::store::{LeaseStore, LocalStore, StoreError};
+use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
+use crate::store::{EtcdStore, LeaseStore, LocalStore, StoreError};
+use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 
 use session::Ended;
 
@@ -47,6 +57,35 @@ const STATUS_QUEUE: usize = 16;
 /// Wait between attempts to register again, once the daemon has run.
 const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
+/// How long `--print-config` waits for the store.
+const ASK_ONCE: Duration = Duration::from_secs(3);
+
+/// Where the network configuration and the leases are.
+#[derive(Debug, Clone)]
+pub enum StoreOptions {
+    /// In a directory.
+    Local(PathBuf),
+    /// In etcd.
+    Etcd(EtcdSettings),
+}
+
+/// The node's traffic rules, as far as the command line decides.
+#[derive(Debug, Clone)]
+pub struct TrafficOptions {
+    /// `--ip-masq`.
+    pub masquerade: bool,
+    /// Ask for random ports when masquerading, where that is possible.
+    pub fully_random: bool,
+    /// `--iptables-forward-rules`.
+    pub forward: bool,
+    /// How often the rules are looked at where nobody tells of a change; also the blackhole route.
+    pub resync: ResyncInterval,
+    /// `--ip-blackhole-route`.
+    pub blackhole: bool,
+    /// Where the programs are that know the rules.
+    pub programs: Vec<PathBuf>,
+}
+
 /// What the command line says, validated.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -56,8 +95,14 @@ pub struct Options {
     pub subnet_file: PathBuf,
     /// The socket for `loden status`.
     pub status_socket: PathBuf,
-    /// The directory of the local store.
-    pub local_store: PathBuf,
+    /// The store.
+    pub store: StoreOptions,
+    /// The lease is renewed this long before it ends.
+    pub renew_margin: Duration,
+    /// The traffic rules.
+    pub traffic: TrafficOptions,
+    /// Where to answer about health, if anywhere.
+    pub health: Option<SocketAddr>,
     /// Workers of the data plane, at least 1.
     pub workers: usize,
     /// Pin each worker to a CPU.
@@ -86,6 +131,22 @@ pub enum DaemonError {
     /// The network configuration is not valid, or no lease can be asked for.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The options for etcd contradict each other, or name files that cannot be read.
+    #[error(transparent)]
+    Etcd(#[from] EtcdSettingsError),
+    /// The traffic rules that were asked for cannot be put in place.
+    #[error("traffic rules: {0}")]
+    Firewall(String),
+    /// Nobody can ask about health.
+    #[error(
+        "cannot answer about health on {addr}: {source}: give another --healthz-ip or --healthz-port"
+    )]
+    Health {
+        /// Where.
+        addr: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
     /// There is no external interface.
     #[error(transparent)]
     Interface(#[from] NoInterface),
@@ -116,16 +177,14 @@ pub enum DaemonError {
 /// Why it cannot run; nothing is left behind.
 pub fn run(options: Options) -> Result<(), DaemonError> {
     let failed = |action| move |source| DaemonError::Process { action, source };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(failed("start the event loop"))?;
+    let runtime = runtime()?;
     let result = runtime.block_on(async {
         let mut shutdown = Shutdown::install().map_err(failed("watch for signals"))?;
         tokio::select! {
             biased;
             signal = shutdown.requested() => {
                 let signal = signal.map_err(failed("read a signal"))?;
+                notify(NotifyState::Stopping);
                 tracing::info!(%signal, "stopped");
                 Ok(())
             }
@@ -137,9 +196,66 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
     result
 }
 
+/// The network configuration as the store has it now, waited for no longer than a few seconds.
+///
+/// # Errors
+///
+/// What the store says.
+pub fn network_config(options: &Options) -> Result<NetworkConfig, DaemonError> {
+    async fn ask(store: impl LeaseStore) -> Result<NetworkConfig, StoreError> {
+        match tokio::time::timeout(ASK_ONCE, store.network_config()).await {
+            Ok(answer) => answer,
+            Err(_elapsed) => Err(StoreError::Unavailable {
+                location: "the store".to_owned(),
+                source: io::ErrorKind::TimedOut.into(),
+            }),
+        }
+    }
+    let runtime = runtime()?;
+    let config = runtime.block_on(async {
+        Ok(match &options.store {
+            StoreOptions::Local(dir) => ask(LocalStore::new(dir)).await?,
+            StoreOptions::Etcd(settings) => ask(EtcdStore::new(settings.clone())?).await?,
+        })
+    });
+    runtime.shutdown_background();
+    config
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.map_err(|source| DaemonError::Process {
+        action: "start the event loop",
+        source,
+    })
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!("the service manager does not listen: {error}");
+    }
+}
+
 async fn serve(options: &Options) -> Result<(), DaemonError> {
+    match &options.store {
+        StoreOptions::Local(dir) => serve_with(options, LocalStore::new(dir)).await,
+        StoreOptions::Etcd(settings) => {
+            serve_with(options, EtcdStore::new(settings.clone())?).await
+        }
+    }
+}
+
+async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), DaemonError> {
     let _lock = lock::SubnetLock::take(&options.subnet_file)?;
-    let store = LocalStore::new(&options.local_store);
+    let (scrape, scrapes) = mpsc::channel(SCRAPES);
+    let health = Arc::new(Health::default());
+    if let Some(addr) = options.health {
+        let started = health::start(addr, Arc::clone(&health), scrape.clone()).await;
+        started.map_err(|source| DaemonError::Health { addr, source })?;
+    }
     let kernel = Netlink::connect()?;
     let changes = kernel.monitor()?;
     let (asked, asked_receiver) = mpsc::channel(STATUS_QUEUE);
@@ -151,6 +267,9 @@ async fn serve(options: &Options) -> Result<(), DaemonError> {
         asked: asked_receiver,
         asked_sender: asked,
         server: None,
+        health,
+        scrapes,
+        _scrape: scrape,
         started: Instant::now(),
         reopened: 0,
     };
@@ -167,6 +286,10 @@ struct Daemon<'a, S, K> {
     asked_sender: mpsc::Sender<Asked>,
     /// The status socket, from the first `subnet.env` on.
     server: Option<Server>,
+    health: Arc<Health>,
+    scrapes: mpsc::Receiver<Scrape>,
+    /// Keeps the receiver open where nobody listens.
+    _scrape: mpsc::Sender<Scrape>,
     started: Instant,
     /// How often the data plane was opened again.
     reopened: u64,
@@ -185,6 +308,13 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                          restart the pods of this node"
                     );
                     previous = None;
+                }
+                Ok(Ended::LeaseMoved { subnets, to }) => {
+                    tracing::error!(
+                        "lease {subnets} was deleted and is taken: this node has {to} now; restart \
+                         its pods"
+                    );
+                    previous = Some(to);
                 }
                 Err(error) if established => {
                     tracing::error!(

@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 
 use super::DaemonError;
-use crate::backend::kernel::Kernel;
+use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::preflight::{self, Conflict};
 use crate::backend::udp::{self, Underlay};
 use crate::config::{Backend, NetworkConfig, UdpBackend};
-use crate::iface::{self, Candidate, Choice, Snapshot, Wanted};
+use crate::iface::{self, Candidate, Choice, Selector, Snapshot, Wanted};
 use crate::lease::{Lease, Subnets};
 use crate::store::{AcquireRequest, LeaseStore, StoreError};
 
@@ -38,7 +38,7 @@ pub(super) async fn register(
     let config = patiently("network configuration", || store.network_config()).await?;
     warn_about(&config);
     let Backend::Udp(backend) = config.backend.clone();
-    let snapshot = kernel.snapshot().await?;
+    let snapshot = look(kernel, wanted).await?;
     let (choice, candidates) = choose(&snapshot, wanted, &config)?;
     let underlay = Underlay::new(&config, &backend, &choice)?;
     let request = AcquireRequest {
@@ -100,6 +100,17 @@ fn warn_about(config: &NetworkConfig) {
     }
 }
 
+/// What the choice of the external interface is made from.
+pub(super) async fn look(kernel: &impl Kernel, wanted: &Wanted) -> Result<Snapshot, KernelError> {
+    let mut snapshot = kernel.snapshot().await?;
+    for selector in &wanted.selectors {
+        if let Selector::Reach(to) = selector {
+            snapshot.reach.extend(kernel.route_to(*to).await?);
+        }
+    }
+    Ok(snapshot)
+}
+
 fn choose(
     snapshot: &Snapshot,
     wanted: &Wanted,
@@ -124,7 +135,7 @@ fn choose(
 }
 
 /// Asks until the store answers. One line per new complaint, none per attempt.
-async fn patiently<T, F>(what: &str, mut ask: impl FnMut() -> F) -> Result<T, StoreError>
+pub(super) async fn patiently<T, F>(what: &str, mut ask: impl FnMut() -> F) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,
 {

@@ -1,28 +1,160 @@
-//! Owns when a lease is renewed: by the wall clock, which may be stepped. Never decides what a lost lease means.
+//! Owns keeping the lease: renewed in time by the wall clock, which may be stepped; registered again after somebody
+//! deleted it; written anew when what it says about this node changes. Never decides what a lost lease means.
 
 use std::cell::Cell;
 use std::future::pending;
 use std::time::{Duration, SystemTime};
 
-use super::register::time_left;
-use crate::lease::Lease;
-use crate::store::{LeaseStore, LostTo, RenewError};
+use tokio::sync::mpsc;
 
-/// A lease is renewed this long before it ends; flannel's default margin.
-const RENEW_MARGIN: Duration = Duration::from_secs(60 * 60);
+use super::register::{patiently, time_left};
+use crate::lease::{Lease, LeaseAttrs, Subnets};
+use crate::store::{AcquireRequest, LeaseStore, LostTo, RenewError};
 
 /// The wall clock is looked at this often, so that a stepped clock moves the renewal; also the wait after a
 /// renewal that failed.
 const RENEW_CHECK: Duration = Duration::from_secs(60);
 
-/// Renews the lease for ever; returns when it is lost. `expires` is what status shows.
-pub(super) async fn keep_renewed(
+/// Wait after the configuration turned out to be invalid while registering again.
+const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// What the keeper of the lease is told.
+pub(super) enum Order {
+    /// The store says that the lease is gone.
+    Lost(LostTo),
+    /// Say this about the node from now on.
+    Publish(LeaseAttrs),
+}
+
+/// What others may see of the lease.
+#[derive(Default)]
+pub(super) struct Held {
+    /// When it ends; none for a reservation.
+    pub(super) expires: Cell<Option<SystemTime>>,
+    /// It was deleted, and is not registered again yet.
+    pub(super) lost: Cell<bool>,
+    pub(super) renewals: Cell<u64>,
+    pub(super) failures: Cell<u64>,
+    pub(super) reacquired: Cell<u64>,
+}
+
+/// How the keeping ended.
+pub(super) enum End {
+    /// Another node has it.
+    Lost(LostTo),
+    /// It was deleted, and what we got instead is something else.
+    Moved(Subnets),
+}
+
+/// Keeps the lease for ever; returns when the node has to move.
+pub(super) async fn keep(
     store: &impl LeaseStore,
     mut lease: Lease,
-    expires: &Cell<Option<SystemTime>>,
+    margin: Duration,
+    held: &Held,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+) -> End {
+    held.expires.set(lease.expires);
+    loop {
+        let to = tokio::select! {
+            to = renewed_until_lost(store, &mut lease, margin, held) => to,
+            order = next_order(&mut orders) => match order {
+                Order::Lost(to) => to,
+                Order::Publish(attrs) => match publish(store, &mut lease, attrs, held).await {
+                    None => continue,
+                    Some(to) => to,
+                },
+            }
+        };
+        match to {
+            LostTo::Node(_) => return End::Lost(to),
+            LostTo::Nobody => {}
+        }
+        held.lost.set(true);
+        tracing::warn!("lease {} was deleted: registering it again", lease.subnets);
+        let again = acquire_again(store, &lease).await;
+        if again.subnets != lease.subnets {
+            return End::Moved(again.subnets);
+        }
+        lease = again;
+        held.lost.set(false);
+        held.reacquired.set(held.reacquired.get() + 1);
+        held.expires.set(lease.expires);
+        tracing::info!(
+            "lease {} registered again, {}",
+            lease.subnets,
+            time_left(&lease)
+        );
+    }
+}
+
+async fn next_order(orders: &mut mpsc::UnboundedReceiver<Order>) -> Order {
+    match orders.recv().await {
+        Some(order) => order,
+        None => pending().await,
+    }
+}
+
+/// Acquires the subnets of `lease` again, or others if those are taken.
+async fn acquire_again(store: &impl LeaseStore, lease: &Lease) -> Lease {
+    let request = AcquireRequest {
+        attrs: lease.attrs.clone(),
+        previous: Some(lease.subnets),
+        extension: lease.extension,
+    };
+    let mut said = String::new();
+    loop {
+        match patiently("lease", || store.acquire(request.clone())).await {
+            Ok(lease) => return lease,
+            Err(error) => {
+                let text = error.to_string();
+                if text != said {
+                    tracing::error!("cannot register again: {text}");
+                    said = text;
+                }
+            }
+        }
+        tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
+    }
+}
+
+/// Writes what the lease says about this node; to whom it is lost, if it is.
+async fn publish(
+    store: &impl LeaseStore,
+    lease: &mut Lease,
+    attrs: LeaseAttrs,
+    held: &Held,
+) -> Option<LostTo> {
+    lease.attrs = attrs;
+    loop {
+        match store.renew(lease).await {
+            Ok(renewed) => {
+                tracing::info!(
+                    "lease {} says now: {}",
+                    renewed.subnets,
+                    renewed.attrs.to_json()
+                );
+                held.expires.set(renewed.expires);
+                *lease = renewed;
+                return None;
+            }
+            Err(RenewError::Lost { to, .. }) => return Some(to),
+            Err(RenewError::Store(error)) => {
+                tracing::warn!("lease not updated, trying again: {error}");
+            }
+        }
+        tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
+    }
+}
+
+async fn renewed_until_lost(
+    store: &impl LeaseStore,
+    lease: &mut Lease,
+    margin: Duration,
+    held: &Held,
 ) -> LostTo {
     loop {
-        let Some(wait) = until_renewal(lease.expires, SystemTime::now()) else {
+        let Some(wait) = until_renewal(lease.expires, margin, SystemTime::now()) else {
             // A reservation never ends.
             return pending().await;
         };
@@ -30,14 +162,16 @@ pub(super) async fn keep_renewed(
             tokio::time::sleep(wait).await;
             continue;
         }
-        match store.renew(&lease).await {
+        match store.renew(lease).await {
             Ok(renewed) => {
                 tracing::info!("lease {} renewed, {}", renewed.subnets, time_left(&renewed));
-                expires.set(renewed.expires);
-                lease = renewed;
+                held.expires.set(renewed.expires);
+                held.renewals.set(held.renewals.get() + 1);
+                *lease = renewed;
             }
             Err(RenewError::Lost { to, .. }) => return to,
             Err(RenewError::Store(error)) => {
+                held.failures.set(held.failures.get() + 1);
                 tracing::warn!("lease not renewed, trying again in {RENEW_CHECK:?}: {error}");
             }
         }
@@ -47,8 +181,12 @@ pub(super) async fn keep_renewed(
 }
 
 /// How long to wait before looking at the clock again; zero when the renewal is due, `None` for a reservation.
-fn until_renewal(expires: Option<SystemTime>, now: SystemTime) -> Option<Duration> {
-    let due = expires?.checked_sub(RENEW_MARGIN);
+fn until_renewal(
+    expires: Option<SystemTime>,
+    margin: Duration,
+    now: SystemTime,
+) -> Option<Duration> {
+    let due = expires?.checked_sub(margin);
     let left = due.and_then(|due| due.duration_since(now).ok());
     Some(left.unwrap_or_default().min(RENEW_CHECK))
 }
@@ -57,25 +195,26 @@ fn until_renewal(expires: Option<SystemTime>, now: SystemTime) -> Option<Duratio
 mod tests {
     use super::*;
 
+    const HOUR: Duration = Duration::from_secs(3600);
+
     #[test]
-    fn renewal_is_due_an_hour_before_the_end_and_the_clock_is_watched_until_then() {
+    fn renewal_is_due_a_margin_before_the_end_and_the_clock_is_watched_until_then() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let end = |secs| Some(now + Duration::from_secs(secs));
-        assert_eq!(until_renewal(end(24 * 3600), now), Some(RENEW_CHECK));
+        let wait = |expires, margin| until_renewal(expires, margin, now);
+        assert_eq!(wait(end(24 * 3600), HOUR), Some(RENEW_CHECK));
+        assert_eq!(wait(end(3600 + 7), HOUR), Some(Duration::from_secs(7)));
+        assert_eq!(wait(end(3600), HOUR), Some(Duration::ZERO));
+        assert_eq!(wait(end(5), HOUR), Some(Duration::ZERO));
+        assert_eq!(wait(end(67), HOUR / 60), Some(Duration::from_secs(7)));
+        let longest = Duration::from_secs(1439 * 60);
+        assert_eq!(wait(end(24 * 3600), longest), Some(RENEW_CHECK));
+        let past = Some(now - Duration::from_secs(1));
+        assert_eq!(wait(past, HOUR), Some(Duration::ZERO));
         assert_eq!(
-            until_renewal(end(3600 + 7), now),
-            Some(Duration::from_secs(7))
-        );
-        assert_eq!(until_renewal(end(3600), now), Some(Duration::ZERO));
-        assert_eq!(until_renewal(end(5), now), Some(Duration::ZERO));
-        assert_eq!(
-            until_renewal(Some(now - Duration::from_secs(1)), now),
+            wait(Some(SystemTime::UNIX_EPOCH), HOUR),
             Some(Duration::ZERO)
         );
-        assert_eq!(
-            until_renewal(Some(SystemTime::UNIX_EPOCH), now),
-            Some(Duration::ZERO)
-        );
-        assert_eq!(until_renewal(None, now), None);
+        assert_eq!(wait(None, HOUR), None);
     }
 }

@@ -1,27 +1,29 @@
 //! Owns the run loop for as long as one lease is held: what the store, the kernel, the workers, the clock and
 //! status clients say, one thing at a time. All state of the session has this one owner.
 
-use std::cell::Cell;
 use std::future::pending;
 use std::time::{Duration, Instant};
 
+use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 use tokio::time::{sleep_until, timeout};
 
 use super::backoff::Backoff;
+use super::hold::Hold;
 use super::news::sentence;
 use super::register::{self, Registration};
-use super::renewal::keep_renewed;
+use super::renewal::{End, Held, Order, keep};
 use super::status;
+use super::traffic::{self, Traffic};
 use super::tunnel::Tunnel;
-use super::{Daemon, DaemonError};
+use super::{Daemon, DaemonError, notify};
 use crate::backend::kernel::{Change, Kernel};
 use crate::backend::reconcile::Outcome;
-use crate::backend::udp;
+use crate::backend::udp::{self, Underlay};
 use crate::datapath::{Event, PeerRoute};
 use crate::debug::socket::Server;
-use crate::iface;
-use crate::lease::{Lease, LeaseSet, Subnets};
+use crate::iface::{self, Choice};
+use crate::lease::{Lease, LeaseDelta, LeaseSet, Subnets};
 use crate::store::env_file::SubnetEnv;
 use crate::store::{Cause, LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::RateLimit;
@@ -47,8 +49,10 @@ const MAX_PROBLEMS: usize = 64;
 
 /// How a session ended.
 pub(super) enum Ended {
-    /// The lease is no longer ours.
+    /// The lease is another node's.
     LeaseLost { subnets: Subnets, to: LostTo },
+    /// The lease was deleted, and what we got in its place is another.
+    LeaseMoved { subnets: Subnets, to: Subnets },
 }
 
 /// One lease's time.
@@ -69,7 +73,26 @@ pub(super) struct Session {
     choose_at: Option<Instant>,
     /// How the external interface differs from what was registered, if it does.
     pub(super) moved: Option<String>,
+    /// Deleted leases whose routes live on for a moment.
+    pub(super) hold: Hold,
+    pub(super) traffic: Option<Traffic>,
+    /// Orders to the keeper of the lease.
+    orders: mpsc::UnboundedSender<Order>,
+    /// When to look after the blackhole route.
+    blackhole_at: Option<Instant>,
+    pub(super) counts: Counts,
     log: RateLimit<String>,
+}
+
+/// What a session has seen.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Counts {
+    pub(super) store_events: u64,
+    pub(super) store_problems: u64,
+    /// When the store last said something.
+    pub(super) store_heard: Instant,
+    pub(super) looks: u64,
+    pub(super) repairs: u64,
 }
 
 impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
@@ -79,10 +102,13 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         previous: Option<Subnets>,
         established: &mut bool,
     ) -> Result<Ended, DaemonError> {
-        let registration =
+        self.health.set(vec!["no lease yet".to_owned()]);
+        let mut registration =
             register::register(self.store, self.kernel, &self.options.wanted, previous).await?;
+        let prepared = traffic::prepare(&self.options.traffic, &mut registration).await?;
         let mut events = self.store.watch();
         let now = Instant::now();
+        let (orders, received) = mpsc::unbounded_channel();
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
             registration,
@@ -95,12 +121,20 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             look_at: now + RESYNC,
             choose_at: None,
             moved: None,
+            hold: Hold::default(),
+            traffic: None,
+            orders,
+            blackhole_at: self.options.traffic.blackhole.then_some(now),
+            counts: Counts {
+                store_events: 0,
+                store_problems: 0,
+                store_heard: now,
+                looks: 0,
+                repairs: 0,
+            },
             log: RateLimit::new(LOG_EVERY),
         };
         match timeout(FIRST_PEERS, events.recv()).await {
-            Ok(Some(StoreEvent::OwnLost { subnets, to })) => {
-                return Ok(Ended::LeaseLost { subnets, to });
-            }
             Ok(Some(event)) => {
                 session.apply(event);
             }
@@ -110,11 +144,21 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let opened = Tunnel::open(self.options, &session.registration, self.kernel, &routes);
         session.tunnel = Some(opened.await?);
         session.backoff.succeeded(Instant::now());
-        session.env().write(&self.options.subnet_file)?;
+        let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
+        session.traffic = Some(started.await?);
+        self.write_env(&session)?;
         *established = true;
         self.start_server();
+        self.health.set(session.missing(&Held::default()));
         tracing::info!("{} written: ready", self.options.subnet_file.display());
-        self.run_loop(session, events).await
+        notify(NotifyState::Ready);
+        self.run_loop(session, events, received).await
+    }
+
+    fn write_env(&self, session: &Session) -> Result<(), DaemonError> {
+        let mut env = session.env();
+        env.ip_masq = self.options.traffic.masquerade;
+        Ok(env.write(&self.options.subnet_file)?)
     }
 
     /// A daemon without its status socket is worse than one with it, and better than none.
@@ -132,10 +176,15 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         &mut self,
         mut session: Session,
         mut events: mpsc::Receiver<StoreEvent>,
+        orders: mpsc::UnboundedReceiver<Order>,
     ) -> Result<Ended, DaemonError> {
-        let expires = Cell::new(session.registration.lease.expires);
-        let renewal = keep_renewed(self.store, session.registration.lease.clone(), &expires);
-        tokio::pin!(renewal);
+        let held = Held::default();
+        let (lease, margin) = (
+            session.registration.lease.clone(),
+            self.options.renew_margin,
+        );
+        let kept = keep(self.store, lease, margin, &held, orders);
+        tokio::pin!(kept);
         let mut store_ended = false;
         loop {
             let wake_at = match session.tunnel {
@@ -143,11 +192,11 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 None => session.reopen_at,
             };
             let choose_at = session.choose_at.unwrap_or(wake_at);
+            let hold_ends = session.hold.next();
+            let blackhole_at = session.blackhole_at;
+            self.health.set(session.missing(&held));
             tokio::select! {
                 event = events.recv(), if !store_ended => match event {
-                    Some(StoreEvent::OwnLost { subnets, to }) => {
-                        return Ok(Ended::LeaseLost { subnets, to });
-                    }
                     Some(event) => {
                         if session.apply(event) {
                             session.publish();
@@ -158,9 +207,12 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                         store_ended = true;
                     }
                 },
-                to = &mut renewal => {
+                end = &mut kept => {
                     let subnets = session.peers.own();
-                    return Ok(Ended::LeaseLost { subnets, to });
+                    return Ok(match end {
+                        End::Lost(to) => Ended::LeaseLost { subnets, to },
+                        End::Moved(to) => Ended::LeaseMoved { subnets, to },
+                    });
                 }
                 said = next_event(&mut session.tunnel) => match said {
                     Said::News(event) => session.log_limited(sentence(&event)),
@@ -168,9 +220,23 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
                 Some(asked) = self.asked.recv() => {
-                    let document = status::document(self, &session, expires.get()).await;
+                    let document = status::document(self, &session, held.expires.get()).await;
                     // The client may have given up.
                     let _gone = asked.answer.send(document);
+                }
+                Some(scrape) = self.scrapes.recv() => {
+                    let figures = status::figures(self, &session, &held);
+                    // The client may have given up.
+                    let _gone = scrape.send(figures);
+                }
+                () = sleep_until(hold_ends.unwrap_or(wake_at).into()), if hold_ends.is_some() => {
+                    let over = session.hold.over(Instant::now());
+                    if session.take(over) {
+                        session.publish();
+                    }
+                }
+                () = sleep_until(blackhole_at.unwrap_or(wake_at).into()), if blackhole_at.is_some() => {
+                    self.keep_blackhole(&mut session).await;
                 }
                 () = sleep_until(choose_at.into()), if session.choose_at.is_some() => {
                     session.choose_at = None;
@@ -184,22 +250,22 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         }
     }
 
-    /// Says so if the choice of the external interface would be another one today. The lease names the address
-    /// of the start, and so do the peers.
+    /// Follows the external interface: where its address, MTU or name is another one now, the lease says so and
+    /// the tunnel is opened anew. Without any interface everything stays as it is until there is one.
     async fn compare_interface(&self, session: &mut Session) {
-        let Ok(snapshot) = self.kernel.snapshot().await else {
+        let wanted = &self.options.wanted;
+        let Ok(snapshot) = register::look(self.kernel, wanted).await else {
             return;
         };
         let registration = &session.registration;
-        let (wanted, was) = (&self.options.wanted, &registration.choice);
+        let was = registration.choice.clone();
         let decision = iface::choose(&snapshot, wanted, udp::stack(&registration.config, wanted));
         let moved = match decision.choice {
-            Ok(now) if (now.addr, now.public) == (was.addr, was.public) => None,
-            Ok(now) => Some(format!(
-                "the external interface is {} with {} now, the lease names {}: restart the daemon to \
-                 move the lease",
-                now.name, now.addr, was.public
-            )),
+            Ok(now) => {
+                let moved = self.follow(session, &was, now).err();
+                session.registration.candidates = decision.candidates;
+                moved
+            }
             Err(error) => Some(format!("{} with {} is gone: {error}", was.name, was.addr)),
         };
         if moved != session.moved {
@@ -207,12 +273,66 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 Some(text) => tracing::warn!("{text}"),
                 None => tracing::info!(
                     "the external interface is back: {} with {}",
-                    was.name,
-                    was.addr
+                    session.registration.choice.name,
+                    session.registration.choice.addr
                 ),
             }
         }
         session.moved = moved;
+    }
+
+    /// Moves the session to what the external interface is now.
+    fn follow(&self, session: &mut Session, was: &Choice, now: Choice) -> Result<(), String> {
+        let registration = &mut session.registration;
+        let same_place = (now.addr, now.public, now.index) == (was.addr, was.public, was.index);
+        if same_place && now.mtu == was.mtu {
+            registration.choice = now;
+            return Ok(());
+        }
+        let underlay = Underlay::new(&registration.config, &registration.backend, &now)
+            .map_err(|error| error.to_string())?;
+        let public_moved = underlay.attrs != registration.underlay.attrs;
+        if public_moved && !self.store.can_move() {
+            return Err(format!(
+                "the external interface is {} with {} now, the lease names {}: restart the daemon to \
+                 move the lease",
+                now.name, now.addr, was.public
+            ));
+        }
+        tracing::warn!(
+            "the external interface is {} with {} and MTU {} now, it was {} with {} and MTU {}",
+            now.name,
+            now.addr,
+            now.mtu,
+            was.name,
+            was.addr,
+            was.mtu
+        );
+        if public_moved {
+            // The keeper lives as long as the session.
+            let _ended = session.orders.send(Order::Publish(underlay.attrs.clone()));
+            registration.lease.attrs = underlay.attrs.clone();
+        }
+        let resized = underlay.mtu != registration.underlay.mtu;
+        registration.choice = now;
+        registration.underlay = underlay;
+        if resized && let Err(error) = self.write_env(session) {
+            tracing::error!("{error}");
+        }
+        session.tunnel = None;
+        session.reopen_at = Instant::now();
+        session.down = Some("moving to another address".to_owned());
+        Ok(())
+    }
+
+    /// Adds the blackhole route for our own subnets if nobody routes them.
+    async fn keep_blackhole(&self, session: &mut Session) {
+        for net in udp::nets(&session.peers.own()) {
+            if let Err(error) = self.kernel.add_blackhole(net).await {
+                session.log_limited(error.to_string());
+            }
+        }
+        session.blackhole_at = Some(Instant::now() + self.options.traffic.resync.get());
     }
 
     async fn reopen(&mut self, session: &mut Session) {
@@ -234,19 +354,27 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
 impl Session {
     /// Takes news from the store in; whether any peer is concerned.
     fn apply(&mut self, event: StoreEvent) -> bool {
-        let (applied, problems) = match event {
+        let now = Instant::now();
+        self.counts.store_events += 1;
+        self.counts.store_heard = now;
+        let (deltas, problems) = match event {
             StoreEvent::Snapshot { leases, problems } => {
-                (self.peers.apply_snapshot(leases), problems)
+                let refused = self.peers.refused().map(|refused| refused.lease.subnets);
+                let known = self
+                    .peers
+                    .leases()
+                    .map(|lease| lease.subnets)
+                    .chain(refused);
+                (self.hold.filter_listing(leases, known, now), problems)
             }
-            StoreEvent::Delta { deltas, problems } => (self.peers.apply_delta(deltas), problems),
-            StoreEvent::OwnLost { .. } => return false,
+            StoreEvent::Delta { deltas, problems } => (self.hold.filter(deltas, now), problems),
+            StoreEvent::OwnLost { to, .. } => {
+                // The keeper lives as long as the session.
+                let _ended = self.orders.send(Order::Lost(to));
+                return false;
+            }
         };
-        for change in &applied.changes {
-            tracing::debug!(?change, "peer");
-        }
-        for refused in &applied.refused {
-            tracing::warn!("{refused}");
-        }
+        self.counts.store_problems += problems.len() as u64;
         for problem in problems {
             self.problems
                 .retain(|known| known.subject != problem.subject);
@@ -260,7 +388,38 @@ impl Session {
             }
             self.problems.push(problem);
         }
+        self.take(deltas)
+    }
+
+    /// Takes changes of leases in; whether any peer is concerned.
+    fn take(&mut self, deltas: Vec<LeaseDelta>) -> bool {
+        let applied = self.peers.apply_delta(deltas);
+        for change in &applied.changes {
+            tracing::debug!(?change, "peer");
+        }
+        for refused in &applied.refused {
+            tracing::warn!("{refused}");
+        }
         !applied.changes.is_empty()
+    }
+
+    /// What keeps pods of this node from reaching others, or the rules from being right.
+    pub(super) fn missing(&self, held: &Held) -> Vec<String> {
+        let mut missing = Vec::new();
+        if self.tunnel.is_none() {
+            let why = self.down.as_deref().unwrap_or("not opened yet");
+            missing.push(format!("the tunnel is down: {why}"));
+        }
+        if held.lost.get() {
+            missing.push("the lease was deleted and is not registered again yet".to_owned());
+        }
+        if let Some(problem) = self.traffic.as_ref().and_then(Traffic::problem) {
+            missing.push(format!("traffic rules: {problem}"));
+        }
+        if let Some(moved) = &self.moved {
+            missing.push(moved.clone());
+        }
+        missing
     }
 
     fn publish(&mut self) {
@@ -330,6 +489,9 @@ impl Session {
         let device = tunnel.device.clone();
         let outcome = tunnel.repair(kernel).await;
         self.look_at = Instant::now() + RESYNC;
+        self.counts.looks += 1;
+        self.counts.repairs +=
+            u64::from(matches!(&outcome, Ok(Outcome::Done(actions)) if !actions.is_empty()));
         match outcome {
             Ok(Outcome::Done(actions)) if actions.is_empty() => {}
             Ok(Outcome::Done(actions)) => {

@@ -8,12 +8,16 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Daemon;
+use super::renewal::Held;
 use super::session::Session;
+use super::traffic::Traffic;
+use super::tunnel::Tunnel;
 use crate::backend::kernel::{Kernel, Link};
 use crate::backend::udp;
 use crate::datapath::{self, DropReason};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
+use crate::telemetry::metrics::Snapshot;
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -135,6 +139,46 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
     };
     // Every field is a number, a text or a list of them, and every key is a text.
     serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
+}
+
+/// The figures for `/metrics`.
+pub(super) fn figures<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+) -> Snapshot {
+    let left = |end: SystemTime| end.duration_since(SystemTime::now()).unwrap_or_default();
+    let counts = &session.counts;
+    let rules = session
+        .traffic
+        .as_ref()
+        .map(Traffic::kept)
+        .unwrap_or_default();
+    Snapshot {
+        ready: session.missing(held).is_empty(),
+        uptime_seconds: daemon.started.elapsed().as_secs(),
+        lease_expires_seconds: held.expires.get().map(|end| left(end).as_secs()),
+        lease_lost: held.lost.get(),
+        lease_renewals: held.renewals.get(),
+        lease_renewal_failures: held.failures.get(),
+        lease_reacquired: held.reacquired.get(),
+        store_silence_seconds: counts.store_heard.elapsed().as_secs(),
+        store_events: counts.store_events,
+        store_problems: counts.store_problems,
+        peers: session.peers.leases().len() as u64,
+        leases_refused: session.peers.refused().len() as u64,
+        leases_held: session.hold.len() as u64,
+        reopened: daemon.reopened,
+        device_looks: counts.looks,
+        device_repairs: counts.repairs,
+        rules_looks: rules.looks,
+        rules_repairs: rules.repairs,
+        datapath: session
+            .tunnel
+            .as_ref()
+            .map(Tunnel::status)
+            .unwrap_or_default(),
+    }
 }
 
 fn device(link: Link) -> DeviceDocument {

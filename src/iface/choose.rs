@@ -69,6 +69,7 @@ fn select(
         Selector::Address(ip) => by_address(snapshot, stack, *ip)?,
         Selector::Name(name) => by_name(snapshot, name)?,
         Selector::Pattern(pattern) => by_pattern(snapshot, stack, |text| pattern.matches(text))?,
+        Selector::Reach(ip) => by_reach(snapshot, stack, *ip)?,
         Selector::DefaultRoute => by_default_route(snapshot, stack)?,
     };
     let link = found.link;
@@ -115,6 +116,23 @@ fn by_name<'a>(snapshot: &'a Snapshot, name: &str) -> Result<Match<'a>, String> 
         link,
         addr: None,
         reason: "it was named".to_owned(),
+    })
+}
+
+fn by_reach(snapshot: &Snapshot, stack: Stack, to: IpAddr) -> Result<Match<'_>, String> {
+    let mut answers = snapshot.reach.iter();
+    let reach = answers
+        .find(|reach| reach.to == to)
+        .ok_or("there is no route to it")?;
+    let mut links = snapshot.links.iter();
+    let link = links
+        .find(|link| link.index == reach.link)
+        .ok_or("its route leaves by no interface")?;
+    let fits = |from: &IpAddr| stack.families().contains(&Family::of(*from));
+    Ok(Match {
+        link,
+        addr: reach.from.filter(fits),
+        reason: format!("the way to {to} leaves by it"),
     })
 }
 
@@ -268,6 +286,7 @@ fn explain(
                     format!("neither its name nor a usable address matches {pattern}")
                 }
             }
+            Selector::Reach(ip) => format!("the way to {ip} leaves by another"),
             Selector::DefaultRoute => "the preferred default route leaves by another".to_owned(),
         };
         let why = match (choice, addrs.is_empty()) {

@@ -21,6 +21,19 @@ pub struct Snapshot {
     /// Unicast default routes of the main table, the preferred one of a family first; a multipath route is one
     /// entry per next hop.
     pub default_routes: Vec<DefaultRoute>,
+    /// Where the addresses are reached that an operator asked about.
+    pub reach: Vec<Reach>,
+}
+
+/// The kernel's answer to `ip route get`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// The destination.
+    pub to: IpAddr,
+    /// The link its packets leave by.
+    pub link: u32,
+    /// The address they leave from, if the kernel says.
+    pub from: Option<IpAddr>,
 }
 
 /// A network interface and its addresses.
@@ -122,6 +135,8 @@ pub enum Selector {
     Name(String),
     /// The first interface with an address that matches, or else the first whose name does.
     Pattern(Pattern),
+    /// The interface that packets to this address leave by.
+    Reach(IpAddr),
     /// The interface of the default route, where nothing was asked for.
     DefaultRoute,
 }
@@ -141,6 +156,7 @@ impl fmt::Display for Selector {
             Self::Address(ip) => write!(f, "address {ip}"),
             Self::Name(name) => write!(f, "name {name}"),
             Self::Pattern(pattern) => write!(f, "regular expression {pattern}"),
+            Self::Reach(ip) => write!(f, "the way to {ip}"),
             Self::DefaultRoute => f.write_str("default route"),
         }
     }

@@ -25,6 +25,7 @@ fn snapshot(links: &[&str], defaults: &[(Family, Option<u32>)]) -> Snapshot {
     };
     let route = |&(family, link)| DefaultRoute { family, link };
     Snapshot {
+        reach: Vec::new(),
         links: (1..).zip(links).map(link).collect(),
         default_routes: defaults.iter().map(route).collect(),
     }

@@ -10,7 +10,7 @@ use super::plan::{self, PodNet};
 use super::process::Tracked;
 use super::spec::cli_name;
 use super::wait::{self, Interrupt};
-use super::{Error, Member, NetNs, Spec};
+use super::{Error, Member, NetNs, Spec, Store, command};
 
 /// A daemon writes `subnet.env` as soon as it has a lease and a device; on a busy machine that may take
 /// a while, and only a failing lab ever waits this long.
@@ -31,6 +31,55 @@ pub(crate) fn create_store(lab_dir: &Path) -> Result<(), Error> {
         .map_err(Error::io("write", config.display().to_string()))
 }
 
+/// Starts an etcd on the underlay's bridge, waits for it, and writes flannel's network configuration. No traffic
+/// rules are asked for that the kernel may lack, so they are in nftables.
+///
+/// # Errors
+/// [`Error::Missing`] without etcd and etcdctl; [`Error::Timeout`], [`Error::Ended`].
+pub(crate) fn start_etcd(
+    netns: &NetNs,
+    lab_dir: &Path,
+    interrupt: &Interrupt,
+) -> Result<Tracked, Error> {
+    let client = format!("http://{}:2379", plan::STORE_V4);
+    let peer = format!("http://{}:2380", plan::STORE_V4);
+    let mut command = Command::new("etcd");
+    command
+        .args(["--name", "lab", "--data-dir"])
+        .arg(lab_dir.join("etcd-data"))
+        .args([
+            "--listen-client-urls",
+            &client,
+            "--advertise-client-urls",
+            &client,
+        ])
+        .args([
+            "--listen-peer-urls",
+            &peer,
+            "--initial-advertise-peer-urls",
+            &peer,
+        ])
+        .arg("--initial-cluster")
+        .arg(format!("lab={peer}"));
+    let mut server = Tracked::spawn(netns, lab_dir, "etcd", &mut command)?;
+    let etcdctl = |args: &[&str]| {
+        let mut all = vec!["ETCDCTL_API=3", "etcdctl", "--endpoints", &client];
+        all.extend(args);
+        command::run(Some(netns), "env", &all)
+    };
+    wait::until("an answer of etcd", START_LIMIT, interrupt, || {
+        server.check_running()?;
+        Ok(etcdctl(&["endpoint", "health"]).ok())
+    })?;
+    let config = serde_json::json!({
+        "Network": plan::NETWORK,
+        "EnableNFTables": true,
+        "Backend": { "Type": "udp" },
+    });
+    etcdctl(&["put", "/coreos.com/network/config", &config.to_string()])?;
+    Ok(server)
+}
+
 /// Starts one daemon in its node's namespace.
 ///
 /// # Errors
@@ -49,11 +98,11 @@ pub(crate) fn start(spec: &Spec, lab_dir: &Path, node: u8) -> Result<Tracked, Er
         &netns,
         &files,
         "daemon",
-        &mut command(program, spec, lab_dir, node),
+        &mut daemon(program, spec, lab_dir, node),
     )
 }
 
-fn command(program: &Path, spec: &Spec, lab_dir: &Path, node: u8) -> Command {
+fn daemon(program: &Path, spec: &Spec, lab_dir: &Path, node: u8) -> Command {
     let files = node_dir(lab_dir, node);
     let mut command = Command::new(program);
     command
@@ -61,10 +110,18 @@ fn command(program: &Path, spec: &Spec, lab_dir: &Path, node: u8) -> Command {
         .arg(plan::underlay_v4(node).to_string())
         .arg("--subnet-file")
         .arg(files.join("subnet.env"))
-        .arg("--local-store")
-        .arg(store_dir(lab_dir))
         .arg("--status-socket")
         .arg(status_socket(lab_dir, node));
+    match spec.store {
+        // Measured against backends without traffic rules, so without them.
+        Store::Local => command
+            .args(["--iptables-forward-rules=false", "--local-store"])
+            .arg(store_dir(lab_dir)),
+        Store::Etcd => {
+            let endpoint = format!("http://{}:2379", plan::STORE_V4);
+            command.arg("--etcd-endpoints").arg(endpoint)
+        }
+    };
     if let Some(engine) = &spec.engine {
         command.arg("--engine").arg(cli_name(engine));
     }

@@ -10,7 +10,7 @@ use super::plan::{self, PodNet};
 use super::process::Tracked;
 use super::state::{self, Claim, Layout, PodRecord};
 use super::wait::{self, Interrupt};
-use super::{Backend, Error, Member, NetNs, Spec, agent, command, teardown, wiring};
+use super::{Backend, Error, Member, NetNs, Spec, Store, agent, command, teardown, wiring};
 
 /// Leases spread to every daemon within this time, or something is wrong.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
@@ -29,6 +29,7 @@ pub struct Lab {
     layout: Layout,
     dir: PathBuf,
     daemons: Vec<Tracked>,
+    store: Option<Tracked>,
     interrupt: Interrupt,
     // Declared last, so that the name is free only after everything else is gone.
     claim: Option<Claim>,
@@ -58,6 +59,7 @@ impl Lab {
                 wire_gaps: Vec::new(),
             },
             daemons: Vec::new(),
+            store: None,
             interrupt: interrupt.clone(),
             claim: Some(claim),
         };
@@ -131,7 +133,13 @@ impl Lab {
 
     /// Starts them all before waiting for any: they take their leases side by side, as real nodes do.
     fn start_daemons(&mut self) -> Result<Vec<PodNet>, Error> {
-        agent::create_store(&self.dir)?;
+        match self.spec().store {
+            Store::Local => agent::create_store(&self.dir)?,
+            Store::Etcd => {
+                let netns = self.netns(Member::Underlay);
+                self.store = Some(agent::start_etcd(&netns, &self.dir, &self.interrupt)?);
+            }
+        }
         for node in 1..=self.layout.spec.nodes {
             let daemon = agent::start(&self.layout.spec, &self.dir, node)?;
             self.daemons.push(daemon);
@@ -293,7 +301,10 @@ impl Lab {
     pub fn detach(mut self) -> Result<Layout, Error> {
         self.layout.detached = true;
         self.layout.save()?;
-        self.daemons.drain(..).for_each(Tracked::detach);
+        self.daemons
+            .drain(..)
+            .chain(self.store.take())
+            .for_each(Tracked::detach);
         self.claim = None;
         Ok(self.layout.clone())
     }
@@ -314,7 +325,8 @@ impl Lab {
         let mut problems: Vec<Error> = self
             .daemons
             .iter_mut()
-            .filter_map(|daemon| daemon.stop().err())
+            .chain(&mut self.store)
+            .filter_map(|process| process.stop().err())
             .collect();
         match teardown::remove(&self.layout.spec.name) {
             Err(Error::Teardown { problems: more, .. }) => problems.extend(more),

@@ -46,6 +46,6 @@ mod wiring;
 pub use build::Lab;
 pub use error::Error;
 pub use netns::NetNs;
-pub use spec::{Backend, Engine, LabName, Member, Spec, Wire};
+pub use spec::{Backend, Engine, LabName, Member, Spec, Store, Wire};
 pub use state::{Layout, PodRecord, RUN_DIR};
 pub use wait::Interrupt;

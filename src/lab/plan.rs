@@ -3,7 +3,10 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::spec::{Member, Spec};
+use super::spec::{Member, Spec, Store};
+
+/// Where the etcd of a lab is, on the underlay's bridge: no node has this address.
+pub const STORE_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 254);
 
 /// The underlay's MTU: Ethernet's.
 pub const UNDERLAY_MTU: u16 = 1500;
@@ -132,6 +135,10 @@ pub fn underlay_bridge(spec: &Spec) -> Vec<String> {
         spec.node_members()
             .map(|member| format!("link set {member} master br0 up")),
     );
+    if spec.store == Store::Etcd {
+        lines.push(format!("addr add {STORE_V4}/24 dev br0"));
+        lines.push("link set lo up".to_owned());
+    }
     lines
 }
 

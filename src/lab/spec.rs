@@ -183,6 +183,17 @@ pub enum Backend {
     Udp,
 }
 
+/// Where a `udp` lab's daemons keep their leases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Store {
+    /// In a directory that all of them share.
+    #[default]
+    Local,
+    /// In an etcd on the underlay's bridge, as flannel keeps them.
+    Etcd,
+}
+
 /// The data-plane engine that a `udp` lab's daemons are told to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -214,6 +225,9 @@ pub struct Spec {
     pub wire: Wire,
     /// What joins the pods.
     pub backend: Backend,
+    /// Where the daemons keep their leases; for [`Backend::Udp`] alone.
+    #[serde(default)]
+    pub store: Store,
     /// The daemons' engine; `None` leaves the choice to the daemon.
     pub engine: Option<Engine>,
     /// The daemons' worker threads; `None` leaves the choice to the daemon.
@@ -237,6 +251,7 @@ impl Spec {
             pods: 1,
             wire: Wire::Superpacket,
             backend: Backend::None,
+            store: Store::Local,
             engine: None,
             workers: None,
             daemon: None,
@@ -264,6 +279,14 @@ impl Spec {
                 "the daemon's program",
                 String::new(),
                 "given when the backend is udp",
+            );
+        }
+        let etcd = self.store == Store::Etcd;
+        if etcd && (self.backend != Backend::Udp || !self.has_underlay_bridge()) {
+            return invalid(
+                "the store",
+                "etcd".to_owned(),
+                "local, unless the backend is udp and there are three nodes or more",
             );
         }
         Ok(())

@@ -14,7 +14,7 @@ use netlink_packet_route::route::{
 };
 
 use crate::backend::kernel::{Link, Route};
-use crate::iface::{self, DefaultRoute, Family, Snapshot};
+use crate::iface::{self, DefaultRoute, Family, Reach, Snapshot};
 
 /// A link; `None` without a name.
 pub(super) fn link(message: &LinkMessage) -> Option<Link> {
@@ -196,5 +196,20 @@ pub(super) fn snapshot(
     Snapshot {
         links,
         default_routes: defaults.iter().map(default_route).collect(),
+        reach: Vec::new(),
     }
+}
+
+/// The answer to the question for the route to one address.
+pub(super) fn reach(to: IpAddr, message: &RouteMessage) -> Option<Reach> {
+    let mut link = None;
+    let mut from = None;
+    for attribute in &message.attributes {
+        if let RouteAttribute::Oif(index) = attribute {
+            link = Some(*index);
+        } else if let RouteAttribute::PrefSource(source) = attribute {
+            from = ip(source);
+        }
+    }
+    link.map(|link| Reach { to, link, from })
 }

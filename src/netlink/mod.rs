@@ -12,12 +12,12 @@ use ipnet::IpNet;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
 };
-use netlink_packet_route::route::{RouteMessage, RouteProtocol};
+use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteType};
 use rtnetlink::{AddressMessageBuilder, Handle, LinkUnspec, RouteMessageBuilder};
 use tokio::sync::mpsc;
 
 use crate::backend::kernel::{Change, Kernel, KernelError, Link, LinkChange, Route};
-use crate::iface::Snapshot;
+use crate::iface::{Reach, Snapshot};
 
 /// The longest name a link may have, `IFNAMSIZ` less the final zero.
 const MAX_LINK_NAME: usize = 15;
@@ -206,6 +206,38 @@ impl Kernel for Netlink {
         let addrs = collect(self.handle.address().get().execute(), "list addresses").await?;
         let routes = self.route_messages().await?;
         Ok(decode::snapshot(&links, &addrs, &routes))
+    }
+
+    async fn route_to(&self, to: IpAddr) -> Result<Option<Reach>, KernelError> {
+        let operation = format!("ask for the route to {to}");
+        let whole = if to.is_ipv4() { 32 } else { 128 };
+        let message = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(to, whole)
+            .map_err(|error| KernelError {
+                operation: operation.clone(),
+                source: io::Error::new(io::ErrorKind::InvalidInput, error.to_string()),
+            })?
+            .build();
+        match collect(self.handle.route().get(message).execute(), &operation).await {
+            Ok(answers) => Ok(answers.first().and_then(|answer| decode::reach(to, answer))),
+            Err(error) if error.source.raw_os_error() == Some(libc::ENETUNREACH) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn add_blackhole(&self, net: IpNet) -> Result<(), KernelError> {
+        let operation = format!("add the blackhole route {net}");
+        let message = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(net.network(), net.prefix_len())
+            .map_err(|error| KernelError {
+                operation: operation.clone(),
+                source: io::Error::new(io::ErrorKind::InvalidInput, error.to_string()),
+            })?
+            .kind(RouteType::BlackHole)
+            .protocol(RouteProtocol::Boot)
+            .build();
+        let added = self.handle.route().add(message).execute().await;
+        unless(libc::EEXIST, added.map_err(failed(operation)))
     }
 
     fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {

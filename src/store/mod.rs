@@ -55,6 +55,12 @@ pub trait LeaseStore: Send + Sync {
     /// [`RenewError::Lost`] ends the lease; anything else is worth another try within a minute.
     fn renew(&self, lease: &Lease) -> impl Future<Output = Result<Lease, RenewError>> + Send;
 
+    /// Whether [`renew`](Self::renew) also takes a lease with another public IP than the one it was acquired with:
+    /// for a node whose address has changed while it runs.
+    fn can_move(&self) -> bool {
+        false
+    }
+
     /// Starts to report the leases of all nodes, in a task of the current runtime that ends when the receiver
     /// is dropped. The first event is a snapshot.
     ///

@@ -202,7 +202,9 @@ pub(super) async fn renew(inner: &Inner, lease: &Lease) -> Result<Own, RenewErro
             return Err(lost(LostTo::Nobody));
         };
         // A value that cannot be read says nothing about another owner: ours takes its place.
-        if let Some(other) = entry.node().filter(|other| *other != node) {
+        // What we wrote ourselves may name an address that we had before.
+        let other = entry.node().filter(|other| *other != node);
+        if let Some(other) = other.filter(|_| !inner.is_ours(entry.etcd_lease)) {
             return Err(lost(LostTo::Node(other)));
         }
         let draft = Draft {
@@ -234,7 +236,7 @@ pub(super) async fn lost_to(
         None => Some(LostTo::Nobody),
         Some(entry) => entry
             .node()
-            .filter(|node| *node != own.node)
+            .filter(|node| *node != own.node && !inner.is_ours(entry.etcd_lease))
             .map(LostTo::Node),
     })
 }

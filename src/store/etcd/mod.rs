@@ -195,6 +195,10 @@ impl LeaseStore for EtcdStore {
         renewed.map(|own| own.lease())
     }
 
+    fn can_move(&self) -> bool {
+        true
+    }
+
     fn watch(&self) -> mpsc::Receiver<StoreEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
         tokio::spawn(watch::run(Arc::clone(&self.inner), events));

@@ -1,0 +1,244 @@
+//! Owns what the node's traffic rules should be, and having them kept. Never runs a program itself; the firewall
+//! does. Flannel specification sections 10, 11.3 and 11.4.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::register::Registration;
+use super::{DaemonError, TrafficOptions};
+use crate::addr::OverlayPrefix;
+use crate::config::{NetworkConfig, SourcePort, SubnetPool};
+use crate::firewall::{
+    Admission, Error, Family, FamilyRules, Firewall, Keeper, KeeperStatus, Masquerade, Mode,
+    Notrack, Rules, Underlay,
+};
+use crate::lease::Subnets;
+
+/// Where the kernel says that bridged packets pass iptables.
+const BRIDGE_CALLS: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+
+/// The rules of a session, kept until it is dropped. The rules themselves stay, as the original leaves them.
+pub(super) struct Traffic {
+    keeper: Option<JoinHandle<()>>,
+    status: Option<watch::Receiver<KeeperStatus>>,
+    /// Dropped last: without it the keeper goes on with what it has.
+    _wanted: watch::Sender<Rules>,
+    /// What is not as it should be and will not be repaired.
+    missing: Option<String>,
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.abort();
+        }
+    }
+}
+
+/// The program for the rules, and how the host's own firewall treats the tunnel.
+pub(super) struct Prepared {
+    firewall: Result<Firewall, Error>,
+    admission: Admission,
+}
+
+/// Looks at the host before anything is opened: changes nothing, except that source ports stay fixed where the
+/// host's firewall admits nothing else.
+pub(super) async fn prepare(
+    options: &TrafficOptions,
+    registration: &mut Registration,
+) -> Result<Prepared, DaemonError> {
+    let nftables = registration.config.enable_nftables;
+    let mode = if nftables {
+        Mode::Nftables
+    } else {
+        Mode::Iptables
+    };
+    if !nftables && options.masquerade && !Path::new(BRIDGE_CALLS).exists() {
+        tracing::info!(
+            "{BRIDGE_CALLS} is not there: iptables rules do not see what pods of this node send to each \
+             other; if services need that, load it (modprobe br_netfilter)"
+        );
+    }
+    let firewall = Firewall::open(options.programs.clone(), mode).await;
+    let mut admission = Admission::Open;
+    match &firewall {
+        Ok(firewall) => {
+            let choice = &registration.choice;
+            let port = registration.backend.port;
+            match firewall.admission(port, &choice.name, choice.addr).await {
+                Ok(found) => admission = found,
+                Err(error) => {
+                    tracing::warn!("cannot read the host's own firewall: {error}");
+                }
+            }
+        }
+        Err(error) if options.masquerade => {
+            tracing::error!("--ip-masq needs {}", program(mode));
+            return Err(DaemonError::Firewall(error.to_string()));
+        }
+        Err(error) if options.forward => tracing::warn!("no forward rules: {error}"),
+        Err(error) => tracing::debug!("no traffic rules: {error}"),
+    }
+    if let Some(refusal) = admission.refusal() {
+        let port = registration.backend.port;
+        match &admission {
+            Admission::Open => {}
+            Admission::Tracked(_) => tracing::info!(
+                "the host's firewall admits UDP port {port} only with connection tracking, which stays on: {refusal}"
+            ),
+            Admission::Established(_) => tracing::warn!(
+                "the host's firewall admits UDP port {port} only as an established connection: source ports stay \
+                 fixed and tracking stays on; accept the port to lift both: {refusal}"
+            ),
+            Admission::Closed(_) => tracing::error!(
+                "the host's firewall does not admit the tunnel: accept UDP port {port}: {refusal}"
+            ),
+        }
+    }
+    if !admission.varying_source_ports() {
+        registration.backend.source_port = SourcePort::Fixed;
+    }
+    Ok(Prepared {
+        firewall,
+        admission,
+    })
+}
+
+const fn program(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Nftables => "nft, for EnableNFTables is true",
+        Mode::Iptables => "iptables, for EnableNFTables is false",
+    }
+}
+
+impl Traffic {
+    /// Puts the rules in place and has them kept.
+    pub(super) async fn start(
+        prepared: Prepared,
+        options: &TrafficOptions,
+        registration: &Registration,
+    ) -> Result<Self, DaemonError> {
+        let (wanted, receiver) = watch::channel(Rules::none());
+        let mut traffic = Self {
+            keeper: None,
+            status: None,
+            _wanted: wanted,
+            missing: None,
+        };
+        let firewall = match prepared.firewall {
+            Ok(firewall) => Arc::new(firewall),
+            Err(_said_before) => return Ok(traffic),
+        };
+        let mut rules = rules(options, registration, &prepared.admission)
+            .map_err(|error| DaemonError::Firewall(error.to_string()))?;
+        match firewall.apply(&rules).await {
+            Ok(applied) => {
+                for place in &applied.swept {
+                    tracing::info!("removed {place}, which the other traffic manager has left");
+                }
+                if let Some(error) = &applied.tracked_because {
+                    tracing::warn!("the tunnel's datagrams are tracked as connections: {error}");
+                    // A cost, not a fault: without wanting it, the rules are complete.
+                    rules = families(options, &registration.config, &registration.lease.subnets)
+                        .map_err(|error| DaemonError::Firewall(error.to_string()))?;
+                }
+            }
+            Err(error) if options.masquerade => {
+                return Err(DaemonError::Firewall(error.to_string()));
+            }
+            Err(error) => tracing::warn!("traffic rules are incomplete: {error}"),
+        }
+        traffic._wanted.send_replace(rules);
+        match Keeper::new(firewall, options.resync) {
+            Ok(keeper) => {
+                traffic.status = Some(keeper.status());
+                traffic.keeper = Some(tokio::spawn(async move {
+                    let Err(error) = keeper.run(receiver).await;
+                    tracing::error!("traffic rules are no longer looked after: {error}");
+                }));
+            }
+            Err(error) => {
+                tracing::error!("traffic rules are not looked after: {error}");
+                traffic.missing = Some(error.to_string());
+            }
+        }
+        Ok(traffic)
+    }
+
+    /// Why the rules are not as they should be, if they are not.
+    pub(super) fn problem(&self) -> Option<String> {
+        let status = self.status.as_ref();
+        self.missing
+            .clone()
+            .or_else(|| status.and_then(|status| status.borrow().error.clone()))
+    }
+
+    /// What the keeper has done.
+    pub(super) fn kept(&self) -> KeeperStatus {
+        let status = self.status.as_ref();
+        status
+            .map(|status| status.borrow().clone())
+            .unwrap_or_default()
+    }
+}
+
+/// What should be in place.
+fn rules(
+    options: &TrafficOptions,
+    registration: &Registration,
+    admission: &Admission,
+) -> Result<Rules, Error> {
+    if !options.masquerade && !options.forward {
+        // Whoever wants no rules of ours wants none: what an earlier run left is removed.
+        return Ok(Rules::none());
+    }
+    let mut rules = families(options, &registration.config, &registration.lease.subnets)?;
+    if admission.untracked() {
+        let family = match registration.underlay.bind {
+            std::net::SocketAddr::V4(_) => Family::V4,
+            std::net::SocketAddr::V6(_) => Family::V6,
+        };
+        rules = rules.with_notrack(Notrack {
+            port: registration.backend.port,
+            underlay: Underlay::Only(family),
+        });
+    }
+    Ok(rules)
+}
+
+fn families(
+    options: &TrafficOptions,
+    config: &NetworkConfig,
+    subnets: &Subnets,
+) -> Result<Rules, Error> {
+    let mut rules = Rules::none();
+    if let Some(family) = family(options, config.ipv4.as_ref(), subnets.v4())? {
+        rules = rules.with(family);
+    }
+    if let Some(family) = family(options, config.ipv6.as_ref(), subnets.v6())? {
+        rules = rules.with(family);
+    }
+    Ok(rules)
+}
+
+fn family<N: OverlayPrefix + Into<IpNet>>(
+    options: &TrafficOptions,
+    pool: Option<&SubnetPool<N>>,
+    subnet: Option<N>,
+) -> Result<Option<FamilyRules>, Error> {
+    let (Some(pool), Some(subnet)) = (pool, subnet) else {
+        return Ok(None);
+    };
+    if !options.masquerade && !options.forward {
+        return Ok(None);
+    }
+    let masquerade = options.masquerade.then_some(Masquerade {
+        fully_random: options.fully_random,
+        exempt: Vec::new(),
+    });
+    FamilyRules::new(pool.network(), subnet, masquerade, options.forward).map(Some)
+}
