@@ -362,7 +362,10 @@ fn lost_lease_is_replaced_by_another_without_an_exit() {
     let lease = node.path("store/subnets").join(&key);
     let sidecar = node.path("store/expiry").join(&key);
     let _gone = fs::remove_file(&sidecar);
-    fs::write(&lease, r#"{"PublicIP":"192.0.2.99","PublicIPv6":null}"#).unwrap();
+    // In one step: a file seen half-written is damage, and the daemon repairs what is its own.
+    let restored = node.path("restored");
+    fs::write(&restored, r#"{"PublicIP":"192.0.2.99","PublicIPv6":null}"#).unwrap();
+    fs::rename(&restored, &lease).unwrap();
     daemon.wait_until("another subnet", || {
         node.env_value("FLANNEL_SUBNET") != before
     });
