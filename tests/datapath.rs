@@ -457,3 +457,20 @@ fn a_device_that_ends_is_reported_once_and_costs_nothing() {
     );
     assert_eq!(a.events.lock().unwrap().len(), 1);
 }
+
+#[test]
+fn a_loose_check_takes_any_outer_source_but_still_only_leased_inner_ones() {
+    let (_a, b) = pair(Shape {
+        check: SourceCheck::Loose,
+        ..Shape::default()
+    });
+    let stranger = std::net::UdpSocket::bind("127.0.9.1:0").unwrap();
+    let behind_nat = udp(pod(1), pod(2), (1, 2), 64, b"behind NAT");
+    stranger.send_to(&behind_nat, b.addr).unwrap();
+    assert!(next(&b.tun[0]).1.ends_with(b"behind NAT"));
+    let unleased = udp(pod(9), pod(2), (1, 2), 64, b"no lease");
+    stranger.send_to(&unleased, b.addr).unwrap();
+    let status = idle(&b, 0, 2);
+    assert_eq!(status.total.decap.drops["unknown_peer"], 1);
+    assert!(read(&b.tun[0]).is_none());
+}
