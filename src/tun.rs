@@ -213,14 +213,6 @@ impl TunDevice {
             queues: opened,
         })
     }
-
-    /// Narrows the device's offloads to TCP and checksums, after UDP superpackets proved unusable.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn without_uso(queue: &TunQueue, caps: TunCaps) -> io::Result<()> {
-        tun::set_offload(&queue.read, caps.offloads & !(OFFLOAD_USO4 | OFFLOAD_USO6))
-    }
 }
 
 fn attach(name: &str, mode: Mode) -> Result<(File, String), TunError> {

@@ -2,15 +2,6 @@
 
 use serde::{Serialize, Serializer};
 
-/// Direction of a packet through the data plane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// TUN to underlay.
-    Encap,
-    /// Underlay to TUN.
-    Decap,
-}
-
 macro_rules! drop_reasons {
     ($($(#[$meta:meta])* $variant:ident => $name:literal, $remedy:literal;)*) => {
         /// Why a packet did not continue. Each has one counter per worker and direction, counted in inner
@@ -79,8 +70,6 @@ drop_reasons! {
     DeviceDown => "device_down", "the daemon recreates the device; ip link shows whether somebody keeps setting it down";
     /// The kernel refused the packet for another reason.
     Rejected => "rejected", "see the log line that names the error number";
-    /// The daemon was stopping.
-    Stopping => "stopping", "none: the daemon was asked to stop";
 }
 
 impl Serialize for DropReason {

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Serialize;
 
-pub use drop::{Direction, DropReason};
+pub use drop::DropReason;
 pub use plane::Datapath;
 pub use status::Status;
 
