@@ -659,20 +659,66 @@ fn route_in_the_way_is_named_with_the_command_that_removes_it() {
 fn address_that_leaves_the_external_interface_is_told_and_so_is_its_return() {
     let node = Node::new(CONFIG);
     let daemon = node.start(&["--iface", "eth0"]);
-    node.ns.ip("addr add 198.51.100.5/24 dev eth0");
-    node.ns.ip("addr del 192.0.2.1/24 dev eth0");
-    daemon.wait_for_log("with 198.51.100.5 now");
+    node.ns.ip("addr flush dev eth0");
+    daemon.wait_for_log("192.0.2.1 is gone");
     assert!(
         node.status()["conflicts"]
             .to_string()
-            .contains("198.51.100.5")
+            .contains("192.0.2.1 is gone")
     );
-    node.ns.ip("addr flush dev eth0");
-    daemon.wait_for_log("192.0.2.1 is gone");
     node.ns.ip("addr add 192.0.2.1/24 dev eth0");
     daemon.wait_for_log("is back");
     assert_eq!(node.status()["conflicts"], Value::Array(Vec::new()));
     assert_eq!(daemon.stop(), 0);
+}
+
+#[test]
+fn address_that_changes_moves_the_lease_in_the_local_store_too() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let env = node.env();
+    let key = node.env_value("FLANNEL_SUBNET").replace(".1/24", ".0-24");
+    let lease = node.path("store/subnets").join(&key);
+    node.ns.ip("addr add 198.51.100.5/24 dev eth0");
+    node.ns.ip("addr del 192.0.2.1/24 dev eth0");
+    daemon.wait_until("the lease to name the new address", || {
+        fs::read_to_string(&lease).unwrap() == r#"{"PublicIP":"198.51.100.5","PublicIPv6":null}"#
+    });
+    daemon.wait_until("the tunnel to follow", || {
+        let status = node.status();
+        status["ready"] == true && status["bind"] == "198.51.100.5:8285"
+    });
+    assert_eq!(node.env(), env, "the subnet stays");
+    assert_eq!(node.status()["conflicts"], Value::Array(Vec::new()));
+    assert_eq!(daemon.stop(), 0);
+    // The next run finds it under the new address.
+    let again = node.start(&["--iface", "eth0"]);
+    assert_eq!(node.env(), env);
+    assert_eq!(fs::read_dir(node.path("store/subnets")).unwrap().count(), 1);
+    assert_eq!(again.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn mtu_of_the_external_interface_that_changes_is_followed_by_subnet_env_and_the_device() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let before = node.env();
+    let mtu = || node.ns.link("flannel0")["mtu"].as_u64();
+    assert_eq!(mtu(), Some(1472));
+    for (underlay, overlay) in [(1400, 1372), (9000, 8972), (1500, 1472)] {
+        node.ns.ip(&format!("link set eth0 mtu {underlay}"));
+        let expected = before.replace("MTU=1472", &format!("MTU={overlay}"));
+        daemon.wait_until("subnet.env to follow", || node.env() == expected);
+        daemon.wait_until("the device to follow", || mtu() == Some(overlay));
+        daemon.wait_until("readiness", || node.status()["ready"] == true);
+    }
+    // One that leaves no room is told, and changes nothing.
+    node.ns.ip("link set eth0 mtu 80");
+    daemon.wait_for_log("an underlay MTU of 80");
+    assert_eq!((node.env(), mtu()), (before, Some(1472)));
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
 }
 
 #[test]
