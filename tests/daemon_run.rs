@@ -9,20 +9,24 @@
 #[path = "common/ns.rs"]
 mod ns;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::UdpSocket;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
+use etherparse::{SlicedPacket, TransportSlice};
 use loden::bench::process_clock;
 use loden::lab::{Interrupt, wait};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use ns::Ns;
 use serde_json::Value;
+use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
 
 const LODEN: &str = env!("CARGO_BIN_EXE_loden");
@@ -155,7 +159,7 @@ fn failed(mut command: Command) -> (i32, String) {
     let code = daemon.exit_code();
     let mut text = String::new();
     let mut stderr = daemon.child.stderr.take().unwrap();
-    std::io::Read::read_to_string(&mut stderr, &mut text).unwrap();
+    stderr.read_to_string(&mut text).unwrap();
     let errors: Vec<&str> = text
         .lines()
         .filter(|line| line.starts_with("loden: "))
@@ -721,12 +725,81 @@ fn mtu_of_the_external_interface_that_changes_is_followed_by_subnet_env_and_the_
     node.assert_clean();
 }
 
+/// The source ports of the tunnel's datagrams on the wire, for 40 inner flows of 3 packets each.
+fn source_ports(node: &Node, daemon: &Daemon) -> BTreeSet<u16> {
+    const FLOWS: usize = 40;
+    let far = node.ns.link("far")["address"].as_str().unwrap().to_owned();
+    node.ns
+        .ip(&format!("neigh replace 192.0.2.7 lladdr {far} dev eth0"));
+    daemon.wait_until("the peer", || {
+        node.status()["peers"][0]["endpoint"] == "192.0.2.7:8285"
+    });
+    let base = node.env_value("FLANNEL_SUBNET").replace(".1/24", ".0");
+    node.ns.run(|| {
+        // Sees what arrives at the wire's other end, from the IP header on.
+        let ipv4 = Protocol::from(i32::from(0x0800_u16.to_be()));
+        let mut wire = Socket::new(Domain::PACKET, Type::DGRAM, Some(ipv4)).unwrap();
+        wire.set_read_timeout(Some(LIMIT)).unwrap();
+        let flows: Vec<UdpSocket> = (0..FLOWS)
+            .map(|_| UdpSocket::bind((base.as_str(), 0)).unwrap())
+            .collect();
+        let mut outer = BTreeSet::new();
+        let mut inner = BTreeMap::new();
+        for _ in 0..3 {
+            for flow in &flows {
+                flow.send_to(b"who", "198.18.7.2:9").unwrap();
+                let (udp, inside) = loop {
+                    let mut packet = [0; 2048];
+                    let len = wire.read(&mut packet).unwrap();
+                    let sliced = SlicedPacket::from_ip(&packet[..len]).unwrap();
+                    if let Some(TransportSlice::Udp(udp)) = sliced.transport
+                        && udp.destination_port() == 8285
+                    {
+                        let inside = SlicedPacket::from_ip(udp.payload()).unwrap().transport;
+                        let Some(TransportSlice::Udp(inside)) = inside else {
+                            unreachable!("{inside:?}");
+                        };
+                        break (udp.source_port(), inside.source_port());
+                    }
+                };
+                outer.insert(udp);
+                assert_eq!(
+                    *inner.entry(inside).or_insert(udp),
+                    udp,
+                    "one flow, one port"
+                );
+            }
+        }
+        assert_eq!(inner.len(), FLOWS);
+        outer
+    })
+}
+
+#[test]
+fn source_port_fixed_uses_the_tunnels_own_and_spread_uses_several() {
+    let config = |choice| CONFIG.replace(r#""udp""#, &format!(r#""udp","SourcePort":"{choice}""#));
+    let node = Node::new(&config("fixed"));
+    fs::create_dir_all(node.path("store/subnets")).unwrap();
+    let peer = node.path("store/subnets/198.18.7.0-24");
+    fs::write(peer, r#"{"PublicIP":"192.0.2.7","PublicIPv6":null}"#).unwrap();
+    for engine in ["mmsg", "portable"] {
+        let args = ["--iface", "eth0", "--workers", "2", "--engine", engine];
+        let daemon = node.start(&args);
+        assert_eq!(source_ports(&node, &daemon), [8285].into(), "{engine}");
+        assert_eq!(daemon.stop(), 0);
+    }
+    node.configure(&config("spread"));
+    let daemon = node.start(&["--iface", "eth0", "--workers", "2"]);
+    let spread = source_ports(&node, &daemon);
+    assert!(spread.len() >= 4, "{spread:?}");
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
 #[test]
 fn port_that_is_taken_is_named_with_its_remedy() {
     let node = Node::new(CONFIG);
-    let held = node
-        .ns
-        .run(|| std::net::UdpSocket::bind("192.0.2.1:8285").unwrap());
+    let held = node.ns.run(|| UdpSocket::bind("192.0.2.1:8285").unwrap());
     let (code, error) = node.fails(&["--iface", "eth0"]);
     drop(held);
     assert_eq!(code, 1, "{error}");

@@ -255,6 +255,35 @@ impl Cluster {
         Ping { child, out }
     }
 
+    /// Sends TCP at a fifth of what a slow machine manages until asked for the result.
+    pub(crate) fn iperf_in_background(&self, from: u8, to: u8) -> Iperf {
+        let spawn = |node: u8, args: &[&str], out: Stdio| {
+            let mut command = Command::new("ip");
+            command
+                .args(["netns", "exec", self.name(node), "iperf3"])
+                .args(args)
+                .stdout(out)
+                .stderr(Stdio::null());
+            Reaped(command.spawn().unwrap())
+        };
+        let (source, target) = (self.base(from), self.base(to));
+        let server = spawn(to, &["-s", "-B", &target], Stdio::null());
+        wait::until("the iperf3 server", LIMIT, &Interrupt::default(), || {
+            let listens = self.exec(to, "ss", &["-Hltn", "sport", "=", "5201"]);
+            Ok((!listens.is_empty()).then_some(()))
+        })
+        .unwrap();
+        let out = self.dir.path().join("iperf3");
+        let args = ["-c", &target, "-B", &source];
+        let args = [&args[..], &["-J", "-t", "3600", "-b", "100M"]].concat();
+        let client = spawn(from, &args, fs::File::create(&out).unwrap().into());
+        Iperf {
+            client,
+            _server: server,
+            out,
+        }
+    }
+
     /// A pod on a node, behind a veth pair.
     pub(crate) fn add_pod(&self, node: u8) -> PodNs {
         let name = format!("{}p", self.name(node));
@@ -333,6 +362,38 @@ impl Drop for Cluster {
     }
 }
 
+/// A process that ends with its owner.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // Ended already, if the test went well.
+        let _gone = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+/// A TCP connection in the background.
+pub(crate) struct Iperf {
+    client: Reaped,
+    _server: Reaped,
+    out: PathBuf,
+}
+
+impl Iperf {
+    /// Ends it; how many bytes were sent in each second.
+    pub(crate) fn bytes(mut self) -> Vec<u64> {
+        let pid = Pid::from_raw(i32::try_from(self.client.0.id()).unwrap());
+        kill(pid, Signal::SIGINT).unwrap();
+        self.client.0.wait().unwrap();
+        let text = fs::read_to_string(&self.out).unwrap();
+        let report: Value = serde_json::from_str(&text).unwrap();
+        let intervals = report["intervals"].as_array().unwrap();
+        let bytes = |interval: &Value| interval["sum"]["bytes"].as_u64().unwrap();
+        intervals.iter().map(bytes).collect()
+    }
+}
+
 /// A ping in the background.
 pub(crate) struct Ping {
     child: Child,
@@ -340,7 +401,7 @@ pub(crate) struct Ping {
 }
 
 impl Ping {
-    fn answers(&self) -> usize {
+    pub(crate) fn answers(&self) -> usize {
         let text = fs::read_to_string(&self.out).unwrap();
         text.lines()
             .filter(|line| line.contains("icmp_seq="))
@@ -348,7 +409,9 @@ impl Ping {
     }
 
     pub(crate) fn wait_for_answers(&self, count: usize) {
-        let waited = wait::until("answers", LIMIT, &Interrupt::default(), || {
+        // A hundred come in a second.
+        let limit = LIMIT + Duration::from_millis(10 * u64::try_from(count).unwrap());
+        let waited = wait::until("answers", limit, &Interrupt::default(), || {
             Ok((self.answers() >= count).then_some(()))
         });
         assert!(waited.is_ok(), "{} answers", self.answers());
