@@ -6,6 +6,8 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+#[path = "common/node.rs"]
+mod node;
 #[path = "common/ns.rs"]
 mod ns;
 
@@ -15,218 +17,15 @@ use std::io::{Read as _, Write as _};
 use std::net::UdpSocket;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use etherparse::{SlicedPacket, TransportSlice};
 use loden::bench::process_clock;
-use loden::lab::{Interrupt, wait};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use ns::Ns;
+use nix::sys::signal::Signal;
+use node::{CONFIG, Daemon, LIMIT, LODEN, Node, failed};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
-use tempfile::TempDir;
-
-const LODEN: &str = env!("CARGO_BIN_EXE_loden");
-
-/// Only a failing test waits this long.
-const LIMIT: Duration = Duration::from_secs(10);
-
-const CONFIG: &str = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"udp"}}"#;
-
-/// A namespace and a directory for one daemon's files.
-struct Node {
-    ns: Ns,
-    dir: TempDir,
-}
-
-impl Node {
-    fn new(config: &str) -> Self {
-        let node = Self {
-            ns: Ns::new(),
-            dir: tempfile::tempdir().unwrap(),
-        };
-        fs::create_dir(node.path("run")).unwrap();
-        node.configure(config);
-        node
-    }
-
-    fn configure(&self, config: &str) {
-        fs::create_dir_all(self.path("store")).unwrap();
-        // By rename, so that a waiting daemon never reads half of it.
-        fs::write(self.path("config"), config).unwrap();
-        fs::rename(self.path("config"), self.path("store/config")).unwrap();
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn env(&self) -> String {
-        fs::read_to_string(self.path("run/subnet.env")).unwrap_or_default()
-    }
-
-    /// The value of a line of `subnet.env`.
-    fn env_value(&self, key: &str) -> String {
-        let env = self.env();
-        let mut lines = env.lines().filter_map(|line| line.split_once('='));
-        let (_, value) = lines.find(|(name, _)| *name == key).unwrap();
-        value.to_owned()
-    }
-
-    /// The daemon's command, in the namespace; `args` last, so that they win.
-    fn command(&self, program: &Path, args: &[&str]) -> Command {
-        let mut command = Command::new("ip");
-        command
-            .args(["netns", "exec", self.ns.name()])
-            .arg(program)
-            .args(program.ends_with("loden").then_some("daemon"))
-            .arg("--local-store")
-            .arg(self.path("store"))
-            .arg("--subnet-file")
-            .arg(self.path("run/subnet.env"))
-            .args(args)
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn loden(&self, args: &[&str]) -> Command {
-        self.command(Path::new(LODEN), args)
-    }
-
-    /// Starts a daemon; does not wait.
-    fn spawn(&self, mut command: Command) -> Daemon {
-        let log = self.path("log");
-        let file = fs::File::create(&log).unwrap();
-        let child = command.stderr(file).spawn().unwrap();
-        Daemon { child, log }
-    }
-
-    /// Starts a daemon and waits for `subnet.env` to be written by this run, and for the status socket.
-    fn start(&self, args: &[&str]) -> Daemon {
-        let daemon = self.spawn(self.loden(args));
-        daemon.wait_for_log("ready");
-        daemon.wait_until("the status socket", || {
-            self.path("run/subnet.sock").exists()
-        });
-        daemon
-    }
-
-    /// Runs a daemon that must end by itself.
-    fn fails(&self, args: &[&str]) -> (i32, String) {
-        failed(self.loden(args))
-    }
-
-    /// What an ended daemon may leave: nothing.
-    fn assert_clean(&self) {
-        let links = self.ns.json("link show");
-        let names = links.iter().map(|link| link["ifname"].as_str().unwrap());
-        let names: Vec<&str> = names.collect();
-        assert!(
-            !names.iter().any(|name| name.starts_with("flannel")),
-            "{names:?}"
-        );
-        assert!(self.ns.json("-4 route show 198.18.0.0/16").is_empty());
-        let mut left: Vec<String> = fs::read_dir(self.path("run"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        left.retain(|name| name != "subnet.env");
-        assert_eq!(left, Vec::<String>::new());
-    }
-
-    fn status(&self) -> Value {
-        let output = Command::new(LODEN)
-            .args(["status", "--json", "--subnet-file"])
-            .arg(self.path("run/subnet.env"))
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{text}");
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-}
-
-/// Runs a command that must end by itself; its exit status, and its last line on stderr.
-fn failed(mut command: Command) -> (i32, String) {
-    let child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn();
-    let mut daemon = Daemon {
-        child: child.unwrap(),
-        log: PathBuf::new(),
-    };
-    let code = daemon.exit_code();
-    let mut text = String::new();
-    let mut stderr = daemon.child.stderr.take().unwrap();
-    stderr.read_to_string(&mut text).unwrap();
-    let errors: Vec<&str> = text
-        .lines()
-        .filter(|line| line.starts_with("loden: "))
-        .collect();
-    assert!(errors.len() <= 1, "more than one line of error: {text}");
-    (
-        code,
-        errors
-            .first()
-            .map_or(text.clone(), |line| (*line).to_owned()),
-    )
-}
-
-struct Daemon {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Daemon {
-    fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
-    }
-
-    fn wait_until(&self, what: &str, mut condition: impl FnMut() -> bool) {
-        let waited = wait::until(what, LIMIT, &Interrupt::default(), || {
-            Ok(condition().then_some(()))
-        });
-        assert!(waited.is_ok(), "no {what}; log:\n{}", self.log());
-    }
-
-    fn wait_for_log(&self, text: &str) {
-        self.wait_until(text, || self.log().contains(text));
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id()).unwrap();
-        kill(Pid::from_raw(pid), signal).unwrap();
-    }
-
-    fn exit_code(&mut self) -> i32 {
-        self.exit_status().code().unwrap()
-    }
-
-    fn exit_status(&mut self) -> ExitStatus {
-        let mut code = None;
-        let child = &mut self.child;
-        wait::until("the daemon to end", LIMIT, &Interrupt::default(), || {
-            code = child.try_wait().unwrap();
-            Ok(code.map(drop))
-        })
-        .unwrap();
-        code.unwrap()
-    }
-
-    fn stop(mut self) -> i32 {
-        self.signal(Signal::SIGTERM);
-        self.exit_code()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Already reaped, if the test went well.
-        let _gone = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
 
 #[test]
 fn device_routes_lease_and_files_are_the_originals_and_only_the_lease_and_subnet_env_stay() {

@@ -13,7 +13,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use loden::lab::{Interrupt, NetNs, wait};
 use nix::sys::signal::{Signal, kill};
@@ -401,7 +401,7 @@ pub(crate) struct Ping {
 }
 
 impl Ping {
-    pub(crate) fn answers(&self) -> usize {
+    fn answers(&self) -> usize {
         let text = fs::read_to_string(&self.out).unwrap();
         text.lines()
             .filter(|line| line.contains("icmp_seq="))
@@ -409,12 +409,21 @@ impl Ping {
     }
 
     pub(crate) fn wait_for_answers(&self, count: usize) {
-        // A hundred come in a second.
-        let limit = LIMIT + Duration::from_millis(10 * u64::try_from(count).unwrap());
-        let waited = wait::until("answers", limit, &Interrupt::default(), || {
+        let waited = wait::until("answers", LIMIT, &Interrupt::default(), || {
             Ok((self.answers() >= count).then_some(()))
         });
         assert!(waited.is_ok(), "{} answers", self.answers());
+    }
+
+    /// Lets so much time pass. On a slow machine a ping sends less than it is asked to.
+    pub(crate) fn go_on_for(&self, time: Duration) {
+        let (begin, before) = (Instant::now(), self.answers());
+        let least = usize::try_from(time.as_millis() / 50).unwrap();
+        let waited = wait::until("answers", 2 * time + LIMIT, &Interrupt::default(), || {
+            let enough = begin.elapsed() >= time && self.answers() >= before + least;
+            Ok(enough.then_some(()))
+        });
+        assert!(waited.is_ok(), "{} answers", self.answers() - before);
     }
 
     /// Ends it; how many packets were lost. The last one may still be on its way.
