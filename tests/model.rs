@@ -163,7 +163,9 @@ fn value(node: &str) -> String {
 }
 
 fn lines<'a>(lines: impl IntoIterator<Item = &'a str>) -> String {
-    let mut lines: Vec<&str> = lines.into_iter().map(str::trim).collect();
+    // Whether a link has a carrier yet is nobody's doing.
+    let plain = |line: &'a str| line.trim().trim_end_matches(" linkdown");
+    let mut lines: Vec<&str> = lines.into_iter().map(plain).collect();
     lines.retain(|line| !line.is_empty());
     lines.sort_unstable();
     lines.join("\n")
