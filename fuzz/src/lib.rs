@@ -3,6 +3,7 @@
 
 pub mod checksum;
 pub mod coalesce;
+pub mod flags;
 pub mod fragment;
 pub mod gso_plan;
 pub mod icmp_error;
@@ -22,6 +23,7 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("checksum", checksum::run),
     ("coalesce", coalesce::run),
+    ("flags", flags::run),
     ("fragment", fragment::run),
     ("gso_plan", gso_plan::run),
     ("icmp_error", icmp_error::run),

@@ -73,7 +73,12 @@ pub fn parse() -> Result<Invocation, clap::Error> {
     parse_from(std::env::args_os().collect(), |name| std::env::var_os(name))
 }
 
-fn parse_from(
+/// Likewise from given arguments, the program's name first, and variables.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_from(
     mut args: Vec<OsString>,
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Invocation, clap::Error> {

@@ -133,6 +133,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
             .iter()
             .map(ToString::to_string)
             .chain(session.moved.clone())
+            .chain(session.env_behind.clone())
             .collect(),
         drops: drops(&datapath.total),
         datapath,
