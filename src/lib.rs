@@ -23,6 +23,7 @@ pub mod addr;
 pub mod backend;
 pub mod bench;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod daemon;
 pub mod datapath;

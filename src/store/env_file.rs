@@ -215,7 +215,7 @@ impl PreviousEnv {
             action: "read",
             source,
         };
-        match read_bounded(path) {
+        match read_bounded(path, MAX_ENV_LEN) {
             Ok(text) => Ok(Self::parse(&String::from_utf8_lossy(&text))),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(e) => Err(failed(e)),
@@ -258,7 +258,8 @@ impl PreviousEnv {
     }
 }
 
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+/// The content of a regular file of at most `limit` bytes.
+pub(crate) fn read_bounded(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     // Without this a pipe in the place of the file would block the start for ever.
     let file = OpenOptions::new()
         .read(true)
@@ -271,9 +272,9 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
         ));
     }
     let mut text = Vec::new();
-    file.take(MAX_ENV_LEN as u64 + 1).read_to_end(&mut text)?;
-    if text.len() > MAX_ENV_LEN {
-        let message = format!("larger than {MAX_ENV_LEN} bytes");
+    file.take(limit as u64 + 1).read_to_end(&mut text)?;
+    if text.len() > limit {
+        let message = format!("larger than {limit} bytes");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
     Ok(text)
