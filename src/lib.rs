@@ -28,6 +28,7 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod debug;
+pub mod file;
 pub mod firewall;
 pub mod iface;
 pub mod lab;

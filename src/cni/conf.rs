@@ -36,8 +36,6 @@ pub struct NetConf {
     pub ipam: Map<String, Value>,
     /// `runtimeConfig`.
     pub runtime_config: Option<Map<String, Value>>,
-    /// `prevResult`: what ADD has answered, for CHECK.
-    pub prev_result: Option<Value>,
     /// `cni.dev/valid-attachments`: what a runtime that collects garbage still uses.
     pub valid_attachments: Option<Vec<Attachment>>,
 }
@@ -92,7 +90,6 @@ impl NetConf {
                 delegate: map("delegate")?.unwrap_or_default(),
                 ipam: map("ipam")?.unwrap_or_default(),
                 runtime_config: map("runtimeConfig")?,
-                prev_result: object.plain("prevResult", OBJECT)?,
                 valid_attachments: object.plain(
                     "cni.dev/valid-attachments",
                     "a list of objects with containerID and ifname",

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::conf::{Attachment, MAX_CONF_LEN};
 use super::error::CniError;
-use crate::store::env_file::read_bounded;
+use crate::file::read_bounded;
 
 /// The files of one `dataDir`.
 #[derive(Debug)]
