@@ -2,6 +2,7 @@
 //! `tests/fuzz_replay.rs` runs the committed corpora on every build.
 
 pub mod checksum;
+pub mod cni;
 pub mod coalesce;
 pub mod flags;
 pub mod fragment;
@@ -22,6 +23,7 @@ pub type Target = fn(&[u8]);
 /// Every target by the name it has in `fuzz_targets` and `corpus`.
 pub const TARGETS: &[(&str, Target)] = &[
     ("checksum", checksum::run),
+    ("cni", cni::run),
     ("coalesce", coalesce::run),
     ("flags", flags::run),
     ("fragment", fragment::run),

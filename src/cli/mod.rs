@@ -4,7 +4,9 @@
 pub mod bench;
 mod cleanup;
 mod daemon;
+mod docker_opts;
 mod go_flags;
+mod install_conf;
 pub mod lab;
 mod status;
 
@@ -27,6 +29,12 @@ const FLANNELD: &str = "flanneld";
 
 /// The subcommand that is `flanneld`.
 const DAEMON: &str = "daemon";
+
+/// Names under which the program takes the place of others of flannel's, each with its subcommand.
+const HELPERS: [(&str, &str); 2] = [
+    ("mk-docker-opts.sh", "docker-opts"),
+    ("install-conf", "install-conf"),
+];
 
 /// A parsed command line.
 #[derive(Debug)]
@@ -55,6 +63,10 @@ enum Command {
     Status(StatusArgs),
     /// Remove the traffic rules that a daemon has left on this node
     Cleanup,
+    /// Write what Docker has to be started with; what `mk-docker-opts.sh` is
+    DockerOpts(docker_opts::DockerOptsArgs),
+    /// Copy a file in one step; what flannel's image calls `install-conf`
+    InstallConf(install_conf::InstallConfArgs),
     /// What `flanneld --version` asks for
     #[command(skip)]
     Version,
@@ -83,9 +95,15 @@ pub fn parse_from(
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Invocation, clap::Error> {
     let called = args.first().map(|arg| Path::new(arg).file_name());
-    let as_flanneld = called.flatten() == Some(OsStr::new(FLANNELD));
+    let called = called.flatten();
+    let as_flanneld = called == Some(OsStr::new(FLANNELD));
+    let helper = HELPERS
+        .into_iter()
+        .find(|(name, _)| called == Some(OsStr::new(name)));
     if as_flanneld {
         args.insert(1, DAEMON.into());
+    } else if let Some((_, subcommand)) = helper {
+        args.insert(1, subcommand.into());
     }
     let mut invocation = Invocation {
         command: Command::Version,
@@ -144,6 +162,8 @@ impl Invocation {
             Command::Daemon(args) => args.verbosity,
             Command::Status(_)
             | Command::Cleanup
+            | Command::DockerOpts(_)
+            | Command::InstallConf(_)
             | Command::Version
             | Command::Lab(_)
             | Command::Bench(_) => 0,
@@ -163,6 +183,8 @@ impl Invocation {
             Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
             Command::Cleanup => cleanup::run(),
+            Command::DockerOpts(args) => docker_opts::run(&args),
+            Command::InstallConf(args) => install_conf::run(&args),
             Command::Version => version(),
             Command::Lab(args) => lab::run(args),
             Command::Bench(args) => bench::run(args),
