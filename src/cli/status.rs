@@ -23,6 +23,13 @@ pub struct StatusArgs {
     #[arg(long)]
     json: bool,
 
+    #[command(flatten)]
+    at: SocketArgs,
+}
+
+/// Which daemon is asked.
+#[derive(Debug, Args)]
+pub(super) struct SocketArgs {
     /// The daemon's status socket [default: the one beside the subnet file]
     #[arg(long, value_name = "PATH", value_parser = socket_path, conflicts_with = "subnet_file")]
     socket: Option<PathBuf>,
@@ -32,12 +39,18 @@ pub struct StatusArgs {
     subnet_file: PathBuf,
 }
 
+impl SocketArgs {
+    /// Its socket.
+    pub(super) fn path(&self) -> PathBuf {
+        match &self.socket {
+            Some(path) => path.clone(),
+            None => socket::beside(&self.subnet_file),
+        }
+    }
+}
+
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
-    let path = match &args.socket {
-        Some(path) => path.clone(),
-        None => socket::beside(&args.subnet_file),
-    };
-    let answer = socket::ask(&path, Request::Status)?;
+    let answer = socket::ask(&args.at.path(), &Request::Status)?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&answer)?)
     } else {

@@ -16,7 +16,7 @@ fn serving<T: Send + 'static>(path: &Path, work: impl FnOnce() -> T + Send + 'st
         let work = tokio::task::spawn_blocking(work);
         let answering = async {
             while let Some(one) = requests.recv().await {
-                drop(one.answer.send(json!({ "answer": 42 })));
+                drop(one.answer.send(Answer::Document(json!({ "answer": 42 }))));
             }
             std::future::pending::<()>().await;
         };
@@ -44,7 +44,7 @@ fn question_is_answered_by_whoever_receives_it_and_the_socket_goes_with_the_serv
     let client = path.clone();
     let (answer, mode) = serving(&path, move || {
         let mode = fs::metadata(&client).unwrap().permissions().mode() & 0o777;
-        (ask(&client, Request::Status), mode)
+        (ask(&client, &Request::Status), mode)
     });
     assert_eq!(answer.unwrap(), json!({ "answer": 42 }));
     assert_eq!(mode, 0o600);
@@ -76,7 +76,7 @@ fn nonsense_is_answered_with_what_can_be_asked_and_the_server_lives_on() {
         let endless = vec![b'x'; 100_000];
         assert!(!converse_with(&client, &endless).contains("42"));
         assert_eq!(converse_with(&client, b"\xff\xfe\n"), "");
-        ask(&client, Request::Status).unwrap();
+        ask(&client, &Request::Status).unwrap();
     });
 }
 
@@ -89,7 +89,7 @@ fn silent_clients_beyond_the_limit_are_turned_away_not_queued() {
         let silent: Vec<BlockingStream> = (0..MAX_CLIENTS)
             .map(|_| BlockingStream::connect(&client).unwrap())
             .collect();
-        let error = ask(&client, Request::Status).unwrap_err();
+        let error = ask(&client, &Request::Status).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -108,7 +108,7 @@ fn stale_socket_is_replaced_and_anything_else_is_refused_and_untouched() {
     drop(BlockingListener::bind(&path).unwrap());
     assert!(path.exists());
     let client = path.clone();
-    serving(&path, move || ask(&client, Request::Status).unwrap());
+    serving(&path, move || ask(&client, &Request::Status).unwrap());
 
     let start = |path: &Path| {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -143,7 +143,7 @@ fn path_is_derived_from_the_subnet_file() {
 
 #[test]
 fn absent_daemon_is_named_by_its_socket() {
-    let error = ask(Path::new("/nonexistent/subnet.sock"), Request::Status).unwrap_err();
+    let error = ask(Path::new("/nonexistent/subnet.sock"), &Request::Status).unwrap_err();
     assert!(
         error.to_string().contains("/nonexistent/subnet.sock"),
         "{error}"
