@@ -233,6 +233,7 @@ fn drops(page: &mut Page, drops: &Value) {
     }
     page.blank();
     let mut title = "drops";
+    let any = !happened.is_empty();
     for drop in happened {
         let line = format!(
             "{}: {} encap, {} decap: {}",
@@ -245,6 +246,9 @@ fn drops(page: &mut Page, drops: &Value) {
     }
     let not: Vec<String> = not.iter().map(|drop| plain(&drop["reason"])).collect();
     page.section(title, &format!("none by {}", not.join(", ")));
+    if any {
+        page.section("", "each is explained under its name in docs/debugging.md");
+    }
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -384,6 +388,7 @@ mod tests {
             "18446744073",
             "UDP GSO given up: EIO",
             "no_route: 3 encap, 0 decap: check that a lease exists",
+            "explained under its name in docs/debugging.md",
             "it overlaps our own",
             "route 198.18.9.0/24 on eth1",
         ] {

@@ -94,6 +94,8 @@ struct DropDocument {
     encap: u64,
     decap: u64,
     remedy: &'static str,
+    /// Where it is explained.
+    document: &'static str,
 }
 
 /// What a client of the status socket gets.
@@ -291,6 +293,7 @@ fn drops(total: &datapath::status::Worker) -> Vec<DropDocument> {
         encap: count(&total.encap, reason),
         decap: count(&total.decap, reason),
         remedy: reason.remedy(),
+        document: reason.document(),
     };
     DropReason::ALL.iter().map(drop).collect()
 }

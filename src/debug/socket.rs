@@ -1,6 +1,8 @@
 //! Owns the status socket: one line of JSON in, one line of JSON out. Never answers anybody but root and the
 //! daemon's own user, and never waits for a client longer than [`PATIENCE`].
 
+use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io::{self, Read as _, Write as _};
@@ -35,8 +37,11 @@ const MAX_REQUEST: u64 = 4096;
 /// The longest answer a client reads: 5000 peers at about 400 bytes, with room to spare.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// Clients served at a time; further ones are turned away.
+/// Clients served at a time. A further one takes the place of the oldest that has not asked anything yet.
 const MAX_CLIENTS: usize = 8;
+
+/// How long a client waits for such a place.
+const MAKE_ROOM: Duration = Duration::from_millis(500);
 
 /// What a client may ask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,6 +210,8 @@ impl Drop for Server {
 
 async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
     let slots = Arc::new(Semaphore::new(MAX_CLIENTS));
+    // Clients that have not asked yet, oldest first.
+    let mut silent: VecDeque<oneshot::Sender<Infallible>> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -215,12 +222,21 @@ async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
                 continue;
             }
         };
-        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+        silent.retain(|client| !client.is_closed());
+        if slots.available_permits() == 0 {
+            // Dropping its end sends the client away.
+            drop(silent.pop_front());
+        }
+        let slot = Arc::clone(&slots).acquire_owned();
+        // Everybody asks something that takes its time.
+        let Ok(Ok(slot)) = timeout(MAKE_ROOM, slot).await else {
             continue;
         };
+        let (patience, evicted) = oneshot::channel();
+        silent.push_back(patience);
         let asked = asked.clone();
         tokio::spawn(async move {
-            if let Err(error) = converse(stream, &asked).await {
+            if let Err(error) = converse(stream, &asked, evicted).await {
                 tracing::debug!(%error, "status client went away");
             }
             drop(slot);
@@ -228,7 +244,11 @@ async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
     }
 }
 
-async fn converse(mut stream: UnixStream, asked: &mpsc::Sender<Asked>) -> io::Result<()> {
+async fn converse(
+    mut stream: UnixStream,
+    asked: &mpsc::Sender<Asked>,
+    evicted: oneshot::Receiver<Infallible>,
+) -> io::Result<()> {
     let peer = stream.peer_cred()?.uid();
     if peer != 0 && peer != nix::unistd::geteuid().as_raw() {
         return Err(io::ErrorKind::PermissionDenied.into());
@@ -236,7 +256,10 @@ async fn converse(mut stream: UnixStream, asked: &mpsc::Sender<Asked>) -> io::Re
     let (mut reader, mut writer) = stream.split();
     let mut line = String::new();
     let mut limited = tokio::io::BufReader::new((&mut reader).take(MAX_REQUEST));
-    timeout(PATIENCE, limited.read_line(&mut line)).await??;
+    tokio::select! {
+        read = timeout(PATIENCE, limited.read_line(&mut line)) => read??,
+        _ = evicted => return Err(io::ErrorKind::TimedOut.into()),
+    };
     drop(limited);
     let answer = match serde_json::from_str(&line) {
         Ok(request) => {

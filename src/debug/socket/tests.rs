@@ -81,23 +81,73 @@ fn nonsense_is_answered_with_what_can_be_asked_and_the_server_lives_on() {
 }
 
 #[test]
-fn silent_clients_beyond_the_limit_are_turned_away_not_queued() {
+fn hundred_silent_clients_make_room_for_one_that_asks() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let client = path.clone();
     serving(&path, move || {
-        let silent: Vec<BlockingStream> = (0..MAX_CLIENTS)
+        let mut silent: Vec<BlockingStream> = (0..100)
             .map(|_| BlockingStream::connect(&client).unwrap())
             .collect();
-        let error = ask(&client, &Request::Status).unwrap_err();
+        // Some have begun a sentence, some have said that they will not.
+        for stream in silent.iter_mut().step_by(3) {
+            let _sent_away = stream.write_all(b"{\"query\":");
+        }
+        for stream in silent.iter().step_by(5) {
+            let _sent_away = stream.shutdown(std::net::Shutdown::Write);
+        }
+        for _ in 0..20 {
+            assert_eq!(
+                ask(&client, &Request::Status).unwrap(),
+                json!({ "answer": 42 })
+            );
+        }
+        let stays = |stream: &mut BlockingStream| {
+            stream.set_nonblocking(true).unwrap();
+            let read = stream.read(&mut [0]);
+            read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        };
+        let left = silent
+            .iter_mut()
+            .filter_map(|stream| stays(stream).then_some(()));
         assert!(
-            matches!(
-                error,
-                SocketError::BadAnswer { .. } | SocketError::Io { .. }
-            ),
-            "{error}"
+            left.count() < MAX_CLIENTS,
+            "nobody beyond the limit is kept"
         );
-        drop(silent);
+    });
+}
+
+#[test]
+fn clients_that_all_wait_for_an_answer_are_not_sent_away_for_a_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let (asked, mut requests) = mpsc::channel::<Asked>(MAX_CLIENTS);
+        let _server = Server::start(&path, asked).unwrap();
+        let client = path.clone();
+        let ask_one = move || {
+            let client = client.clone();
+            tokio::task::spawn_blocking(move || ask(&client, &Request::Status))
+        };
+        let waiting: Vec<_> = (0..MAX_CLIENTS).map(|_| ask_one()).collect();
+        let mut held = Vec::new();
+        while held.len() < MAX_CLIENTS {
+            held.push(requests.recv().await.unwrap());
+        }
+        let refused = ask_one().await.unwrap();
+        assert!(refused.is_err(), "{refused:?}");
+        for one in held {
+            one.answer
+                .send(Answer::Document(json!({ "answer": 42 })))
+                .unwrap();
+        }
+        for one in waiting {
+            assert_eq!(one.await.unwrap().unwrap(), json!({ "answer": 42 }));
+        }
     });
 }
 
