@@ -38,11 +38,12 @@ use crate::backend::udp::MtuTooSmall;
 use crate::config::NetworkConfig;
 use crate::datapath::{EngineKind, OpenError};
 use crate::debug::socket::{Asked, Server};
+use crate::file::FileError;
 use crate::firewall::ResyncInterval;
 use crate::iface::{NoInterface, Wanted};
 use crate::netlink::Netlink;
 use crate::shutdown::Shutdown;
-use crate::store::env_file::{EnvFileError, PreviousEnv};
+use crate::store::env_file::PreviousEnv;
 use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
 use crate::store::{EtcdStore, LeaseStore, LocalStore, StoreError};
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
@@ -169,7 +170,7 @@ pub enum DaemonError {
     #[error(
         "{0}: make it a writable regular file, with room to write it, or give another --subnet-file"
     )]
-    EnvFile(#[from] EnvFileError),
+    EnvFile(#[from] FileError),
 }
 
 /// Runs the agent until SIGTERM or SIGINT.

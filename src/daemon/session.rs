@@ -233,9 +233,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
                 Some(asked) = self.asked.recv() => {
-                    let document = status::document(self, &session, held.expires.get()).await;
+                    let answer = status::answer(self, &session, &held, asked.request).await;
                     // The client may have given up.
-                    let _gone = asked.answer.send(document);
+                    let _gone = asked.answer.send(answer);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);
