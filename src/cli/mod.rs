@@ -2,6 +2,7 @@
 //! Never touches the system before the whole line is valid; never decides an exit code (`main` does).
 
 pub mod bench;
+mod capture;
 mod cleanup;
 mod daemon;
 mod docker_opts;
@@ -18,6 +19,7 @@ use anyhow::Context as _;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+pub use capture::CaptureArgs;
 pub use daemon::DaemonArgs;
 pub use status::StatusArgs;
 
@@ -61,6 +63,8 @@ enum Command {
     Daemon(Box<DaemonArgs>),
     /// Show what a running daemon does and why
     Status(StatusArgs),
+    /// Show packets of the overlay and what becomes of them
+    Capture(Box<CaptureArgs>),
     /// Remove the traffic rules that a daemon has left on this node
     Cleanup,
     /// Write what Docker has to be started with; what `mk-docker-opts.sh` is
@@ -85,7 +89,12 @@ pub fn parse() -> Result<Invocation, clap::Error> {
     parse_from(std::env::args_os().collect(), |name| std::env::var_os(name))
 }
 
-fn parse_from(
+/// Likewise from given arguments, the program's name first, and variables.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_from(
     mut args: Vec<OsString>,
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Invocation, clap::Error> {
@@ -156,6 +165,7 @@ impl Invocation {
         match &self.command {
             Command::Daemon(args) => args.verbosity,
             Command::Status(_)
+            | Command::Capture(_)
             | Command::Cleanup
             | Command::DockerOpts(_)
             | Command::InstallConf(_)
@@ -177,6 +187,7 @@ impl Invocation {
         match self.command {
             Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
+            Command::Capture(args) => capture::run(&args),
             Command::Cleanup => cleanup::run(),
             Command::DockerOpts(args) => docker_opts::run(&args),
             Command::InstallConf(args) => install_conf::run(&args),

@@ -173,7 +173,9 @@ pub enum DaemonError {
     #[error("cannot start the workers: {0}: raise the limit on threads (ulimit -u, pids.max)")]
     Workers(io::Error),
     /// `subnet.env` cannot be written or read.
-    #[error("{0}: make it a writable regular file, or give another --subnet-file")]
+    #[error(
+        "{0}: make it a writable regular file, with room to write it, or give another --subnet-file"
+    )]
     EnvFile(#[from] FileError),
 }
 
