@@ -207,7 +207,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             let choose_at = session.choose_at.unwrap_or(wake_at);
             let hold_ends = session.hold.next();
             let blackhole_at = session.blackhole_at;
-            self.health.set(session.missing(&held));
+            let missing = session.missing(&held);
+            self.store.report(&missing);
+            self.health.set(missing);
             tokio::select! {
                 event = events.recv(), if !store_ended => match event {
                     Some(event) => {
@@ -271,13 +273,17 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
     /// Follows the external interface: where its address, MTU or name is another one now, the lease says so and
     /// the tunnel is opened anew. Without any interface everything stays as it is until there is one.
     async fn compare_interface(&self, session: &mut Session) {
-        let wanted = &self.options.wanted;
-        let Ok(snapshot) = register::look(self.kernel, wanted).await else {
+        let wanted = session.registration.wanted.clone();
+        let Ok(snapshot) = register::look(self.kernel, &wanted).await else {
             return;
         };
         let registration = &session.registration;
         let was = registration.choice.clone();
-        let decision = iface::choose(&snapshot, wanted, udp::stack(&registration.config, wanted));
+        let decision = iface::choose(
+            &snapshot,
+            &wanted,
+            udp::stack(&registration.config, &wanted),
+        );
         let moved = match decision.choice {
             Ok(now) => {
                 let moved = self.follow(session, &was, now).err();
