@@ -8,6 +8,7 @@ mod daemon;
 mod go_flags;
 pub mod lab;
 mod status;
+mod top;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -20,6 +21,7 @@ use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 pub use capture::CaptureArgs;
 pub use daemon::DaemonArgs;
 pub use status::StatusArgs;
+pub use top::TopArgs;
 
 use daemon::{Understood, understood};
 use go_flags::Rewritten;
@@ -57,6 +59,8 @@ enum Command {
     Status(StatusArgs),
     /// Show packets of the overlay and what becomes of them
     Capture(Box<CaptureArgs>),
+    /// Show rates, peers and drops as they happen
+    Top(TopArgs),
     /// Remove the traffic rules that a daemon has left on this node
     Cleanup,
     /// What `flanneld --version` asks for
@@ -143,6 +147,7 @@ impl Invocation {
             Command::Daemon(args) => args.verbosity,
             Command::Status(_)
             | Command::Capture(_)
+            | Command::Top(_)
             | Command::Cleanup
             | Command::Version
             | Command::Lab(_)
@@ -163,6 +168,7 @@ impl Invocation {
             Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
             Command::Capture(args) => capture::run(&args),
+            Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
             Command::Version => version(),
             Command::Lab(args) => lab::run(args),
