@@ -175,11 +175,14 @@ fn incompatible(is: &VxlanLink, wanted: &VxlanLink) -> Option<String> {
 /// Whether a link is one of the original's VXLAN devices, or of ours, by name and kind.
 #[must_use]
 pub fn is_flannels(link: &Link) -> bool {
-    let number = link
-        .name
+    is_name(&link.name) && link.vxlan.is_some()
+}
+
+/// Whether a link is named like one.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    let number = name
         .strip_prefix(NAME_V4)
-        .or_else(|| link.name.strip_prefix(NAME_V6));
-    let numbered =
-        number.is_some_and(|text| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()));
-    numbered && link.vxlan.is_some()
+        .or_else(|| name.strip_prefix(NAME_V6));
+    number.is_some_and(|text| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()))
 }

@@ -10,11 +10,11 @@ use ipnet::IpNet;
 
 use super::desired::{Device, Peer, Way};
 use super::device::{NAME_V4, NAME_V6};
-use super::kernel::VxlanLink;
+use super::kernel::{Link, VxlanLink};
 use super::plan::{Ends, PlanError};
 use crate::addr::{Mac, Mtu};
 use crate::config::{Object, VxlanBackend};
-use crate::iface::Family;
+use crate::iface::{Choice, Family};
 use crate::lease::{BackendData, Lease, LeaseAttrs, Subnets};
 
 /// What the lease calls it.
@@ -133,11 +133,24 @@ impl Vxlan {
     }
 
     /// Takes over the MAC address that a device has, or had: what peers know stays right.
-    pub fn keep_mac(&mut self, name: &str, mac: Mac) {
+    fn keep_mac(&mut self, name: &str, mac: Mac) {
         for (_, device) in &mut self.devices {
             if device.name == name {
                 device.mac = mac;
             }
+        }
+    }
+
+    /// Likewise from a device that a run before, or the original, has left. After a move to another address the
+    /// lease is another one, too, and two leases must not name one MAC address.
+    pub fn adopt_mac(&mut self, name: &str, link: &Link) {
+        let (Some(mac), Some(vxlan)) = (link.mac, link.vxlan) else {
+            return;
+        };
+        // The original sends from the public address.
+        let ours = |end: &Choice| vxlan.local == Some(end.addr) || vxlan.local == Some(end.public);
+        if self.ends.iter().any(ours) {
+            self.keep_mac(name, mac);
         }
     }
 

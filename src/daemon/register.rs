@@ -50,6 +50,7 @@ pub(super) async fn register(
     let (ends, candidates) = choose(&snapshot, wanted, &config)?;
     // Somebody may change them later, so the status does not tell of them.
     warn_or_fail(&preflight::settings(kernel, &config))?;
+    let ours = ours(kernel, &snapshot).await?;
     let mut plan = Plan::new(&config, ends.clone())?;
     prepare(kernel, &mut plan).await?;
     let request = AcquireRequest {
@@ -66,7 +67,6 @@ pub(super) async fn register(
         time_left(&lease)
     );
     let routes = kernel.routes().await?;
-    let ours = ours(kernel).await?;
     let (networks, public) = (udp::networks(&config), ends.primary().public);
     let foreign =
         |route: &&Route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link));
@@ -165,11 +165,8 @@ pub(super) async fn prepare(kernel: &impl Kernel, plan: &mut Plan) -> Result<(),
     };
     for wanted in vxlan.devices(None) {
         let there = kernel.link(&wanted.name).await?;
-        // Peers may know the address that a device has; one that is made anew keeps it.
-        if let Some(link) = there.filter(|link| link.vxlan.is_some())
-            && let Some(mac) = link.mac
-        {
-            vxlan.keep_mac(&wanted.name, mac);
+        if let Some(link) = there {
+            vxlan.adopt_mac(&wanted.name, &link);
         }
     }
     for wanted in vxlan.devices(None) {
@@ -180,10 +177,20 @@ pub(super) async fn prepare(kernel: &impl Kernel, plan: &mut Plan) -> Result<(),
 
 /// The numbers of the devices that are the original's or ours, of whichever run: the first look at the kernel puts
 /// them and what leads through them right.
-async fn ours(kernel: &impl Kernel) -> Result<HashSet<u32>, KernelError> {
-    let links = kernel.links().await?;
-    let ours = links.iter().filter(|link| device::is_flannels(link));
-    Ok(ours.map(|link| link.index).collect())
+async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>, KernelError> {
+    let mut ours = HashSet::new();
+    for named in snapshot
+        .links
+        .iter()
+        .filter(|link| device::is_name(&link.name))
+    {
+        let link = kernel.link_at(named.index).await?;
+        ours.extend(
+            link.filter(|link| link.vxlan.is_some())
+                .map(|link| link.index),
+        );
+    }
+    Ok(ours)
 }
 
 /// Asks until the store answers. One line per new complaint, none per attempt.

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::addr::{Mac, Mtu};
 use crate::backend::fake::{FakeKernel, State};
-use crate::backend::kernel::{Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route, VxlanLink};
+use crate::backend::kernel::{Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route};
 use crate::backend::plan::{Ends, Plan};
 use crate::config::NetworkConfig;
 use crate::iface::Choice;
@@ -641,10 +641,7 @@ fn adopted_device_of_the_original_keeps_its_address_and_loses_its_stale_entries(
     let Plan::Vxlan(mut plan) = Plan::new(&config, ends()).unwrap() else {
         panic!("not vxlan")
     };
-    plan.keep_mac("flannel.1", mac(5, 5));
-    let device = &plan.devices(Some(&own))[0];
-    let link = VxlanLink { ..device.vxlan };
-    kernel.state().links.push(Link {
+    let link = Link {
         index: 3,
         name: "flannel.1".to_owned(),
         mtu: 1450,
@@ -653,8 +650,10 @@ fn adopted_device_of_the_original_keeps_its_address_and_loses_its_stale_entries(
         makes_ipv6_addresses: true,
         tx_dropped: 0,
         mac: Some(mac(5, 5)),
-        vxlan: Some(link),
-    });
+        vxlan: Some(plan.devices(Some(&own))[0].vxlan),
+    };
+    plan.adopt_mac("flannel.1", &link);
+    kernel.state().links.push(link);
     let stale = Forward {
         link: 3,
         mac: mac(4, 77),
