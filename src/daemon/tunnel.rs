@@ -10,7 +10,7 @@ use super::{DaemonError, Options};
 use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::reconcile::{self, Outcome, reconcile};
 use crate::backend::udp;
-use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
+use crate::datapath::{Datapath, Encapsulation, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
 const EVENTS: usize = 1024;
@@ -50,6 +50,7 @@ impl Tunnel {
             workers: options.workers,
             pin: options.pin,
             device: udp::DEVICE.to_owned(),
+            encapsulation: Encapsulation::Plain,
             bind: registration.underlay.bind,
             mtu: registration.underlay.mtu,
             source_check: udp::source_check(&registration.backend),

@@ -2,7 +2,7 @@
 //!
 //! One burst of one worker:
 //! 1. *Receive* a burst of datagrams, each possibly a GRO buffer of many inner packets.
-//! 2. *Validate* each inner packet's IP header.
+//! 2. *Validate* what the encapsulation puts in front of each inner packet, and the packet's IP header.
 //! 3. *Decide* (`forward`): outer source is a known peer, inner source lies in its lease, destination is ours,
 //!    TTL, ECN; or an answer; or a drop.
 //! 4. *Coalesce* neighbours of one flow over the whole burst (`offload::coalesce`).
@@ -16,7 +16,8 @@ use std::sync::atomic::Ordering;
 
 use super::Event;
 use super::drop::DropReason;
-use super::forward::DecapVerdict;
+use super::encapsulation::Inner;
+use super::forward::{DecapVerdict, Outer};
 use super::outbox::Outbox;
 use super::report::Reporter;
 use super::shared::Shared;
@@ -27,7 +28,6 @@ use crate::offload::coalesce::{Coalescer, HEAD_LEN, Limits, PacketRef, Superpack
 use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN};
 use crate::sys::iov::Gather;
 use crate::sys::mmsg::{Received, RecvBatch};
-use crate::wire::ip;
 
 /// Entries in one burst. With GRO each may hold 64 KiB; without, this many packets are coalesced at most.
 const BURST: usize = 64;
@@ -109,23 +109,25 @@ impl Decap {
     /// Steps 2 and 3 for every packet of the burst.
     fn accept(&mut self, cx: &Context<'_>, outbox: &mut Outbox, counts: &mut Counts) {
         self.accepted.clear();
+        let header_len = cx.encapsulation().header_len();
         for (buf, (received, bytes)) in (0_u16..).zip(self.receive.entries()) {
             if received.truncated {
                 counts.read += 1;
                 counts.drop(DropReason::Truncated, 1);
                 continue;
             }
-            counts.read_bytes += bytes.len() as u64;
             counts.read_superpackets += u64::from(received.stride < received.len);
             if bytes.is_empty() {
                 counts.read += 1;
                 counts.drop(DropReason::TooShort, 1);
             }
             let stride = received.stride.max(1);
+            let headers = header_len * bytes.len().div_ceil(stride);
+            counts.read_bytes += bytes.len().saturating_sub(headers) as u64;
             let (mut accepted, mut from) = (0, None);
-            for (i, packet) in bytes.chunks_mut(stride).enumerate() {
+            for (i, datagram) in bytes.chunks_mut(stride).enumerate() {
                 counts.read += 1;
-                let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, packet);
+                let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, datagram);
                 let Some((peer, len)) = verdict else { continue };
                 if self.accepted.len() == self.accepted.capacity() {
                     counts.drop(DropReason::NoMemory, 1);
@@ -136,7 +138,7 @@ impl Decap {
                 let fit = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 self.accepted.push(PacketRef {
                     buf,
-                    off: fit(i * stride),
+                    off: fit(i * stride + header_len),
                     len: fit(len),
                 });
             }
@@ -147,7 +149,7 @@ impl Decap {
     }
 }
 
-/// Steps 2 and 3 for one packet: the peer it came from and its length, if it goes on.
+/// Steps 2 and 3 for one datagram: the peer it came from and its packet's length, if that goes on.
 #[inline]
 fn decide<'t>(
     cx: &Context<'t>,
@@ -155,19 +157,27 @@ fn decide<'t>(
     counts: &mut Counts,
     reporter: &mut Reporter,
     received: &Received,
-    packet: &mut [u8],
+    datagram: &mut [u8],
 ) -> Option<(&'t Arc<Peer>, usize)> {
-    let outer = received.source;
-    let Ok(meta) = ip::parse(packet) else {
-        let reason = DropReason::of_unparsed(packet.len());
-        counts.drop(reason, 1);
-        reporter.first_drop(cx.shared, cx.table, reason, outer, None);
-        return None;
+    let source = received.source;
+    let Inner {
+        packet,
+        meta,
+        sender,
+    } = match cx.encapsulation().open(datagram) {
+        Ok(inner) => inner,
+        Err(reason) => {
+            counts.drop(reason, 1);
+            reporter.first_drop(cx.shared, cx.table, reason, source, None);
+            return None;
+        }
     };
-    match cx
-        .rules
-        .decap(cx.table, packet, &meta, outer.ip(), received.tos)
-    {
+    let outer = Outer {
+        addr: source.ip(),
+        tos: received.tos,
+        mac: sender,
+    };
+    match cx.rules.decap(cx.table, packet, &meta, outer) {
         DecapVerdict::Deliver(peer) => Some((peer, meta.total_len())),
         DecapVerdict::Answer(peer, kind, reason) => {
             outbox
@@ -177,7 +187,7 @@ fn decide<'t>(
         }
         DecapVerdict::Drop(reason) => {
             counts.drop(reason, 1);
-            reporter.first_drop(cx.shared, cx.table, reason, outer, Some(meta.src()));
+            reporter.first_drop(cx.shared, cx.table, reason, source, Some(meta.src()));
             None
         }
     }

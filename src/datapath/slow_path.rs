@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::answer::Answerer;
 use super::drop::DropReason;
+use super::encapsulation::MAX_HEADER_LEN;
 use super::outbox::Destination;
 use super::stats::Counts;
 use super::table::Peer;
@@ -86,21 +87,19 @@ impl SlowPath {
         else {
             return counts.drop(reason, 1);
         };
+        let mut header = [0; MAX_HEADER_LEN];
+        let header_len = cx
+            .encapsulation()
+            .write_header(peer.mac, answer, &mut header);
+        let parts = [header.get(..header_len).unwrap_or_default(), answer];
         let socket = cx.shared.socket(0, cx.socket);
-        match send(
-            &mut self.single,
-            cx,
-            socket,
-            (peer, 0),
-            [answer, &[]],
-            counts,
-        ) {
+        match send(&mut self.single, cx, socket, (peer, 0), parts, counts) {
             Ok(()) => counts.answered += 1,
             Err(_) => counts.drop(reason, 1),
         }
     }
 
-    /// Sends one packet made of a header and a payload.
+    /// Sends one datagram made of what precedes a payload and the payload.
     ///
     /// # Errors
     /// The kernel's, after one retry.
@@ -108,12 +107,18 @@ impl SlowPath {
         &mut self,
         cx: &Context<'_>,
         counts: &mut Counts,
-        peer: &Peer,
-        to: Destination,
+        to: Destination<'_>,
         parts: [&[u8]; 2],
     ) -> io::Result<()> {
         let socket = cx.shared.socket(to.socket, cx.socket);
-        send(&mut self.single, cx, socket, (peer, to.tos), parts, counts)
+        send(
+            &mut self.single,
+            cx,
+            socket,
+            (to.peer, to.tos),
+            parts,
+            counts,
+        )
     }
 
     /// Finds an outcome for a packet that proved too big for the path: an answer, fragments, or a drop.
@@ -121,12 +126,11 @@ impl SlowPath {
         &mut self,
         cx: &Context<'_>,
         counts: &mut Counts,
-        peer: &Peer,
-        to: Destination,
+        to: Destination<'_>,
         [header, payload]: [&[u8]; 2],
     ) {
         let (Some(mtu), Some(packet)) = (
-            peer.max_inner(cx.shared.clock),
+            to.peer.max_inner(cx.shared.clock),
             self.scratch.get_mut(..header.len() + payload.len()),
         ) else {
             // The kernel said "too big" and not for what size: nothing can be told.
@@ -141,7 +145,7 @@ impl SlowPath {
             .unwrap_or_default();
         match ip::parse(packet) {
             Ok(meta) if meta.version() == Version::V4 && !meta.dont_fragment() => {
-                self.fragment(cx, counts, peer, to, packet, mtu);
+                self.fragment(cx, counts, to, packet, mtu);
             }
             Ok(meta) => {
                 let kind = IcmpError::PacketTooBig { mtu };
@@ -157,27 +161,34 @@ impl SlowPath {
         &mut self,
         cx: &Context<'_>,
         counts: &mut Counts,
-        peer: &Peer,
-        to: Destination,
+        to: Destination<'_>,
         packet: &[u8],
         max_len: Mtu,
     ) {
         let Ok(fragments) = Fragments::plan(packet, max_len) else {
             return counts.drop(DropReason::TooBig, 1);
         };
+        let mut head = [0; MAX_HEADER_LEN + ipv4::MAX_HEADER_LEN];
+        let header_len = cx
+            .encapsulation()
+            .write_header(to.peer.mac, packet, &mut head);
         let mut header = [0; ipv4::MAX_HEADER_LEN];
         for i in 0..fragments.count() {
             let Some(piece) = fragments.piece(i, &mut header) else {
                 break;
             };
-            let head = header.get(..piece.header_len).unwrap_or_default();
+            let head_len = header_len + piece.header_len;
+            if let Some(inner) = head.get_mut(header_len..head_len) {
+                inner.copy_from_slice(header.get(..piece.header_len).unwrap_or_default());
+            }
+            let head = head.get(..head_len).unwrap_or_default();
             let body = packet.get(piece.payload).unwrap_or_default();
-            if let Err(error) = self.send(cx, counts, peer, to, [head, body]) {
+            if let Err(error) = self.send(cx, counts, to, [head, body]) {
                 return counts.drop(DropReason::of_send(&error), 1);
             }
             counts.fragments += 1;
         }
-        sent(peer, 1, packet.len(), counts);
+        sent(to.peer, 1, packet.len(), counts);
     }
 }
 
