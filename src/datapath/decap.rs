@@ -5,6 +5,7 @@
 //! 2. *Validate* what the encapsulation puts in front of each inner packet, and the packet's IP header.
 //! 3. *Decide* (`forward`): outer source is a known peer, inner source lies in its lease, destination is ours,
 //!    TTL, ECN; or an answer; or a drop.
+//!    What a kernel on this machine left unfinished is finished (`encapsulation`).
 //! 4. *Coalesce* neighbours of one flow over the whole burst (`offload::coalesce`).
 //! 5. *Write* each superpacket or packet to the TUN, as scatter/gather over the receive buffers.
 //!
@@ -14,7 +15,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Event;
 use super::drop::DropReason;
 use super::encapsulation::Inner;
 use super::forward::{DecapVerdict, Outer};
@@ -24,8 +24,10 @@ use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Peer;
 use super::worker::{Context, Progress};
+use super::{Event, Settings};
 use crate::offload::coalesce::{Coalescer, HEAD_LEN, Limits, PacketRef, Superpacket, Write};
-use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN};
+use crate::offload::split::{MAX_HEADER_LEN, Split};
+use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN, VnetHdr};
 use crate::sys::iov::Gather;
 use crate::sys::mmsg::{Received, RecvBatch};
 
@@ -93,7 +95,14 @@ impl Decap {
         }
         for write in coalescer.writes() {
             match write {
-                Write::Packet(packet) => write_packet(gather, cx, bytes_of(packet), counts),
+                Write::Packet(packet) => {
+                    let bytes = bytes_of(packet);
+                    let received = receive.received(packet.buf);
+                    match received.and_then(|received| unfinished(cx, bytes, received)) {
+                        None => write_packet(gather, cx, [bytes, &[]], counts),
+                        Some(what) => write_unfinished(gather, cx, bytes, &what, counts),
+                    }
+                }
                 Write::Superpacket(superpacket) => {
                     write_superpacket(gather, cx, superpacket, bytes_of, counts);
                 }
@@ -121,19 +130,25 @@ impl Decap {
                 counts.read += 1;
                 counts.drop(DropReason::TooShort, 1);
             }
-            let stride = received.stride.max(1);
+            let stride = if cx.encapsulation().is_one(bytes, received.stride) {
+                bytes.len()
+            } else {
+                received.stride.max(1)
+            };
             let headers = header_len * bytes.len().div_ceil(stride);
             counts.read_bytes += bytes.len().saturating_sub(headers) as u64;
             let (mut accepted, mut from) = (0, None);
             for (i, datagram) in bytes.chunks_mut(stride).enumerate() {
                 counts.read += 1;
                 let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, datagram);
-                let Some((peer, len)) = verdict else { continue };
+                let Some((peer, len, packets)) = verdict else {
+                    continue;
+                };
                 if self.accepted.len() == self.accepted.capacity() {
-                    counts.drop(DropReason::NoMemory, 1);
+                    counts.drop(DropReason::NoMemory, packets);
                     continue;
                 }
-                accepted += 1;
+                accepted += packets;
                 from = Some(peer);
                 let fit = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 self.accepted.push(PacketRef {
@@ -149,7 +164,8 @@ impl Decap {
     }
 }
 
-/// Steps 2 and 3 for one datagram: the peer it came from and its packet's length, if that goes on.
+/// Steps 2 and 3 for one datagram: the peer it came from, its packet's length, and how many packets that is, if
+/// it goes on.
 #[inline]
 fn decide<'t>(
     cx: &Context<'t>,
@@ -158,7 +174,7 @@ fn decide<'t>(
     reporter: &mut Reporter,
     received: &Received,
     datagram: &mut [u8],
-) -> Option<(&'t Arc<Peer>, usize)> {
+) -> Option<(&'t Arc<Peer>, usize, u64)> {
     let source = received.source;
     let Inner {
         packet,
@@ -178,7 +194,18 @@ fn decide<'t>(
         mac: sender,
     };
     match cx.rules.decap(cx.table, packet, &meta, outer) {
-        DecapVerdict::Deliver(peer) => Some((peer, meta.total_len())),
+        DecapVerdict::Deliver(peer) => {
+            let len = meta.total_len();
+            let packet = packet.get_mut(..len).unwrap_or_default();
+            let settings = &cx.shared.settings;
+            settings
+                .encapsulation
+                .finish(packet, settings.mtu, cx.shared.sum);
+            let packets =
+                unfinished(cx, packet, received).map_or(1, |(_, split)| split.count() as u64);
+            counts.read += packets - 1;
+            Some((peer, len, packets))
+        }
         DecapVerdict::Answer(peer, kind, reason) => {
             outbox
                 .slow
@@ -203,18 +230,86 @@ fn limits(shared: &Shared) -> Limits {
     }
 }
 
-/// Writes one packet as it came.
-fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &mut Counts) {
+/// How to cut a packet that is an unfinished superpacket, which `received` may tell more about.
+#[inline]
+fn unfinished(cx: &Context<'_>, packet: &[u8], received: &Received) -> Option<(VnetHdr, Split)> {
+    let Settings {
+        encapsulation, mtu, ..
+    } = cx.shared.settings;
+    if packet.len() <= usize::from(mtu.get()) {
+        return None;
+    }
+    let segment_len = (received.stride < received.len)
+        .then(|| u16::try_from(received.stride).ok())
+        .flatten();
+    encapsulation.superpacket(packet, mtu, segment_len)
+}
+
+/// Writes an unfinished superpacket: as one where the device takes it, else in segments.
+#[cold]
+fn write_unfinished(
+    gather: &mut Gather,
+    cx: &Context<'_>,
+    packet: &[u8],
+    (vnet, split): &(VnetHdr, Split),
+    counts: &mut Counts,
+) {
+    let packets = split.count() as u64;
+    let takes = limits(cx.shared);
+    let whole = match vnet.gso {
+        Gso::TcpV4 { .. } | Gso::TcpV6 { .. } => takes.tcp,
+        Gso::UdpL4 => takes.udp,
+        Gso::None => false,
+    };
+    if whole {
+        let head = vnet.encode();
+        let mut gathered = gather.start();
+        gathered.push(&head);
+        gathered.push(packet);
+        counts.send_calls += 1;
+        match cx.queue.write(gathered) {
+            Ok(_) => {
+                counts.sent += packets;
+                counts.sent_bytes += packet.len() as u64;
+                counts.sent_superpackets += 1;
+                return;
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                withdraw(cx.shared, vnet.gso, &error);
+                counts.replays += 1;
+            }
+            Err(error) => return counts.drop(DropReason::of_tun_write(&error), packets),
+        }
+    }
+    for i in 0..split.count() {
+        let mut header = [0; MAX_HEADER_LEN];
+        let header_len = split.write_header(packet, i, cx.shared.sum, &mut header);
+        let header = header.get(..header_len).unwrap_or_default();
+        let payload = packet.get(split.payload(i)).unwrap_or_default();
+        write_packet(gather, cx, [header, payload], counts);
+    }
+}
+
+/// Writes one packet, which may be in two parts.
+fn write_packet(
+    gather: &mut Gather,
+    cx: &Context<'_>,
+    [header, payload]: [&[u8]; 2],
+    counts: &mut Counts,
+) {
     let mut gathered = gather.start();
     if cx.shared.tun_caps.vnet_hdr {
         gathered.push(&[0; VNET_HDR_LEN]);
     }
-    gathered.push(packet);
+    gathered.push(header);
+    if !payload.is_empty() {
+        gathered.push(payload);
+    }
     counts.send_calls += 1;
     match cx.queue.write(gathered) {
         Ok(_) => {
             counts.sent += 1;
-            counts.sent_bytes += packet.len() as u64;
+            counts.sent_bytes += (header.len() + payload.len()) as u64;
         }
         Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
     }
@@ -248,7 +343,7 @@ fn write_superpacket<'b>(
             withdraw(cx.shared, superpacket.vnet_hdr().gso, &error);
             counts.replays += 1;
             for packet in superpacket.packets() {
-                write_packet(gather, cx, bytes_of(packet), counts);
+                write_packet(gather, cx, [bytes_of(packet), &[]], counts);
             }
         }
         Err(error) => counts.drop(DropReason::of_tun_write(&error), packets),

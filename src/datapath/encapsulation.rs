@@ -1,10 +1,14 @@
-//! Owns what stands between the outer UDP header and an inner packet: its length, writing it and checking it.
-//! Knows nothing of peers, and never does I/O. Everything else about a packet is the same for all encapsulations.
+//! Owns what stands between the outer UDP header and an inner packet: its length, writing it, checking it, and what
+//! may have to be made up for in a packet behind it. Knows nothing of peers, and never does I/O. Everything else about a packet is the same for all encapsulations.
 
 use std::net::IpAddr;
 
 use super::drop::DropReason;
-use crate::addr::{Mac, Vni, udp_overhead};
+use crate::addr::{Mac, Mtu, Vni, udp_overhead};
+use crate::offload::split::{Split, finish_checksum};
+use crate::offload::unfinished;
+use crate::offload::vnet_hdr::VnetHdr;
+use crate::wire::checksum::SumFn;
 use crate::wire::ip::{self, IpMeta, Version};
 use crate::wire::vxlan::{self, Vxlan};
 
@@ -104,6 +108,52 @@ impl Encapsulation {
             meta,
             sender,
         })
+    }
+
+    /// Completes the checksum of a packet that a kernel on this machine left unfinished ([`unfinished`]). Of a
+    /// superpacket nothing is touched. Our own nodes always finish what they send.
+    #[inline]
+    pub fn finish(self, packet: &mut [u8], mtu: Mtu, sum: SumFn) {
+        let max_len = usize::from(mtu.get());
+        if matches!(self, Self::Vxlan { .. })
+            && packet.len() <= max_len
+            && let Some(vnet) = unfinished::describe(packet, max_len, None)
+        {
+            // The field is where it was just read.
+            let finished = finish_checksum(&vnet, packet, sum);
+            debug_assert!(finished.is_ok(), "{finished:?}");
+        }
+    }
+
+    /// How to cut a packet that came whole though the overlay's MTU is less: a superpacket of a kernel on this
+    /// machine. `segment_len` is what the socket told about it, if anything.
+    #[inline]
+    #[must_use]
+    pub fn superpacket(
+        self,
+        packet: &[u8],
+        mtu: Mtu,
+        segment_len: Option<u16>,
+    ) -> Option<(VnetHdr, Split)> {
+        let max_len = usize::from(mtu.get());
+        if packet.len() <= max_len || matches!(self, Self::Plain) {
+            return None;
+        }
+        let vnet = unfinished::describe(packet, max_len, segment_len)?;
+        let split = Split::new(&vnet, packet).ok()?;
+        Some((vnet, split))
+    }
+
+    /// Whether a receive buffer that the kernel says holds datagrams of `stride` bytes each is in truth one: a
+    /// UDP superpacket behind one header, of which `stride` is the inner segments' length.
+    #[must_use]
+    pub fn is_one(self, received: &[u8], stride: usize) -> bool {
+        matches!(self, Self::Vxlan { .. })
+            && stride < received.len()
+            && received
+                .get(vxlan::HEADER_LEN..)
+                .and_then(|packet| Some((packet.len(), ip::parse(packet).ok()?)))
+                .is_some_and(|(len, meta)| meta.total_len() == len)
     }
 }
 

@@ -24,8 +24,10 @@ use super::stats::Counts;
 use super::table::{Peer, Table};
 use super::worker::Progress;
 use super::{Event, OpenError};
+use crate::offload::split::Split;
 use crate::route::Reader;
 use crate::sys::fd;
+use crate::wire::checksum::SumFn;
 use crate::wire::{icmp_error, ip};
 
 /// The largest packet, which the TUN's MTU never exceeds, and what the encapsulation puts in front of it.
@@ -252,14 +254,19 @@ impl Path<'_> {
         };
         match self.rules.decap(table, packet, &meta, outer) {
             DecapVerdict::Deliver(peer) => {
-                counts.send_calls += 1;
-                match self.opened.iface.send(packet) {
-                    Ok(_) => {
-                        counts.sent += 1;
-                        counts.sent_bytes += packet.len() as u64;
-                        peer.received.fetch_add(1, Ordering::Relaxed);
+                let packet = packet.get_mut(..meta.total_len()).unwrap_or_default();
+                let mtu = self.shared.settings.mtu;
+                self.encapsulation.finish(packet, mtu, self.shared.sum);
+                match self.encapsulation.superpacket(packet, mtu, None) {
+                    None => write(&self.opened.iface, packet, peer, counts),
+                    Some((_, split)) => {
+                        // It was read as one packet.
+                        counts.read += split.count() as u64 - 1;
+                        for i in 0..split.count() {
+                            let segment = segment(packet, &split, i, self.shared.sum);
+                            write(&self.opened.iface, &segment, peer, counts);
+                        }
                     }
-                    Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
                 }
             }
             DecapVerdict::Answer(peer, kind, reason) => {
@@ -291,6 +298,27 @@ impl Path<'_> {
         }
         Progress::More
     }
+}
+
+/// Writes one packet of `peer` to the device.
+fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) {
+    counts.send_calls += 1;
+    match iface.send(packet) {
+        Ok(_) => {
+            counts.sent += 1;
+            counts.sent_bytes += packet.len() as u64;
+            peer.received.fetch_add(1, Ordering::Relaxed);
+        }
+        Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+    }
+}
+
+/// One segment of a superpacket, in a piece.
+fn segment(packet: &[u8], split: &Split, i: usize, sum: SumFn) -> Vec<u8> {
+    let mut segment = vec![0; split.header_len()];
+    split.write_header(packet, i, sum, &mut segment);
+    segment.extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
+    segment
 }
 
 /// What a failed TUN read means.
