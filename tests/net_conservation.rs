@@ -243,8 +243,8 @@ fn forged(a: &Node, b: &Node, vxlan: bool, at_b: &mut Ledger<'_>) {
 /// The packet in a frame from node 1 to node 2 as RFC 7348 draws it.
 fn framed(packet: &[u8]) -> Vec<u8> {
     let mut datagram = vec![8, 0, 0, 0, 0, 0, 1, 0];
-    datagram.extend(vtep_mac(2).octets());
-    datagram.extend(vtep_mac(1).octets());
+    datagram.extend(vtep_mac(2).bytes());
+    datagram.extend(vtep_mac(1).bytes());
     datagram.extend([8, 0]);
     datagram.extend(packet);
     datagram
@@ -252,7 +252,7 @@ fn framed(packet: &[u8]) -> Vec<u8> {
 
 /// A good datagram, wrong in one field after the other.
 fn forged_frames(peer: &UdpSocket, b: &Node, good: &[u8], at_b: &mut Ledger<'_>) {
-    let cases: [(usize, u8, &str); 9] = [
+    let cases: [(usize, u8, &str); 10] = [
         (0, 0x00, "decap.not_vxlan"),
         (0, 0xf7, "decap.not_vxlan"),
         (4, 0x01, "decap.wrong_vni"),
@@ -260,6 +260,7 @@ fn forged_frames(peer: &UdpSocket, b: &Node, good: &[u8], at_b: &mut Ledger<'_>)
         (8 + 5, 9, "decap.wrong_mac"),
         (8, 0xff, "decap.wrong_mac"),
         (14 + 5, 9, "decap.spoofed_mac"),
+        (14, 0xff, "decap.spoofed_mac"),
         // ARP.
         (21, 0x06, "decap.not_ip"),
         (20, 0x86, "decap.not_ip"),

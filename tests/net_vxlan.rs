@@ -167,3 +167,34 @@ fn both_engines_speak_with_the_kernels_vxlan_over_a_wire_that_passes_superpacket
         speaks_with_the_kernel(&Shape::vxlan(engine, false), Wire::Superpacket);
     }
 }
+
+/// Pods behind both: what is forwarded takes other ways through the kernel's VXLAN than what is sent by the node.
+#[test]
+fn pods_reach_pods_behind_a_kernel_vtep() {
+    for wire in [Wire::Superpacket, Wire::Packet] {
+        let lab = lab(2, 1, wire);
+        let shape = Shape::vxlan(EngineKind::Mmsg, false);
+        let [here, there] = [1, 2].map(|n| {
+            let pod = lab.netns(Member::Pod(n, 1));
+            net::ip(&pod, &format!("link set eth0 mtu {}", shape.mtu));
+            (pod, IpAddr::V4(lab.pod_addr(n, 1).unwrap()))
+        });
+        kernel_vtep(&lab, &shape, 2, &[1]);
+        let node = Node::start(&lab, 1, &shape, &[1, 2]);
+        for ((from, _), (to, addr)) in [(&here, &there), (&there, &here)] {
+            assert!(pings(from, *addr));
+            tcp_transfer(from, (to, *addr), CHUNKS);
+            every_length(from, (to, *addr), shape.mtu);
+            runs(from, (to, *addr));
+        }
+        for (from, to) in [(1, 2), (2, 1)] {
+            let from = Member::Pod(from, 1);
+            let result = loden::bench::iperf::run(&lab, from, (to, 1), 4, 1).unwrap();
+            assert!(result.bytes > 0.0, "{result:?}");
+        }
+        let status = node.status();
+        adds_up(&status);
+        assert_eq!(status.peers[0].dropped, 0, "{:?}", status.total.decap);
+        assert!(status.total.decap.sent_superpackets > 0);
+    }
+}

@@ -35,7 +35,7 @@ static NODE: LazyLock<Node> = LazyLock::new(|| {
         device: String::new(),
         encapsulation: Encapsulation::Vxlan {
             vni: Vni::new(1).unwrap(),
-            mac: Mac::new(OURS),
+            mac: Mac::new(OURS).unwrap(),
         },
         bind: SocketAddr::from(([192, 0, 2, 2], 8472)),
         mtu: Mtu::new(1450).unwrap(),
@@ -55,7 +55,7 @@ static NODE: LazyLock<Node> = LazyLock::new(|| {
     let routes = ["198.18.1.0/24", "fd00:18:0:1::/64"].map(|net| PeerRoute {
         net: net.parse().unwrap(),
         addr: SocketAddr::new(PEER, 8472),
-        mac: Some(Mac::new(THEIRS)),
+        mac: Mac::new(THEIRS),
         ecn: false,
     });
     let table = Table::build(&routes, settings.encapsulation, &Table::default());
@@ -108,7 +108,7 @@ pub fn run(data: &[u8]) {
         tos: *tos,
         mac: sender,
     };
-    let is_theirs = sender == Some(Mac::new(THEIRS)) && is_peer;
+    let is_theirs = sender == Mac::new(THEIRS) && is_peer;
     match rules.decap(table, packet, &meta, outer) {
         DecapVerdict::Deliver(peer) | DecapVerdict::Answer(peer, _, _) => {
             assert!(is_theirs, "only the peer's VTEP may send");
@@ -138,6 +138,11 @@ pub fn run(data: &[u8]) {
     }
 }
 
+/// Whether one station can have this address.
+fn is_station(mac: [u8; 6]) -> bool {
+    mac != [0; 6] && mac[0].is_multiple_of(2)
+}
+
 /// The first thing that is wrong with a frame, read field by field.
 fn wrong_frame(datagram: &[u8]) -> Option<DropReason> {
     let Some((vxlan, frame)) = datagram.split_first_chunk::<8>() else {
@@ -152,6 +157,7 @@ fn wrong_frame(datagram: &[u8]) -> Option<DropReason> {
         (vxlan[4..7] == [0, 0, 1], DropReason::WrongVni),
         (is_ip, DropReason::NotIp),
         (ethernet.destination == OURS, DropReason::WrongMac),
+        (is_station(ethernet.source), DropReason::SpoofedMac),
     ]
     .into_iter()
     .find_map(|(is_right, reason)| (!is_right).then_some(reason))

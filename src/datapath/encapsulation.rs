@@ -167,9 +167,9 @@ fn open_frame(frame: &Vxlan<&mut [u8]>, vni: Vni, mac: Mac) -> Result<(Version, 
     }
     // Before the address: whoever asks for a neighbour's address asks everybody.
     let version = frame.version().ok_or(DropReason::NotIp)?;
-    if frame.destination() == mac {
-        Ok((version, frame.source()))
-    } else {
-        Err(DropReason::WrongMac)
+    if frame.destination() != Some(mac) {
+        return Err(DropReason::WrongMac);
     }
+    let sender = frame.source().ok_or(DropReason::SpoofedMac)?;
+    Ok((version, sender))
 }

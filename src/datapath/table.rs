@@ -309,7 +309,7 @@ mod tests {
         let clock = Clock::start();
         let vxlan = Encapsulation::Vxlan {
             vni: crate::addr::Vni::new(1).unwrap(),
-            mac: Mac::new([2; 6]),
+            mac: Mac::local(2),
         };
         let plain = Encapsulation::Plain;
         let v4 = peer("192.0.2.1:8285", plain);
@@ -327,8 +327,8 @@ mod tests {
 
     #[test]
     fn a_node_with_an_old_and_a_new_mac_is_two_peers_at_one_address() {
-        let with = |net: &str, mac: u8| PeerRoute {
-            mac: Some(Mac::new([mac; 6])),
+        let with = |net: &str, mac: u64| PeerRoute {
+            mac: Some(Mac::local(mac)),
             ..route(net, "192.0.2.1:8472", false)
         };
         let routes = [with("198.18.1.0/24", 2), with("198.18.2.0/24", 6)];
@@ -337,7 +337,7 @@ mod tests {
         assert_eq!(at.len(), 2);
         for (net, mac) in [("198.18.1.9", 2), ("198.18.2.9", 6)] {
             let (_, peer) = table.fib.lookup(net.parse().unwrap()).unwrap();
-            assert_eq!(peer.mac, Some(Mac::new([mac; 6])));
+            assert_eq!(peer.mac, Some(Mac::local(mac)));
         }
         assert!(table.peers_by_ip("192.0.2.2".parse().unwrap()).is_empty());
         let kept = build(&routes[1..], &table);

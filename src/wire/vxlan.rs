@@ -70,17 +70,17 @@ impl<T: AsRef<[u8]>> Vxlan<T> {
             .flatten()
     }
 
-    /// Whom the frame is for.
+    /// Whom the frame is for; `None` for a group.
     #[inline]
     #[must_use]
-    pub fn destination(&self) -> Mac {
+    pub fn destination(&self) -> Option<Mac> {
         Mac::new(DESTINATION.octets(self.bytes.as_ref()))
     }
 
-    /// Who sent the frame.
+    /// Who sent the frame; `None` for what nobody is called.
     #[inline]
     #[must_use]
-    pub fn source(&self) -> Mac {
+    pub fn source(&self) -> Option<Mac> {
         Mac::new(SOURCE.octets(self.bytes.as_ref()))
     }
 
@@ -102,8 +102,8 @@ impl<T: AsRef<[u8]> + AsMut<[u8]>> Vxlan<T> {
         let bytes = self.bytes.as_mut();
         FLAGS_AND_RESERVED.set(bytes, u32::from(HAS_VNI) << 24);
         VNI.set(bytes, vni.get() << 8);
-        DESTINATION.put(bytes, destination.octets());
-        SOURCE.put(bytes, source.octets());
+        DESTINATION.put(bytes, destination.bytes());
+        SOURCE.put(bytes, source.bytes());
         ETHERTYPE.set(bytes, ethertype_of(version));
     }
 }
@@ -113,26 +113,24 @@ mod tests {
     use super::*;
     use etherparse::{EtherType, Ethernet2Header};
 
-    const A: Mac = Mac::new([2, 0, 0, 0, 0, 0xa]);
-    const B: Mac = Mac::new([2, 0, 0, 0, 0, 0xb]);
-
     #[test]
     fn headers_are_written_as_rfc_7348_draws_them_and_etherparse_reads_them() {
+        let (a, b) = (Mac::local(0xa), Mac::local(0xb));
         for (version, ethertype) in [
             (Version::V4, EtherType::IPV4),
             (Version::V6, EtherType::IPV6),
         ] {
             let mut bytes = [0xa5; HEADER_LEN + 1];
-            Vxlan::new_unchecked(&mut bytes[..]).write(Vni::new(0x12_3456).unwrap(), A, B, version);
+            Vxlan::new_unchecked(&mut bytes[..]).write(Vni::new(0x12_3456).unwrap(), a, b, version);
             assert_eq!(bytes[..8], [8, 0, 0, 0, 0x12, 0x34, 0x56, 0]);
             let (ethernet, rest) = Ethernet2Header::from_slice(&bytes[8..]).unwrap();
-            assert_eq!(ethernet.destination, A.octets());
-            assert_eq!(ethernet.source, B.octets());
+            assert_eq!(ethernet.destination, a.bytes());
+            assert_eq!(ethernet.source, b.bytes());
             assert_eq!(ethernet.ether_type, ethertype);
             assert_eq!(rest, [0xa5], "what follows is left alone");
             let read = Vxlan::new(&bytes[..]).unwrap();
             assert_eq!(read.vni(), Vni::new(0x12_3456));
-            assert_eq!((read.destination(), read.source()), (A, B));
+            assert_eq!((read.destination(), read.source()), (Some(a), Some(b)));
             assert_eq!(read.version(), Some(version));
         }
     }
@@ -141,6 +139,7 @@ mod tests {
     fn a_vni_counts_only_with_its_flag_and_reserved_bits_do_not() {
         let mut bytes = [0xff; HEADER_LEN];
         assert_eq!(Vxlan::new(bytes).unwrap().vni(), Vni::new(0xff_ffff));
+        assert_eq!(Vxlan::new(bytes).unwrap().destination(), None);
         bytes[0] = 0xf7;
         assert_eq!(Vxlan::new(bytes).unwrap().vni(), None);
         assert_eq!(Vxlan::new(bytes).unwrap().version(), None);

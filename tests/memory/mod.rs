@@ -111,7 +111,7 @@ fn node(n: u8, workers: usize, vxlan: bool) -> Node {
 }
 
 const fn vtep_mac(n: u8) -> Mac {
-    Mac::new([2, 0, 0, 0, 0, n])
+    Mac::local(n as u64)
 }
 
 /// Nodes 1 and 2, running, known to each other.

@@ -153,7 +153,7 @@ pub(crate) fn tun_v6(n: u8) -> Ipv6Addr {
 
 /// The MAC address that node `n` is reached by in VXLAN.
 pub(crate) const fn vtep_mac(n: u8) -> Mac {
-    Mac::new([2, 0, 0, 0, 0, n])
+    Mac::local(n as u64)
 }
 
 /// A lab without a backend whose name nobody else uses.
