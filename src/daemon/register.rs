@@ -22,6 +22,8 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a node is, for as long as it holds its lease.
 pub(super) struct Registration {
+    /// What the command line says of the external interface, and the store where that says nothing.
+    pub(super) wanted: Wanted,
     pub(super) config: NetworkConfig,
     pub(super) plan: Plan,
     pub(super) ends: Ends,
@@ -46,8 +48,14 @@ pub(super) async fn register(
 ) -> Result<Registration, DaemonError> {
     let config = patiently("network configuration", || store.network_config()).await?;
     warn_about(&config);
-    let snapshot = look(kernel, wanted).await?;
-    let (ends, candidates) = choose(&snapshot, wanted, &config)?;
+    let set = patiently("node's public IPs", || store.public_ips()).await?;
+    let wanted = Wanted {
+        public_ip: wanted.public_ip.or(set.0),
+        public_ipv6: wanted.public_ipv6.or(set.1),
+        ..wanted.clone()
+    };
+    let snapshot = look(kernel, &wanted).await?;
+    let (ends, candidates) = choose(&snapshot, &wanted, &config)?;
     // Somebody may change them later, so the status does not tell of them.
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
@@ -76,6 +84,7 @@ pub(super) async fn register(
     let conflicts = preflight::conflicts(&seen, &foreign, &networks, &own, public);
     warn_or_fail(&conflicts)?;
     Ok(Registration {
+        wanted,
         config,
         plan,
         ends,

@@ -11,6 +11,7 @@ use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::reconcile::{self, Outcome, reconcile};
 use crate::backend::udp::{self, Underlay};
 use crate::config::UdpBackend;
+use crate::datapath::tap::Taps;
 use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
@@ -102,6 +103,10 @@ impl Tunnel {
         if let Some(datapath) = &self.datapath {
             datapath.publish(routes);
         }
+    }
+
+    pub(super) fn taps(&self) -> Option<&Taps> {
+        self.datapath.as_ref().map(Datapath::taps)
     }
 
     pub(super) fn status(&self) -> Status {

@@ -15,13 +15,13 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
     /// Follows the external interface: where its address, MTU or name is another one now, the lease says so and
     /// the tunnel is opened anew. Without any interface everything stays as it is until there is one.
     pub(super) async fn compare_interface(&self, session: &mut Session) {
-        let wanted = &self.options.wanted;
-        let Ok(snapshot) = register::look(self.kernel, wanted).await else {
+        let wanted = session.registration.wanted.clone();
+        let Ok(snapshot) = register::look(self.kernel, &wanted).await else {
             return;
         };
         let registration = &session.registration;
         let was = registration.choice().clone();
-        let search = plan::search(&snapshot, wanted, &registration.config);
+        let search = plan::search(&snapshot, &wanted, &registration.config);
         let moved = match search.ends {
             Ok(now) => {
                 let moved = self.follow(session, now).await.err();
@@ -91,8 +91,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let resized = plan.mtu() != registration.plan.mtu();
         registration.ends = now;
         registration.plan = plan;
-        if resized && let Err(error) = self.write_env(session) {
-            tracing::error!("{error}");
+        if resized {
+            self.update_env(session);
         }
         session.carrier = None;
         session.reopen_at = Instant::now();

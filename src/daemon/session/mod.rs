@@ -70,6 +70,8 @@ pub(super) struct Session {
     choose_at: Option<Instant>,
     /// How the external interface differs from what was registered, if it does.
     pub(super) moved: Option<String>,
+    /// Why `subnet.env` does not say what it should, if it does not.
+    pub(super) env_behind: Option<String>,
     /// Deleted leases whose routes live on for a moment.
     pub(super) hold: Hold,
     pub(super) traffic: Option<Traffic>,
@@ -120,6 +122,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             look_at: now + RESYNC,
             choose_at: None,
             moved: None,
+            env_behind: None,
             hold: Hold::default(),
             traffic: None,
             orders,
@@ -160,6 +163,16 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         Ok(env.write(&self.options.subnet_file)?)
     }
 
+    /// Writes `subnet.env` under a running session, which does without it until it can be written.
+    fn update_env(&self, session: &mut Session) {
+        let error = self.write_env(session).err().map(|e| e.to_string());
+        match &error {
+            Some(error) => session.log_limited(error.clone()),
+            None => tracing::info!("{} written anew", self.options.subnet_file.display()),
+        }
+        session.env_behind = error;
+    }
+
     /// A daemon without its status socket is worse than one with it, and better than none.
     fn start_server(&mut self) {
         if self.server.is_some() {
@@ -193,7 +206,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             let choose_at = session.choose_at.unwrap_or(wake_at);
             let hold_ends = session.hold.next();
             let blackhole_at = session.blackhole_at;
-            self.health.set(session.missing(&held));
+            let missing = session.missing(&held);
+            self.store.report(&missing);
+            self.health.set(missing);
             tokio::select! {
                 event = events.recv(), if !store_ended => match event {
                     Some(event) => {
@@ -219,9 +234,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
                 Some(asked) = self.asked.recv() => {
-                    let document = status::document(self, &session, held.expires.get()).await;
+                    let answer = status::answer(self, &session, &held, asked.request).await;
                     // The client may have given up.
-                    let _gone = asked.answer.send(document);
+                    let _gone = asked.answer.send(answer);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);
@@ -241,10 +256,15 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     session.choose_at = None;
                     self.compare_interface(&mut session).await;
                 }
-                () = sleep_until(wake_at.into()) => match session.carrier {
-                    Some(_) => session.look(self.kernel).await,
-                    None => self.reopen(&mut session).await,
-                },
+                () = sleep_until(wake_at.into()) => {
+                    match session.carrier {
+                        Some(_) => session.look(self.kernel).await,
+                        None => self.reopen(&mut session).await,
+                    }
+                    if session.env_behind.is_some() {
+                        self.update_env(&mut session);
+                    }
+                }
             }
         }
     }
@@ -278,6 +298,7 @@ impl Session {
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
+        missing.extend(self.env_behind.clone());
         missing
     }
 

@@ -46,6 +46,11 @@ impl Session {
                 tracing::info!("{problem}");
                 continue;
             }
+            if problem.cause == Cause::Overwritten {
+                // The keeper lives as long as the session.
+                let attrs = self.registration.lease.attrs.clone();
+                let _ended = self.orders.send(Order::Publish(attrs));
+            }
             self.log_limited(problem.to_string());
             if self.problems.len() >= MAX_PROBLEMS {
                 self.problems.remove(0);
