@@ -120,6 +120,11 @@ impl Cluster {
     }
 
     fn start(&mut self, n: u8) {
+        self.start_with(n, &[]);
+    }
+
+    /// A daemon with further flags.
+    fn start_with(&mut self, n: u8, flags: &[&str]) {
         let file = fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -137,6 +142,7 @@ impl Cluster {
             .arg(self.lab.dir().join("store"))
             .arg("--subnet-file")
             .arg(self.file(n, "subnet.env"))
+            .args(flags)
             .stdin(Stdio::null())
             .stderr(file);
         let child = self.lab.netns(Member::Node(n)).spawn(&mut command).unwrap();
@@ -307,6 +313,55 @@ fn transfers(cluster: &Cluster, to: &str) {
         let args = ["-c", to, "-n", "20M"];
         cluster.lab.run(Member::Pod(1, 1), "iperf3", &args).is_ok()
     });
+}
+
+#[test]
+fn nodes_that_carry_vxlan_in_user_space_and_those_whose_kernel_does_reach_each_other() {
+    let mut cluster = Cluster::idle(3, DUAL, VXLAN);
+    cluster.start_with(1, &["--vxlan=user"]);
+    cluster.start(2);
+    cluster.start_with(3, &["--vxlan=user", "--engine=portable"]);
+    let nodes = [1, 2, 3];
+    for (from, to) in nodes
+        .into_iter()
+        .flat_map(|from| nodes.map(|to| (from, to)))
+    {
+        if from != to {
+            cluster.await_ping(from, &format!("198.18.{to}.2"));
+            cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
+        }
+    }
+    transfers(&cluster, "198.18.2.2");
+    transfers(&cluster, "fd00:18:0:2::2");
+    let transports = |n| {
+        let peers = cluster.status(n)["peers"].as_array().cloned().unwrap();
+        let mut transports: Vec<Value> = peers.iter().map(|it| it["transport"].clone()).collect();
+        transports.dedup();
+        transports
+    };
+    assert_eq!(transports(1), ["vxlan in user space"]);
+    assert_eq!(transports(2), ["vxlan"]);
+    // What the lease says is what the kernel's peers need, whoever carries the packets.
+    for n in nodes {
+        assert!(cluster.lease(n).contains("VtepMAC"), "{}", cluster.lease(n));
+    }
+    let datapath = cluster.status(1)["datapath"].clone();
+    assert_eq!(datapath["device"], "flannel0, flannel1");
+    assert!(
+        datapath["total"]["decap"]["sent"].as_u64().unwrap() > 100,
+        "{datapath:#}"
+    );
+    // The kernel's device that a run before has left is taken away, and comes back with the next.
+    cluster.end(2, Signal::SIGTERM);
+    cluster.start_with(2, &["--vxlan=user"]);
+    cluster.wait_until("no device of the kernel's", || {
+        cluster.shown(2, "ip", "-o link show flannel.1").is_empty()
+    });
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.end(2, Signal::SIGTERM);
+    cluster.start(2);
+    cluster.await_ping(3, "fd00:18:0:2::2");
+    assert_eq!(cluster.shown(2, "ip", "-o link show flannel.1").len(), 1);
 }
 
 #[test]

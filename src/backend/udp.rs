@@ -5,10 +5,11 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
 use ipnet::IpNet;
 
+use super::data_plane::DataPlane;
 use super::reconcile::Desired;
 use crate::addr::{Mtu, udp_overhead};
 use crate::config::{NetworkConfig, SourceCheck, SourcePort, UdpBackend};
-use crate::datapath::{self, Local, PeerRoute};
+use crate::datapath::{self, Encapsulation, Local, PeerRoute};
 use crate::iface::{Choice, Family, Stack, Wanted};
 use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
 
@@ -131,7 +132,8 @@ impl Underlay {
 }
 
 /// Link-local addresses mean something on one link only.
-fn endpoint(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
+#[must_use]
+pub fn endpoint(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
     match ip {
         IpAddr::V6(v6) if v6.is_unicast_link_local() => {
             SocketAddrV6::new(v6, port, 0, scope).into()
@@ -187,6 +189,26 @@ pub fn device(config: &NetworkConfig, underlay: &Underlay, subnets: &Subnets) ->
     }
 }
 
+/// What the backend asks of our own data plane.
+#[must_use]
+pub fn data_plane(
+    config: &NetworkConfig,
+    backend: &UdpBackend,
+    underlay: &Underlay,
+    subnets: &Subnets,
+    choice: &Choice,
+) -> DataPlane {
+    DataPlane {
+        encapsulation: Encapsulation::Plain,
+        bind: underlay.bind,
+        mtu: underlay.mtu,
+        source_check: source_check(backend),
+        source_port: source_port(backend.source_port),
+        local: local(subnets, choice),
+        device: device(config, underlay, subnets),
+    }
+}
+
 /// `SourceCheck` for the data plane.
 #[must_use]
 pub const fn source_check(backend: &UdpBackend) -> datapath::SourceCheck {
@@ -198,8 +220,8 @@ pub const fn source_check(backend: &UdpBackend) -> datapath::SourceCheck {
 
 /// `SourcePort` for the data plane.
 #[must_use]
-pub const fn source_port(backend: &UdpBackend) -> datapath::SourcePort {
-    match backend.source_port {
+pub const fn source_port(source_port: SourcePort) -> datapath::SourcePort {
+    match source_port {
         SourcePort::Spread => datapath::SourcePort::Spread,
         SourcePort::Fixed => datapath::SourcePort::Fixed,
     }

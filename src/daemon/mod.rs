@@ -116,6 +116,19 @@ pub struct Options {
     pub pin: bool,
     /// The engine of the data plane.
     pub engine: EngineKind,
+    /// Who carries the packets of the `vxlan` backend.
+    pub vxlan: VxlanPlace,
+}
+
+/// Who carries the packets of the `vxlan` backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum VxlanPlace {
+    /// The kernel's device, or our own data plane where the kernel makes none.
+    Auto,
+    /// The kernel's device.
+    Kernel,
+    /// Our own data plane.
+    User,
 }
 
 /// Why the daemon ended by itself. Each text names the missing thing and the remedy.

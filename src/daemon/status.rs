@@ -135,7 +135,7 @@ fn capture(
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so there is nothing to capture: {why}")
     })?;
-    let tunnel = carrier.tunnel.as_ref().ok_or_else(|| {
+    let tunnel = carrier.tunnels.first().ok_or_else(|| {
         format!(
             "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
             plan.name()
@@ -245,8 +245,9 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
 
 fn datapath_of(session: &Session) -> datapath::Status {
     let carrier = session.carrier.as_ref();
-    let tunnel = carrier.and_then(|carrier| carrier.tunnel.as_ref());
-    tunnel.map(Tunnel::status).unwrap_or_default()
+    let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
+    let all = tunnels.iter().map(Tunnel::status);
+    all.reduce(datapath::Status::beside).unwrap_or_default()
 }
 
 fn device(link: Link) -> DeviceDocument {

@@ -97,11 +97,8 @@ fn report(admission: &Admission, plan: &mut Plan) {
     let (Some(refusal), Some(port)) = (admission.refusal(), plan.port()) else {
         return;
     };
-    let backend = match plan {
-        Plan::Udp { backend, .. } => Some(backend),
-        Plan::Vxlan(_) | Plan::HostGw(_) => None,
-    };
-    match (admission, &backend) {
+    let source_port = plan.source_port_mut();
+    match (admission, &source_port) {
         (Admission::Open, _) => {}
         (Admission::Tracked(_), Some(_)) => tracing::info!(
             "the host's firewall admits UDP port {port} only with connection tracking, which stays on: {refusal}"
@@ -118,10 +115,10 @@ fn report(admission: &Admission, plan: &mut Plan) {
             "the host's firewall does not admit the tunnel: accept UDP port {port}: {refusal}"
         ),
     }
-    if let Some(backend) = backend
+    if let Some(source_port) = source_port
         && !admission.varying_source_ports()
     {
-        backend.source_port = SourcePort::Fixed;
+        *source_port = SourcePort::Fixed;
     }
 }
 

@@ -103,7 +103,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
     ) -> Result<Ended, DaemonError> {
         self.health.set(vec!["no lease yet".to_owned()]);
         let mut registration =
-            register::register(self.store, self.kernel, &self.options.wanted, previous).await?;
+            register::register(self.store, self.kernel, self.options, previous).await?;
         let prepared = traffic::prepare(&self.options.traffic, &mut registration).await?;
         let mut events = self.store.watch();
         let now = Instant::now();
@@ -319,6 +319,7 @@ impl Session {
         }
         Some(match carrier.is_direct(subnets) {
             true => "route",
+            false if self.registration.plan.in_user_space().is_some() => "vxlan in user space",
             false => self.registration.plan.name(),
         })
     }
@@ -351,13 +352,11 @@ enum Said {
     Fatal(Event),
 }
 
-/// The next event; never, without a data plane of ours.
+/// The next event; never, while nothing is open.
 async fn next_event(carrier: &mut Option<Carrier>) -> Said {
-    let tunnel = carrier.as_mut().and_then(|carrier| carrier.tunnel.as_mut());
-    let Some(tunnel) = tunnel else {
+    let Some(Carrier { events, .. }) = carrier else {
         return pending().await;
     };
-    let events = &mut tunnel.events;
     tokio::select! {
         Some(event) = events.fatal.recv() => Said::Fatal(event),
         Some(event) = events.news.recv() => Said::News(event),

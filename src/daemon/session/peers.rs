@@ -3,11 +3,8 @@
 use std::time::Instant;
 
 use super::Session;
-use crate::backend::desired::Refused;
-use crate::backend::plan::Plan;
 use crate::daemon::carrier::{Wanted, tell};
 use crate::daemon::renewal::Order;
-use crate::iface::Family;
 use crate::lease::LeaseDelta;
 use crate::store::{Cause, StoreEvent};
 
@@ -93,16 +90,8 @@ impl Session {
                 .plan
                 .desired(&registration.config, &own, leases);
         desired.complete = self.listed;
-        let mut routes = Vec::new();
-        if let Plan::Udp { underlay, .. } = &registration.plan {
-            let unreachable;
-            (routes, unreachable) = underlay.routes(self.peers.leases());
-            let family = Family::of(underlay.bind.ip());
-            refused.extend(unreachable.into_iter().map(|lease| Refused {
-                lease: lease.subnets,
-                why: format!("it publishes no {family} address: its packets have no route"),
-            }));
-        }
+        let (routes, unreachable) = registration.plan.routes(self.peers.leases());
+        refused.extend(unreachable);
         tell(
             refused
                 .iter()
