@@ -23,6 +23,7 @@ use super::report::Reporter;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::{Context, Progress};
 use super::{Event, Settings};
 use crate::offload::coalesce::{Coalescer, HEAD_LEN, Limits, PacketRef, Superpacket, Write};
@@ -90,21 +91,24 @@ impl Decap {
         for &packet in accepted.iter() {
             // As many fit as were accepted: both have the same capacity.
             if coalescer.push(packet, bytes_of).is_err() {
-                counts.drop(DropReason::NoMemory, 1);
+                let received = receive.entry(packet.buf);
+                refuse(cx, counts, DropReason::NoMemory, received, bytes_of(packet));
             }
         }
         for write in coalescer.writes() {
             match write {
                 Write::Packet(packet) => {
                     let bytes = bytes_of(packet);
-                    let received = receive.received(packet.buf);
+                    let received = receive.entry(packet.buf);
                     match received.and_then(|received| unfinished(cx, bytes, received)) {
-                        None => write_packet(gather, cx, [bytes, &[]], counts),
-                        Some(what) => write_unfinished(gather, cx, bytes, &what, counts),
+                        None => write_packet(gather, cx, received, [bytes, &[]], counts),
+                        Some(what) => write_unfinished(gather, cx, received, bytes, &what, counts),
                     }
                 }
                 Write::Superpacket(superpacket) => {
-                    write_superpacket(gather, cx, superpacket, bytes_of, counts);
+                    let first = superpacket.packets().next();
+                    let received = first.and_then(|packet| receive.entry(packet.buf));
+                    write_superpacket(gather, cx, received, superpacket, bytes_of, counts);
                 }
             }
         }
@@ -122,13 +126,13 @@ impl Decap {
         for (buf, (received, bytes)) in (0_u16..).zip(self.receive.entries()) {
             if received.truncated {
                 counts.read += 1;
-                counts.drop(DropReason::Truncated, 1);
+                refuse(cx, counts, DropReason::Truncated, Some(&received), bytes);
                 continue;
             }
             counts.read_superpackets += u64::from(received.stride < received.len);
             if bytes.is_empty() {
                 counts.read += 1;
-                counts.drop(DropReason::TooShort, 1);
+                refuse(cx, counts, DropReason::TooShort, Some(&received), bytes);
             }
             let stride = if cx.encapsulation().is_one(bytes, received.stride) {
                 bytes.len()
@@ -145,7 +149,8 @@ impl Decap {
                     continue;
                 };
                 if self.accepted.len() == self.accepted.capacity() {
-                    counts.drop(DropReason::NoMemory, packets);
+                    counts.drop(DropReason::NoMemory, packets - 1);
+                    refuse(cx, counts, DropReason::NoMemory, Some(&received), datagram);
                     continue;
                 }
                 accepted += packets;
@@ -183,7 +188,9 @@ fn decide<'t>(
     } = match cx.encapsulation().open(datagram) {
         Ok(inner) => inner,
         Err(reason) => {
-            counts.drop(reason, 1);
+            let packet = datagram.get(cx.encapsulation().header_len()..);
+            let packet = packet.unwrap_or_default();
+            refuse(cx, counts, reason, Some(received), packet);
             reporter.first_drop(cx.shared, cx.table, reason, source, None);
             return None;
         }
@@ -207,13 +214,18 @@ fn decide<'t>(
             Some((peer, len, packets))
         }
         DecapVerdict::Answer(peer, kind, reason) => {
-            outbox
-                .slow
-                .answer_remotely(cx, counts, (kind, reason), packet, &meta, peer);
+            outbox.slow.answer_remotely(
+                cx,
+                counts,
+                (kind, reason),
+                packet,
+                &meta,
+                (peer, received.tos),
+            );
             None
         }
         DecapVerdict::Drop(reason) => {
-            counts.drop(reason, 1);
+            refuse(cx, counts, reason, Some(received), packet);
             reporter.first_drop(cx.shared, cx.table, reason, source, Some(meta.src()));
             None
         }
@@ -250,6 +262,7 @@ fn unfinished(cx: &Context<'_>, packet: &[u8], received: &Received) -> Option<(V
 fn write_unfinished(
     gather: &mut Gather,
     cx: &Context<'_>,
+    received: Option<&Received>,
     packet: &[u8],
     (vnet, split): &(VnetHdr, Split),
     counts: &mut Counts,
@@ -272,13 +285,20 @@ fn write_unfinished(
                 counts.sent += packets;
                 counts.sent_bytes += packet.len() as u64;
                 counts.sent_superpackets += 1;
-                return;
+                return cx.tap.note(Form::Any, || {
+                    let seen = seen(cx, received, Verdict::Delivered, packets);
+                    (seen, [packet])
+                });
             }
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 withdraw(cx.shared, vnet.gso, &error);
                 counts.replays += 1;
             }
-            Err(error) => return counts.drop(DropReason::of_tun_write(&error), packets),
+            Err(error) => {
+                let reason = DropReason::of_tun_write(&error);
+                counts.drop(reason, packets - 1);
+                return refuse(cx, counts, reason, received, packet);
+            }
         }
     }
     for i in 0..split.count() {
@@ -286,7 +306,7 @@ fn write_unfinished(
         let header_len = split.write_header(packet, i, cx.shared.sum, &mut header);
         let header = header.get(..header_len).unwrap_or_default();
         let payload = packet.get(split.payload(i)).unwrap_or_default();
-        write_packet(gather, cx, [header, payload], counts);
+        write_packet(gather, cx, received, [header, payload], counts);
     }
 }
 
@@ -294,6 +314,7 @@ fn write_unfinished(
 fn write_packet(
     gather: &mut Gather,
     cx: &Context<'_>,
+    received: Option<&Received>,
     [header, payload]: [&[u8]; 2],
     counts: &mut Counts,
 ) {
@@ -310,8 +331,45 @@ fn write_packet(
         Ok(_) => {
             counts.sent += 1;
             counts.sent_bytes += (header.len() + payload.len()) as u64;
+            cx.tap.note(Form::Any, || {
+                let seen = seen(cx, received, Verdict::Delivered, 1);
+                (seen, [header, payload])
+            });
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            counts.drop(reason, 1);
+            cx.tap.note(Form::Any, || {
+                let seen = seen(cx, received, Verdict::Dropped(reason), 1);
+                (seen, [header, payload])
+            });
+        }
+    }
+}
+
+/// Drops one packet.
+fn refuse(
+    cx: &Context<'_>,
+    counts: &mut Counts,
+    reason: DropReason,
+    received: Option<&Received>,
+    packet: &[u8],
+) {
+    counts.drop(reason, 1);
+    cx.tap.note(Form::Any, || {
+        (seen(cx, received, Verdict::Dropped(reason), 1), [packet])
+    });
+}
+
+/// What a capture learns of packets that came with `received`.
+fn seen(cx: &Context<'_>, received: Option<&Received>, verdict: Verdict, packets: u64) -> Seen {
+    Seen {
+        direction: Direction::Decap,
+        verdict,
+        outer: received.map(|received| received.source),
+        local_port: cx.shared.bind().port(),
+        tos: received.map_or(0, |received| received.tos),
+        packets,
     }
 }
 
@@ -319,6 +377,7 @@ fn write_packet(
 fn write_superpacket<'b>(
     gather: &mut Gather,
     cx: &Context<'_>,
+    received: Option<&Received>,
     superpacket: Superpacket<'_>,
     bytes_of: impl Fn(PacketRef) -> &'b [u8],
     counts: &mut Counts,
@@ -333,20 +392,42 @@ fn write_superpacket<'b>(
         gathered.push(bytes_of(payload));
     }
     counts.send_calls += 1;
+    let tap = |verdict| {
+        let seen = |packets| seen(cx, received, verdict, packets);
+        cx.tap.note(Form::Whole, || {
+            let head = head.get(VNET_HDR_LEN..head_len).unwrap_or_default();
+            let payloads = superpacket
+                .payloads()
+                .map(|payload| -> &[u8] { bytes_of(payload) });
+            (seen(packets), std::iter::once(head).chain(payloads))
+        });
+        for packet in superpacket.packets() {
+            cx.tap.note(Form::Segment, || (seen(1), [bytes_of(packet)]));
+        }
+    };
     match cx.queue.write(gathered) {
         Ok(_) => {
             counts.sent += packets;
             counts.sent_bytes += superpacket.packet_len() as u64;
             counts.sent_superpackets += 1;
+            if cx.tap.is_on() {
+                tap(Verdict::Delivered);
+            }
         }
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             withdraw(cx.shared, superpacket.vnet_hdr().gso, &error);
             counts.replays += 1;
             for packet in superpacket.packets() {
-                write_packet(gather, cx, [bytes_of(packet), &[]], counts);
+                write_packet(gather, cx, received, [bytes_of(packet), &[]], counts);
             }
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), packets),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            counts.drop(reason, packets);
+            if cx.tap.is_on() {
+                tap(Verdict::Dropped(reason));
+            }
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use super::report::Reporter;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::{Peer, Table};
+use super::tap::{Direction, Form, Seen, Tap, Verdict};
 use super::worker::Progress;
 use super::{Event, OpenError};
 use crate::offload::split::Split;
@@ -119,6 +120,7 @@ impl Portable {
             answerer: Answerer::new(),
             reporter: Reporter::new(),
             encapsulation: shared.settings.encapsulation,
+            tap: Tap::new(&shared.taps, 0),
             buffer: vec![0; BUFFER_LEN],
             encap: Counts::default(),
             decap: Counts::default(),
@@ -142,6 +144,7 @@ impl Portable {
                 path.decap.wakeups += 1;
             }
             let table: &Table = reader.load();
+            path.tap.begin();
             for _ in 0..ROUNDS {
                 let tun = if gone {
                     Progress::Drained
@@ -175,6 +178,7 @@ struct Path<'a> {
     answerer: Answerer,
     reporter: Reporter,
     encapsulation: Encapsulation,
+    tap: Tap,
     /// A datagram: a packet, with room for the encapsulation's header in front.
     buffer: Vec<u8>,
     encap: Counts,
@@ -197,27 +201,39 @@ impl Path<'_> {
         let packet = packet.get_mut(..len).unwrap_or_default();
         let Ok(meta) = ip::parse(packet) else {
             counts.drop(DropReason::Malformed, 1);
+            let verdict = Verdict::Dropped(DropReason::Malformed);
+            self.tap.note(Form::Any, || {
+                (
+                    seen(self.shared, Direction::Encap, None, verdict),
+                    [&*packet],
+                )
+            });
             return Progress::More;
         };
-        match self.rules.encap(table, packet, &meta, packet.len()) {
+        let (verdict, to) = match self.rules.encap(table, packet, &meta, packet.len()) {
             EncapVerdict::Send { peer, .. } | EncapVerdict::Fragment { peer, .. } => {
                 self.encapsulation.write_header(peer.mac, packet, header);
                 let datagram = self.buffer.get(..header_len + len).unwrap_or_default();
-                send(&self.opened.socket, datagram, peer, (counts, len));
+                let verdict = send(&self.opened.socket, datagram, peer, (counts, len));
+                (verdict, Some(peer.addr))
             }
             EncapVerdict::Answer(kind, reason) => {
                 let built =
                     self.answerer
                         .build_local(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
-                if answered {
-                    counts.answered += 1;
-                } else {
-                    counts.drop(reason, 1);
-                }
+                (told(counts, answered, reason), None)
             }
-            EncapVerdict::Drop(reason) => counts.drop(reason, 1),
-        }
+            EncapVerdict::Drop(reason) => {
+                counts.drop(reason, 1);
+                (Verdict::Dropped(reason), None)
+            }
+        };
+        self.tap.note(Form::Any, || {
+            let packet = self.buffer.get(header_len..header_len + len);
+            let seen = seen(self.shared, Direction::Encap, to, verdict);
+            (seen, [packet.unwrap_or_default()])
+        });
         Progress::More
     }
 
@@ -232,8 +248,10 @@ impl Path<'_> {
             Err(_) => return Progress::More,
         };
         counts.read += 1;
+        let header_len = self.encapsulation.header_len();
+        counts.read_bytes += len.saturating_sub(header_len) as u64;
         let datagram = self.buffer.get_mut(..len).unwrap_or_default();
-        counts.read_bytes += len.saturating_sub(self.encapsulation.header_len()) as u64;
+        let from = Some(source);
         let Inner {
             packet,
             meta,
@@ -244,6 +262,12 @@ impl Path<'_> {
                 counts.drop(reason, 1);
                 self.reporter
                     .first_drop(self.shared, table, reason, source, None);
+                let verdict = Verdict::Dropped(reason);
+                self.tap.note(Form::Any, || {
+                    let packet = datagram.get(header_len..).unwrap_or_default();
+                    let seen = seen(self.shared, Direction::Decap, from, verdict);
+                    (seen, [packet])
+                });
                 return Progress::More;
             }
         };
@@ -252,7 +276,7 @@ impl Path<'_> {
             tos: 0,
             mac: sender,
         };
-        match self.rules.decap(table, packet, &meta, outer) {
+        let verdict = match self.rules.decap(table, packet, &meta, outer) {
             DecapVerdict::Deliver(peer) => {
                 let packet = packet.get_mut(..meta.total_len()).unwrap_or_default();
                 let mtu = self.shared.settings.mtu;
@@ -262,10 +286,12 @@ impl Path<'_> {
                     Some((_, split)) => {
                         // It was read as one packet.
                         counts.read += split.count() as u64 - 1;
+                        let mut verdict = Verdict::Delivered;
                         for i in 0..split.count() {
                             let segment = segment(packet, &split, i, self.shared.sum);
-                            write(&self.opened.iface, &segment, peer, counts);
+                            verdict = write(&self.opened.iface, &segment, peer, counts);
                         }
+                        verdict
                     }
                 }
             }
@@ -284,32 +310,40 @@ impl Path<'_> {
                     let datagram = datagram.get(..len).unwrap_or_default();
                     self.opened.socket.send_to(datagram, peer.addr).is_ok()
                 });
-                if answered {
-                    counts.answered += 1;
-                } else {
-                    counts.drop(reason, 1);
-                }
+                told(counts, answered, reason)
             }
             DecapVerdict::Drop(reason) => {
                 counts.drop(reason, 1);
                 self.reporter
                     .first_drop(self.shared, table, reason, source, Some(meta.src()));
+                Verdict::Dropped(reason)
             }
-        }
+        };
+        self.tap.note(Form::Any, || {
+            (
+                seen(self.shared, Direction::Decap, from, verdict),
+                [&*packet],
+            )
+        });
         Progress::More
     }
 }
 
 /// Writes one packet of `peer` to the device.
-fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) {
+fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) -> Verdict {
     counts.send_calls += 1;
     match iface.send(packet) {
         Ok(_) => {
             counts.sent += 1;
             counts.sent_bytes += packet.len() as u64;
             peer.received.fetch_add(1, Ordering::Relaxed);
+            Verdict::Delivered
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            counts.drop(reason, 1);
+            Verdict::Dropped(reason)
+        }
     }
 }
 
@@ -319,6 +353,34 @@ fn segment(packet: &[u8], split: &Split, i: usize, sum: SumFn) -> Vec<u8> {
     split.write_header(packet, i, sum, &mut segment);
     segment.extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
     segment
+}
+
+/// What a capture learns of one packet.
+fn seen(
+    shared: &Shared,
+    direction: Direction,
+    outer: Option<SocketAddr>,
+    verdict: Verdict,
+) -> Seen {
+    Seen {
+        direction,
+        verdict,
+        outer,
+        local_port: outer.map_or(0, |_| shared.bind().port()),
+        tos: 0,
+        packets: 1,
+    }
+}
+
+/// Counts a packet whose sender was told, or could not be.
+const fn told(counts: &mut Counts, answered: bool, reason: DropReason) -> Verdict {
+    if answered {
+        counts.answered += 1;
+        Verdict::Answered(reason)
+    } else {
+        counts.drop(reason, 1);
+        Verdict::Dropped(reason)
+    }
 }
 
 /// What a failed TUN read means.
@@ -332,9 +394,15 @@ pub(super) fn after_tun_read(error: &io::Error) -> Progress {
     }
 }
 
-/// Sends one packet of `len` bytes in its datagram; a pending error of an earlier datagram is told once instead, so once more.
-fn send(socket: &UdpSocket, datagram: &[u8], peer: &Peer, (counts, len): (&mut Counts, usize)) {
-    let mut failed = None;
+/// Sends one packet of `len` bytes in its datagram; a pending error of an earlier datagram is told once instead, so
+/// once more.
+fn send(
+    socket: &UdpSocket,
+    datagram: &[u8],
+    peer: &Peer,
+    (counts, len): (&mut Counts, usize),
+) -> Verdict {
+    let mut reason = DropReason::Rejected;
     for _ in 0..2 {
         counts.send_calls += 1;
         match socket.send_to(datagram, peer.addr) {
@@ -342,12 +410,11 @@ fn send(socket: &UdpSocket, datagram: &[u8], peer: &Peer, (counts, len): (&mut C
                 counts.sent += 1;
                 counts.sent_bytes += len as u64;
                 peer.sent.fetch_add(1, Ordering::Relaxed);
-                return;
+                return Verdict::Sent;
             }
-            Err(error) => failed = Some(error),
+            Err(error) => reason = DropReason::of_send(&error),
         }
     }
-    if let Some(error) = failed {
-        counts.drop(DropReason::of_send(&error), 1);
-    }
+    counts.drop(reason, 1);
+    Verdict::Dropped(reason)
 }

@@ -138,9 +138,9 @@ impl RecvBatch {
             })
     }
 
-    /// What is known of entry `idx`.
+    /// What is known of entry `idx` of the last [`RecvBatch::receive`], if it has one.
     #[must_use]
-    pub fn received(&self, idx: u16) -> Option<&Received> {
+    pub fn entry(&self, idx: u16) -> Option<&Received> {
         self.received.get(usize::from(idx))
     }
 
