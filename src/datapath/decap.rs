@@ -92,7 +92,13 @@ impl Decap {
             // As many fit as were accepted: both have the same capacity.
             if coalescer.push(packet, bytes_of).is_err() {
                 let received = receive.entry(packet.buf);
-                refuse(cx, counts, DropReason::NoMemory, received, bytes_of(packet));
+                refuse(
+                    cx,
+                    counts,
+                    (DropReason::NoMemory, 1),
+                    received,
+                    [bytes_of(packet), &[]],
+                );
             }
         }
         for write in coalescer.writes() {
@@ -126,13 +132,25 @@ impl Decap {
         for (buf, (received, bytes)) in (0_u16..).zip(self.receive.entries()) {
             if received.truncated {
                 counts.read += 1;
-                refuse(cx, counts, DropReason::Truncated, Some(&received), bytes);
+                refuse(
+                    cx,
+                    counts,
+                    (DropReason::Truncated, 1),
+                    Some(&received),
+                    [inner_of(cx, bytes), &[]],
+                );
                 continue;
             }
             counts.read_superpackets += u64::from(received.stride < received.len);
             if bytes.is_empty() {
                 counts.read += 1;
-                refuse(cx, counts, DropReason::TooShort, Some(&received), bytes);
+                refuse(
+                    cx,
+                    counts,
+                    (DropReason::TooShort, 1),
+                    Some(&received),
+                    [bytes, &[]],
+                );
             }
             let stride = if cx.encapsulation().is_one(bytes, received.stride) {
                 bytes.len()
@@ -149,8 +167,14 @@ impl Decap {
                     continue;
                 };
                 if self.accepted.len() == self.accepted.capacity() {
-                    counts.drop(DropReason::NoMemory, packets - 1);
-                    refuse(cx, counts, DropReason::NoMemory, Some(&received), datagram);
+                    let packet = datagram.get(header_len..).unwrap_or_default();
+                    refuse(
+                        cx,
+                        counts,
+                        (DropReason::NoMemory, packets),
+                        Some(&received),
+                        [packet, &[]],
+                    );
                     continue;
                 }
                 accepted += packets;
@@ -188,9 +212,13 @@ fn decide<'t>(
     } = match cx.encapsulation().open(datagram) {
         Ok(inner) => inner,
         Err(reason) => {
-            let packet = datagram.get(cx.encapsulation().header_len()..);
-            let packet = packet.unwrap_or_default();
-            refuse(cx, counts, reason, Some(received), packet);
+            refuse(
+                cx,
+                counts,
+                (reason, 1),
+                Some(received),
+                [inner_of(cx, datagram), &[]],
+            );
             reporter.first_drop(cx.shared, cx.table, reason, source, None);
             return None;
         }
@@ -225,7 +253,7 @@ fn decide<'t>(
             None
         }
         DecapVerdict::Drop(reason) => {
-            refuse(cx, counts, reason, Some(received), packet);
+            refuse(cx, counts, (reason, 1), Some(received), [packet, &[]]);
             reporter.first_drop(cx.shared, cx.table, reason, source, Some(meta.src()));
             None
         }
@@ -268,6 +296,11 @@ fn write_unfinished(
     counts: &mut Counts,
 ) {
     let packets = split.count() as u64;
+    let note = |verdict| {
+        cx.tap.note(Form::Any, || {
+            (seen(cx, received, verdict, packets), [packet])
+        });
+    };
     let takes = limits(cx.shared);
     let whole = match vnet.gso {
         Gso::TcpV4 { .. } | Gso::TcpV6 { .. } => takes.tcp,
@@ -285,10 +318,7 @@ fn write_unfinished(
                 counts.sent += packets;
                 counts.sent_bytes += packet.len() as u64;
                 counts.sent_superpackets += 1;
-                return cx.tap.note(Form::Any, || {
-                    let seen = seen(cx, received, Verdict::Delivered, packets);
-                    (seen, [packet])
-                });
+                return note(Verdict::Delivered);
             }
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 withdraw(cx.shared, vnet.gso, &error);
@@ -296,8 +326,7 @@ fn write_unfinished(
             }
             Err(error) => {
                 let reason = DropReason::of_tun_write(&error);
-                counts.drop(reason, packets - 1);
-                return refuse(cx, counts, reason, received, packet);
+                return refuse(cx, counts, (reason, packets), received, [packet, &[]]);
             }
         }
     }
@@ -332,33 +361,35 @@ fn write_packet(
             counts.sent += 1;
             counts.sent_bytes += (header.len() + payload.len()) as u64;
             cx.tap.note(Form::Any, || {
-                let seen = seen(cx, received, Verdict::Delivered, 1);
-                (seen, [header, payload])
+                (seen(cx, received, Verdict::Delivered, 1), [header, payload])
             });
         }
         Err(error) => {
             let reason = DropReason::of_tun_write(&error);
-            counts.drop(reason, 1);
-            cx.tap.note(Form::Any, || {
-                let seen = seen(cx, received, Verdict::Dropped(reason), 1);
-                (seen, [header, payload])
-            });
+            refuse(cx, counts, (reason, 1), received, [header, payload]);
         }
     }
 }
 
-/// Drops one packet.
+/// Drops packets that are in one place, which may have two parts.
 fn refuse(
     cx: &Context<'_>,
     counts: &mut Counts,
-    reason: DropReason,
+    (reason, packets): (DropReason, u64),
     received: Option<&Received>,
-    packet: &[u8],
+    parts: [&[u8]; 2],
 ) {
-    counts.drop(reason, 1);
+    counts.drop(reason, packets);
     cx.tap.note(Form::Any, || {
-        (seen(cx, received, Verdict::Dropped(reason), 1), [packet])
+        let verdict = Verdict::Dropped(reason);
+        (seen(cx, received, verdict, packets), parts)
     });
+}
+
+/// What a datagram that cannot be opened has in a packet's place.
+fn inner_of<'b>(cx: &Context<'_>, datagram: &'b [u8]) -> &'b [u8] {
+    let header_len = cx.encapsulation().header_len();
+    datagram.get(header_len..).unwrap_or_default()
 }
 
 /// What a capture learns of packets that came with `received`.

@@ -341,15 +341,16 @@ fn note_run(
         tos: run.key().tos,
         packets,
     };
-    let header_len = cx.encapsulation().header_len();
     let segments = pending.planner.segments(run);
+    let header_len = cx.encapsulation().header_len();
     let pieces = segments.filter_map(|idx| {
         let [header, payload] = pending.parts(slots, usize::from(idx));
+        let header = header.get(header_len..).unwrap_or_default();
         let Segment { slot, at, .. } = *pending.segments.get(usize::from(idx))?;
         Some(Piece {
             slot,
             at,
-            header: header.get(header_len..).unwrap_or_default(),
+            header,
             payload,
         })
     });

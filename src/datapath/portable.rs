@@ -119,8 +119,8 @@ impl Portable {
             rules: Rules::new(&shared.settings, shared.clock),
             answerer: Answerer::new(),
             reporter: Reporter::new(),
-            encapsulation: shared.settings.encapsulation,
             tap: Tap::new(&shared.taps, 0),
+            encapsulation: shared.settings.encapsulation,
             buffer: vec![0; BUFFER_LEN],
             encap: Counts::default(),
             decap: Counts::default(),
@@ -177,8 +177,8 @@ struct Path<'a> {
     rules: Rules,
     answerer: Answerer,
     reporter: Reporter,
-    encapsulation: Encapsulation,
     tap: Tap,
+    encapsulation: Encapsulation,
     /// A datagram: a packet, with room for the encapsulation's header in front.
     buffer: Vec<u8>,
     encap: Counts,
@@ -248,10 +248,9 @@ impl Path<'_> {
             Err(_) => return Progress::More,
         };
         counts.read += 1;
-        let header_len = self.encapsulation.header_len();
-        counts.read_bytes += len.saturating_sub(header_len) as u64;
+        let (from, header_len) = (Some(source), self.encapsulation.header_len());
         let datagram = self.buffer.get_mut(..len).unwrap_or_default();
-        let from = Some(source);
+        counts.read_bytes += len.saturating_sub(header_len) as u64;
         let Inner {
             packet,
             meta,
@@ -264,9 +263,8 @@ impl Path<'_> {
                     .first_drop(self.shared, table, reason, source, None);
                 let verdict = Verdict::Dropped(reason);
                 self.tap.note(Form::Any, || {
-                    let packet = datagram.get(header_len..).unwrap_or_default();
-                    let seen = seen(self.shared, Direction::Decap, from, verdict);
-                    (seen, [packet])
+                    let packet = self.buffer.get(header_len..len).unwrap_or_default();
+                    (seen(self.shared, Direction::Decap, from, verdict), [packet])
                 });
                 return Progress::More;
             }
@@ -286,12 +284,15 @@ impl Path<'_> {
                     Some((_, split)) => {
                         // It was read as one packet.
                         counts.read += split.count() as u64 - 1;
-                        let mut verdict = Verdict::Delivered;
                         for i in 0..split.count() {
                             let segment = segment(packet, &split, i, self.shared.sum);
-                            verdict = write(&self.opened.iface, &segment, peer, counts);
+                            let verdict = write(&self.opened.iface, &segment, peer, counts);
+                            self.tap.note(Form::Any, || {
+                                let seen = seen(self.shared, Direction::Decap, from, verdict);
+                                (seen, [segment.as_slice()])
+                            });
                         }
-                        verdict
+                        return Progress::More;
                     }
                 }
             }
@@ -329,32 +330,6 @@ impl Path<'_> {
     }
 }
 
-/// Writes one packet of `peer` to the device.
-fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) -> Verdict {
-    counts.send_calls += 1;
-    match iface.send(packet) {
-        Ok(_) => {
-            counts.sent += 1;
-            counts.sent_bytes += packet.len() as u64;
-            peer.received.fetch_add(1, Ordering::Relaxed);
-            Verdict::Delivered
-        }
-        Err(error) => {
-            let reason = DropReason::of_tun_write(&error);
-            counts.drop(reason, 1);
-            Verdict::Dropped(reason)
-        }
-    }
-}
-
-/// One segment of a superpacket, in a piece.
-fn segment(packet: &[u8], split: &Split, i: usize, sum: SumFn) -> Vec<u8> {
-    let mut segment = vec![0; split.header_len()];
-    split.write_header(packet, i, sum, &mut segment);
-    segment.extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
-    segment
-}
-
 /// What a capture learns of one packet.
 fn seen(
     shared: &Shared,
@@ -381,6 +356,32 @@ const fn told(counts: &mut Counts, answered: bool, reason: DropReason) -> Verdic
         counts.drop(reason, 1);
         Verdict::Dropped(reason)
     }
+}
+
+/// Writes one packet of `peer` to the device.
+fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) -> Verdict {
+    counts.send_calls += 1;
+    match iface.send(packet) {
+        Ok(_) => {
+            counts.sent += 1;
+            counts.sent_bytes += packet.len() as u64;
+            peer.received.fetch_add(1, Ordering::Relaxed);
+            Verdict::Delivered
+        }
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            counts.drop(reason, 1);
+            Verdict::Dropped(reason)
+        }
+    }
+}
+
+/// One segment of a superpacket, in a piece.
+fn segment(packet: &[u8], split: &Split, i: usize, sum: SumFn) -> Vec<u8> {
+    let mut segment = vec![0; split.header_len()];
+    split.write_header(packet, i, sum, &mut segment);
+    segment.extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
+    segment
 }
 
 /// What a failed TUN read means.
