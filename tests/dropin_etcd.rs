@@ -288,6 +288,75 @@ fn iptables_rules_are_the_originals_and_come_back_after_a_flush() {
     assert_eq!(one.stop(), 0);
 }
 
+/// The whole program in the place of the specification's example node.
+#[test]
+fn everything_a_node_writes_is_the_golden_files_to_the_byte() {
+    let env = include_str!("golden/store/subnet-dual.env");
+    let values = include_str!("golden/store/lease-values.jsonl");
+    let config = |nftables: bool| {
+        // 28 bytes of encapsulation leave 1450.
+        format!(
+            r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"2001:cafe:42::/56",
+"EnableNFTables":{nftables},"Backend":{{"Type":"udp","MTU":1478}}}}"#
+        )
+    };
+    // The golden rules are of another IPv6 network.
+    let networks = |golden: &str| golden.replace("fd00:10:244:", "2001:cafe:42:");
+    let cluster = Cluster::new(1, &config(false));
+    // The subnet of the run before is asked for, as after a reboot.
+    cluster.write_env(1, env);
+    let args = ["-ip-masq", "-public-ip=1.2.3.4"];
+    let one = cluster.start(1, &args);
+    assert_eq!(cluster.read_env(1), env);
+    let key = "subnets/10.244.1.0-24&2001:cafe:42:1::-64";
+    assert_eq!(cluster.etcd.keys("subnets/"), [key]);
+    let (value, lease) = cluster.etcd.get(key).unwrap();
+    assert_eq!(Some(value.as_str()), values.lines().next());
+    assert_ne!(lease, 0);
+    for (program, golden) in [
+        (
+            "iptables",
+            include_str!("golden/firewall/list-iptables-v4.txt"),
+        ),
+        (
+            "ip6tables",
+            include_str!("golden/firewall/list-iptables-v6.txt"),
+        ),
+    ] {
+        let listing = [
+            ("nat", "POSTROUTING", "FLANNEL-POSTRTG"),
+            ("filter", "FORWARD", "FLANNEL-FWD"),
+        ]
+        .map(|(table, hook, chain)| {
+            let list = |chain| cluster.exec(1, program, &["-t", table, "-S", chain]);
+            let jumps = list(hook);
+            let jumps = jumps.lines().filter(|line| line.starts_with("-A"));
+            let jumps: String = jumps.map(|line| format!("{line}\n")).collect();
+            jumps + &list(chain)
+        });
+        assert_eq!(listing.concat(), networks(golden), "{program}");
+    }
+    assert_eq!(one.stop(), 0);
+
+    cluster.configure(&config(true));
+    let one = cluster.start(1, &args);
+    assert_eq!(cluster.read_env(1), env);
+    for (table, golden) in [
+        (
+            "ip flannel-ipv4",
+            include_str!("golden/firewall/nft-list-v4.txt"),
+        ),
+        (
+            "ip6 flannel-ipv6",
+            include_str!("golden/firewall/nft-list-v6.txt"),
+        ),
+    ] {
+        let listing = cluster.exec(1, "nft", &[&format!("list table {table}")]);
+        assert_eq!(listing, networks(golden));
+    }
+    assert_eq!(one.stop(), 0);
+}
+
 #[test]
 fn kubernetes_is_refused_by_name_before_anything_is_changed() {
     let cluster = Cluster::new(1, NFT);

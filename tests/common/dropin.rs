@@ -201,8 +201,16 @@ impl Cluster {
         daemon
     }
 
+    pub(crate) fn write_env(&self, node: u8, text: &str) {
+        fs::write(self.env_file(node), text).unwrap();
+    }
+
+    pub(crate) fn read_env(&self, node: u8) -> String {
+        fs::read_to_string(self.env_file(node)).unwrap()
+    }
+
     pub(crate) fn env_value(&self, node: u8, key: &str) -> String {
-        let env = fs::read_to_string(self.env_file(node)).unwrap();
+        let env = self.read_env(node);
         let mut lines = env.lines().filter_map(|line| line.split_once('='));
         let (_, value) = lines.find(|(name, _)| *name == key).unwrap();
         value.to_owned()
