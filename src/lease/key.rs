@@ -83,6 +83,16 @@ impl Subnets {
     pub fn overlaps(&self, other: &Self) -> bool {
         overlap(self.v4, other.v4) || overlap(self.v6, other.v6)
     }
+
+    /// Whether it has more addresses than `other` in some family of both.
+    #[must_use]
+    pub fn is_larger_than(&self, other: &Self) -> bool {
+        larger(self.v4, other.v4) || larger(self.v6, other.v6)
+    }
+}
+
+fn larger<N: OverlayPrefix>(a: Option<N>, b: Option<N>) -> bool {
+    matches!((a, b), (Some(a), Some(b)) if a.len_bits() < b.len_bits())
 }
 
 fn overlap<N: OverlayPrefix>(a: Option<N>, b: Option<N>) -> bool {
