@@ -566,6 +566,31 @@ fn address_that_changes_moves_the_lease_in_the_local_store_too() {
 }
 
 #[test]
+fn external_interface_that_gets_another_name_is_followed() {
+    let node = Node::new(CONFIG);
+    node.ns.ip("route add default via 192.0.2.254 dev eth0");
+    let daemon = node.start(&[]);
+    let env = node.env();
+    for deed in [
+        "link set eth0 down",
+        "link set eth0 name uplink",
+        "link set uplink up",
+        "route replace default via 192.0.2.254 dev uplink",
+    ] {
+        node.ns.ip(deed);
+    }
+    daemon.wait_until("the new name", || {
+        let status = node.status();
+        status["interface"]["name"] == "uplink" && status["ready"] == true
+    });
+    assert_eq!(node.env(), env);
+    let conflicts = || node.status()["conflicts"].clone();
+    daemon.wait_until("calm", || conflicts() == Value::Array(Vec::new()));
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
 fn mtu_of_the_external_interface_that_changes_is_followed_by_subnet_env_and_the_device() {
     let node = Node::new(CONFIG);
     let daemon = node.start(&["--iface", "eth0"]);

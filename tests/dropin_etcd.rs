@@ -6,6 +6,8 @@
 mod dropin;
 #[path = "common/etcd.rs"]
 mod etcd;
+#[path = "common/seeded.rs"]
+mod seeded;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -229,6 +231,72 @@ fn deleted_lease_of_a_dead_node_is_withdrawn_after_the_hold() {
     let peers = || cluster.status(1)["peers"].as_array().unwrap().len();
     one.wait_until("the peer to be withdrawn", || peers() == 0);
     assert_eq!(one.stop(), 0);
+}
+
+#[test]
+fn host_that_left_while_the_daemon_was_down_gets_no_traffic_after_its_start() {
+    let cluster = Cluster::new(2, NFT);
+    let (one, two) = (cluster.start(1, &[]), cluster.start(2, &[]));
+    cluster.reaches(1, 2);
+    let target = cluster.base(2);
+    one.signal(Signal::SIGKILL);
+    drop(one);
+    assert_eq!(two.stop(), 0);
+    let key = cluster.base(2) + "-24";
+    cluster.etcd.delete(&format!("subnets/{key}"), false);
+    let one = cluster.start(1, &[]);
+    assert_eq!(cluster.status(1)["peers"], serde_json::json!([]));
+    let source = cluster.base(1);
+    let ping = format!("-n -q -c3 -i0.2 -W1 -I {source} {target}");
+    cluster.try_exec(1, "ping", &ping);
+    let encap = |what: &str| {
+        let status = cluster.status(1);
+        status["datapath"]["total"]["encap"][what].as_u64()
+    };
+    one.wait_until("the packets to be looked at", || encap("read") >= Some(3));
+    assert_eq!(encap("sent"), Some(0));
+    assert_eq!(one.stop(), 0);
+}
+
+/// `LODEN_ROUNDS` decides how often.
+#[test]
+fn daemons_that_race_for_the_last_free_subnet_never_share_it() {
+    let one_free = r#"{"Network":"198.18.0.0/28","SubnetLen":30,"SubnetMax":"198.18.0.4",
+"Backend":{"Type":"udp"}}"#;
+    let cluster = Cluster::new(2, one_free);
+    let rounds = seeded::seeds(3);
+    for round in rounds.clone() {
+        for node in [1, 2] {
+            cluster.forget_env(node);
+        }
+        cluster.etcd.delete("subnets/", true);
+        let daemons = [1, 2].map(|node| cluster.spawn(node, &[]));
+        let ready = || {
+            daemons
+                .each_ref()
+                .map(|d| d.log().contains("written: ready"))
+        };
+        let refused = || {
+            daemons
+                .each_ref()
+                .map(|d| d.log().contains("out of subnets"))
+        };
+        daemons[0].wait_until("one to have it and one not", || {
+            ready() == refused().map(|refused| !refused)
+        });
+        let keys = cluster.etcd.keys("subnets/");
+        assert_eq!(keys, ["subnets/198.18.0.4-30"], "round {round}");
+        let (value, _) = cluster.etcd.get(&keys[0]).unwrap();
+        let winner = if ready()[0] { 1 } else { 2 };
+        assert!(
+            value.contains(&format!("198.51.100.{winner}\"")),
+            "round {round}: {value}"
+        );
+        for daemon in daemons {
+            daemon.signal(Signal::SIGKILL);
+        }
+    }
+    println!("{} rounds: one winner each", rounds.count());
 }
 
 #[test]
