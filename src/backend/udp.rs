@@ -175,11 +175,14 @@ pub fn device(config: &NetworkConfig, underlay: &Underlay, subnets: &Subnets) ->
     Desired {
         mtu: underlay.mtu,
         tx_queue_len: TX_QUEUE_LEN,
+        mac: None,
+        learning: None,
         addrs: nets(subnets)
             .into_iter()
             .map(|net| IpNet::from(net.network()))
             .collect(),
         networks: networks(config),
+        routed: networks(config),
     }
 }
 
@@ -227,7 +230,9 @@ mod tests {
 
     fn underlay(text: &str, choice: &Choice) -> Result<Underlay, MtuTooSmall> {
         let config = config(text);
-        let crate::config::Backend::Udp(backend) = config.backend.clone();
+        let crate::config::Backend::Udp(backend) = config.backend.clone() else {
+            panic!("{text} is of another backend");
+        };
         Underlay::new(&config, &backend, choice)
     }
 
@@ -326,6 +331,7 @@ mod tests {
         let texts = |nets: &[IpNet]| -> Vec<String> { nets.iter().map(IpNet::to_string).collect() };
         assert_eq!(texts(&device.addrs), ["198.18.3.0/32", "fd00:1:0:3::/128"]);
         assert_eq!(texts(&device.networks), ["198.18.0.0/16", "fd00:1::/48"]);
+        assert_eq!(device.routed, device.networks);
         assert_eq!(device.mtu.get(), 1472);
     }
 

@@ -1,13 +1,16 @@
-//! Owns the lock that keeps a second daemon off the same subnet file. Never waits for it.
+//! Owns the lock that keeps a second daemon off the same subnet file. Never waits for a daemon that runs.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 
 /// Why the subnet file is not ours to write.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +36,11 @@ pub enum LockError {
         source: io::Error,
     },
 }
+
+/// A daemon that was killed while it started a program leaves a child that holds the lock for the moment that the
+/// child takes to become that program; looked at again so often.
+const LEFT_BEHIND: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 fn holder(pid: &str) -> String {
     if pid.is_empty() {
@@ -77,6 +85,7 @@ impl SubnetLock {
             .mode(0o755)
             .create(dir)
             .map_err(failed(dir, "create the directory"))?;
+        let mut left_behind_for = Duration::ZERO;
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -93,6 +102,11 @@ impl SubnetLock {
                     let mut pid = String::new();
                     // Best effort: the message is complete without it.
                     let _unreadable = (&mut file).take(16).read_to_string(&mut pid);
+                    if is_gone(&pid) && left_behind_for < LEFT_BEHIND {
+                        left_behind_for += LOOK_AGAIN;
+                        std::thread::sleep(LOOK_AGAIN);
+                        continue;
+                    }
                     return Err(LockError::Held {
                         subnet_file: subnet_file.to_owned(),
                         pid: pid.trim().to_owned(),
@@ -119,6 +133,12 @@ impl SubnetLock {
             return Ok(lock);
         }
     }
+}
+
+/// Whether the process that wrote its id is known to have ended.
+fn is_gone(pid: &str) -> bool {
+    let pid = pid.trim().parse().map(Pid::from_raw);
+    pid.is_ok_and(|pid| kill(pid, None) == Err(Errno::ESRCH))
 }
 
 impl Drop for SubnetLock {
@@ -167,5 +187,22 @@ mod tests {
         std::os::unix::fs::symlink(&target, dir.path().join(".subnet.env.lock")).unwrap();
         SubnetLock::take(&dir.path().join("subnet.env")).unwrap_err();
         assert_eq!(fs::read_to_string(&target).unwrap(), "data");
+    }
+
+    #[test]
+    fn what_a_killed_daemon_was_about_to_start_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        ended.wait().unwrap();
+        let path = dir.path().join(".subnet.env.lock");
+        fs::write(&path, format!("{}\n", ended.id())).unwrap();
+        let file = File::open(&path).unwrap();
+        let child = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+        let releases = std::thread::spawn(move || {
+            std::thread::sleep(3 * LOOK_AGAIN);
+            drop(child);
+        });
+        SubnetLock::take(&dir.path().join("subnet.env")).unwrap();
+        releases.join().unwrap();
     }
 }
