@@ -75,6 +75,34 @@ impl fmt::Display for Mtu {
     }
 }
 
+/// The number of a VXLAN network, 24 bits (RFC 7348 section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Vni(u32);
+
+impl Vni {
+    /// Takes 0 to 16 777 215; `None` beyond.
+    #[must_use]
+    pub const fn new(number: u32) -> Option<Self> {
+        if number >> 24 == 0 {
+            Some(Self(number))
+        } else {
+            None
+        }
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Vni {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// Bytes of outer headers in front of the inner packet for raw IP-in-UDP: IP header plus 8 bytes of UDP.
 #[must_use]
 pub const fn udp_overhead(underlay: IpAddr) -> u16 {

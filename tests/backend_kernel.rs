@@ -679,3 +679,34 @@ fn network_that_changes_from_vxlan_to_host_gw_node_by_node_stays_connected() {
     }
     connected(&cluster);
 }
+
+#[test]
+fn interface_that_is_removed_and_comes_back_brings_devices_and_routes_back() {
+    for backend in [VXLAN, HOST_GW] {
+        let cluster = Cluster::new(3, V4, backend);
+        cluster.await_ping(1, "198.18.2.2");
+        let before = cluster.state(1);
+        // Node 1's end of the wire; the other end is in the bridge's namespace and goes with it.
+        let (bridge, node) = (Member::Underlay, cluster.lab.netns(Member::Node(1)));
+        cluster.ip(Member::Node(1), "link set eth0 down", 1);
+        cluster.ip(Member::Node(1), "link set eth0 name gone0", 1);
+        cluster.wait_until("word of it", || {
+            !cluster.status(1)["conflicts"]
+                .as_array()
+                .unwrap()
+                .is_empty()
+        });
+        cluster.ip(Member::Node(1), "link del gone0", 1);
+        let made = format!("link add n1 type veth peer name eth0 netns {}", node.name());
+        cluster.ip(bridge, &made, 1);
+        let has_bridge = cluster.run(bridge, "ip", "-o link show type bridge");
+        let name = has_bridge.split(": ").nth(1).unwrap().to_owned();
+        cluster.ip(bridge, &format!("link set n1 master {name} up"), 1);
+        for line in ["addr add 192.0.2.1/24 dev eth0", "link set eth0 up"] {
+            cluster.ip(Member::Node(1), line, 1);
+        }
+        cluster.wait_until("state as before", || cluster.state(1) == before);
+        cluster.await_ping(1, "198.18.2.2");
+        cluster.await_ping(3, "198.18.1.2");
+    }
+}

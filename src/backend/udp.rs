@@ -119,6 +119,7 @@ impl Underlay {
                     routes.extend(nets(&lease.subnets).into_iter().map(|net| PeerRoute {
                         net,
                         addr,
+                        mac: None,
                         ecn: lease.extension.ecn,
                     }))
                 }
@@ -317,6 +318,7 @@ mod tests {
         let route = |net: &str| PeerRoute {
             net: net.parse().unwrap(),
             addr,
+            mac: None,
             ecn: true,
         };
         assert_eq!(routes, [route("198.18.4.0/24"), route("fd00:1:0:4::/64")]);

@@ -12,7 +12,7 @@ use crate::backend::reconcile::{self, Outcome, reconcile};
 use crate::backend::udp::{self, Underlay};
 use crate::config::UdpBackend;
 use crate::datapath::tap::Taps;
-use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
+use crate::datapath::{Datapath, Encapsulation, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
 const EVENTS: usize = 1024;
@@ -53,6 +53,7 @@ impl Tunnel {
             workers: options.workers,
             pin: options.pin,
             device: udp::DEVICE.to_owned(),
+            encapsulation: Encapsulation::Plain,
             bind: underlay.bind,
             mtu: underlay.mtu,
             source_check: udp::source_check(backend),
