@@ -281,7 +281,7 @@ async fn serve(options: &Options) -> Result<(), DaemonError> {
 }
 
 async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), DaemonError> {
-    let _lock = lock::SubnetLock::take(&options.subnet_file)?;
+    let _lock = lock::SubnetLock::take(&options.subnet_file).await?;
     let (scrape, scrapes) = mpsc::channel(SCRAPES);
     let health = Arc::new(Health::default());
     if let Some(addr) = options.health {

@@ -13,11 +13,16 @@ use super::{DaemonError, TrafficOptions};
 use crate::addr::OverlayPrefix;
 use crate::backend::plan::Plan;
 use crate::config::{NetworkConfig, SourcePort, SubnetPool};
+use crate::datapath::lock::{LockError, NameLock};
 use crate::firewall::{
     Admission, Error, Family, FamilyRules, Firewall, Keeper, KeeperStatus, Masquerade, Mode,
     Notrack, Rules, Underlay,
 };
 use crate::lease::Subnets;
+
+/// The name that whoever keeps the traffic rules of a network namespace holds: the chains and tables have fixed names,
+/// so that two daemons would each remove the other's.
+const KEEPS_RULES: &str = "traffic-rules";
 
 /// Where the kernel says that bridged packets pass iptables.
 const BRIDGE_CALLS: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
@@ -28,6 +33,8 @@ pub(super) struct Traffic {
     status: Option<watch::Receiver<KeeperStatus>>,
     /// Dropped last: without it the keeper goes on with what it has.
     _wanted: watch::Sender<Rules>,
+    /// The rules are ours to keep.
+    lock: Option<NameLock>,
     /// What is not as it should be and will not be repaired.
     missing: Option<String>,
 }
@@ -44,6 +51,8 @@ impl Drop for Traffic {
 pub(super) struct Prepared {
     firewall: Result<Firewall, Error>,
     admission: Admission,
+    /// None if another daemon keeps the rules.
+    lock: Option<NameLock>,
 }
 
 /// Looks at the host before anything is opened: changes nothing, except that source ports stay fixed where the
@@ -52,6 +61,7 @@ pub(super) async fn prepare(
     options: &TrafficOptions,
     registration: &mut Registration,
 ) -> Result<Prepared, DaemonError> {
+    let lock = lock(options)?;
     let nftables = registration.config.enable_nftables;
     let mode = if nftables {
         Mode::Nftables
@@ -89,7 +99,35 @@ pub(super) async fn prepare(
     Ok(Prepared {
         firewall,
         admission,
+        lock,
     })
+}
+
+/// Takes the traffic rules of this network namespace for us, or says who has them.
+fn lock(options: &TrafficOptions) -> Result<Option<NameLock>, DaemonError> {
+    let pid = match NameLock::take(KEEPS_RULES) {
+        Ok(lock) => return Ok(Some(lock)),
+        Err(LockError::Held { pid }) => pid,
+        Err(LockError::Io(source)) => {
+            return Err(DaemonError::Process {
+                action: "take the traffic rules of this network namespace",
+                source,
+            });
+        }
+    };
+    let other = format!("another daemon (pid {pid}) keeps the traffic rules of this node");
+    if options.masquerade {
+        return Err(DaemonError::Firewall(format!(
+            "{other}: start this one with --ip-masq=false, or stop the other"
+        )));
+    }
+    if options.forward {
+        tracing::warn!(
+            "{other}: no forward rules for this network: where the node drops what it forwards, accept the network \
+             by a rule of your own"
+        );
+    }
+    Ok(None)
 }
 
 /// Tells how the host's own firewall treats the tunnel, and yields to it where we can.
@@ -141,11 +179,13 @@ impl Traffic {
             keeper: None,
             status: None,
             _wanted: wanted,
+            lock: prepared.lock,
             missing: None,
         };
         let firewall = match prepared.firewall {
-            Ok(firewall) => Arc::new(firewall),
-            Err(_said_before) => return Ok(traffic),
+            Ok(firewall) if traffic.lock.is_some() => Arc::new(firewall),
+            // Both were said before.
+            Ok(_) | Err(_) => return Ok(traffic),
         };
         let mut rules = rules(options, registration, &prepared.admission)
             .map_err(|error| DaemonError::Firewall(error.to_string()))?;

@@ -144,6 +144,7 @@ impl Cluster {
         let status = Command::new("ip")
             .args(["netns", "exec", self.name(node), program])
             .args(args.split(' '))
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status();
         assert!(status.is_ok());
@@ -201,8 +202,22 @@ impl Cluster {
         daemon
     }
 
+    pub(crate) fn write_env(&self, node: u8, text: &str) {
+        fs::write(self.env_file(node), text).unwrap();
+    }
+
+    /// As on a machine that never ran a daemon.
+    pub(crate) fn forget_env(&self, node: u8) {
+        let removed = fs::remove_file(self.env_file(node));
+        assert!(removed.is_ok() || !self.env_file(node).exists());
+    }
+
+    pub(crate) fn read_env(&self, node: u8) -> String {
+        fs::read_to_string(self.env_file(node)).unwrap()
+    }
+
     pub(crate) fn env_value(&self, node: u8, key: &str) -> String {
-        let env = fs::read_to_string(self.env_file(node)).unwrap();
+        let env = self.read_env(node);
         let mut lines = env.lines().filter_map(|line| line.split_once('='));
         let (_, value) = lines.find(|(name, _)| *name == key).unwrap();
         value.to_owned()
