@@ -162,26 +162,31 @@ impl Table {
     /// Builds a table from routes; a peer that `previous` knows under the same address keeps its state.
     #[must_use]
     pub fn build(routes: &[PeerRoute], previous: &Self) -> Self {
-        let mut peers: Vec<Arc<Peer>> = Vec::new();
-        let mut by_name: HashMap<SocketAddr, usize> = HashMap::new();
+        let mut peers: Vec<Arc<Peer>> = Vec::with_capacity(routes.len());
+        let mut by_addr: HashMap<IpAddr, u32> = HashMap::with_capacity(routes.len());
         let mut nets = Vec::with_capacity(routes.len());
         for route in routes {
-            let idx = *by_name.entry(route.addr).or_insert_with(|| {
+            let next = peers.len();
+            let Ok(next_idx) = u32::try_from(next) else {
+                break;
+            };
+            let held = *by_addr.entry(route.addr.ip()).or_insert(next_idx) as usize;
+            let same = |peer: &Arc<Peer>| peer.addr == route.addr;
+            let idx = match peers.get(held) {
+                None => next,
+                Some(peer) if same(peer) => held,
+                // Another port of one address, which no lease can ask for.
+                Some(_) => peers.iter().position(same).unwrap_or(next),
+            };
+            if idx == next {
                 let known = previous
                     .peer_at(route.addr)
                     .filter(|peer| peer.ecn == route.ecn);
-                peers.push(
-                    known.map_or_else(|| Arc::new(Peer::new(route.addr, route.ecn)), Arc::clone),
-                );
-                peers.len() - 1
-            });
+                let new = || Arc::new(Peer::new(route.addr, route.ecn));
+                peers.push(known.map_or_else(new, Arc::clone));
+            }
             nets.push((route.net, idx));
         }
-        let by_addr = peers
-            .iter()
-            .zip(0_u32..)
-            .map(|(peer, idx)| (peer.addr.ip(), idx))
-            .collect();
         Self {
             fib: Fib::build(nets.iter().copied(), peers),
             by_addr,
@@ -255,6 +260,22 @@ mod tests {
         let v6 = Peer::new("[2001:db8::1]:8285".parse().unwrap(), false);
         assert_eq!(v6.learn_path_mtu(68, clock), Mtu::new(1280));
         assert_eq!(v6.max_inner(clock), Mtu::new(1232));
+    }
+
+    #[test]
+    fn ports_of_one_address_are_peers_of_their_own() {
+        let routes = [
+            route("198.18.1.0/24", "192.0.2.1:8285", true),
+            route("198.18.2.0/24", "192.0.2.1:8286", true),
+            route("198.18.3.0/24", "192.0.2.1:8286", true),
+            route("198.18.4.0/24", "192.0.2.1:8285", true),
+        ];
+        let table = Table::build(&routes, &Table::default());
+        assert_eq!(table.fib.hops().len(), 2);
+        for (n, port) in [(1, 8285), (2, 8286), (3, 8286), (4, 8285)] {
+            let addr = std::net::Ipv4Addr::new(198, 18, n, 1).into();
+            assert_eq!(table.fib.lookup(addr).unwrap().1.addr.port(), port);
+        }
     }
 
     #[test]
