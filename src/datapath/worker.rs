@@ -161,7 +161,7 @@ impl Worker {
                 }
                 _ => {}
             }
-            let table: &Table = reader.load();
+            let table = shared.table(&mut reader);
             let context = Context {
                 queue: &queue,
                 socket: &socket,
