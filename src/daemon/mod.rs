@@ -16,6 +16,7 @@ mod backoff;
 mod hold;
 mod lock;
 mod news;
+mod publication;
 mod register;
 mod renewal;
 mod session;

@@ -1,6 +1,7 @@
 //! Owns the run loop for as long as one lease is held: what the store, the kernel, the workers, the clock and
 //! status clients say, one thing at a time. All state of the session has this one owner.
 
+use std::fmt::Display;
 use std::future::pending;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use tokio::time::{sleep_until, timeout};
 use super::backoff::Backoff;
 use super::hold::Hold;
 use super::news::sentence;
+use super::publication::Publication;
 use super::register::{self, Registration};
 use super::renewal::{End, Held, Order, keep};
 use super::status;
@@ -26,7 +28,7 @@ use crate::iface::{self, Choice};
 use crate::lease::{Lease, LeaseDelta, LeaseSet, Subnets};
 use crate::store::env_file::SubnetEnv;
 use crate::store::{Cause, LeaseStore, LostTo, Problem, StoreEvent};
-use crate::telemetry::rate_limit::RateLimit;
+use crate::telemetry::rate_limit::{Allowance, RateLimit};
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.
 const FIRST_PEERS: Duration = Duration::from_secs(1);
@@ -43,6 +45,9 @@ const RESYNC: Duration = Duration::from_secs(10);
 
 /// Repeated log lines about the same thing are this far apart.
 const LOG_EVERY: Duration = Duration::from_secs(60);
+
+/// Lines about single leases in that time; thousands may be wrong at once.
+const LEASE_LINES: u32 = 20;
 
 /// Problems of the store that are remembered for status.
 const MAX_PROBLEMS: usize = 64;
@@ -75,6 +80,8 @@ pub(super) struct Session {
     pub(super) moved: Option<String>,
     /// Deleted leases whose routes live on for a moment.
     pub(super) hold: Hold,
+    /// When the workers get the next table.
+    pub(super) publication: Publication,
     pub(super) traffic: Option<Traffic>,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
@@ -82,6 +89,7 @@ pub(super) struct Session {
     blackhole_at: Option<Instant>,
     pub(super) counts: Counts,
     log: RateLimit<String>,
+    lease_lines: Allowance,
 }
 
 /// What a session has seen.
@@ -122,6 +130,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             choose_at: None,
             moved: None,
             hold: Hold::default(),
+            publication: Publication::new(self.store.progress(), now),
             traffic: None,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
@@ -133,6 +142,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 repairs: 0,
             },
             log: RateLimit::new(LOG_EVERY),
+            lease_lines: Allowance::new(LEASE_LINES, LOG_EVERY),
         };
         match timeout(FIRST_PEERS, events.recv()).await {
             Ok(Some(event)) => {
@@ -143,6 +153,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let routes = session.routes();
         let opened = Tunnel::open(self.options, &session.registration, self.kernel, &routes);
         session.tunnel = Some(opened.await?);
+        session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
         session.traffic = Some(started.await?);
@@ -193,13 +204,16 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             };
             let choose_at = session.choose_at.unwrap_or(wake_at);
             let hold_ends = session.hold.next();
+            let publish_at = session.publication.due();
             let blackhole_at = session.blackhole_at;
             self.health.set(session.missing(&held));
             tokio::select! {
                 event = events.recv(), if !store_ended => match event {
                     Some(event) => {
                         if session.apply(event) {
-                            session.publish();
+                            session.publication.want();
+                        } else {
+                            session.publication.unaffected(Instant::now());
                         }
                     }
                     None => {
@@ -232,8 +246,11 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 () = sleep_until(hold_ends.unwrap_or(wake_at).into()), if hold_ends.is_some() => {
                     let over = session.hold.over(Instant::now());
                     if session.take(over) {
-                        session.publish();
+                        session.publication.want();
                     }
+                }
+                () = sleep_until(publish_at.unwrap_or(wake_at).into()), if publish_at.is_some() => {
+                    session.publish();
                 }
                 () = sleep_until(blackhole_at.unwrap_or(wake_at).into()), if blackhole_at.is_some() => {
                     self.keep_blackhole(&mut session).await;
@@ -341,6 +358,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         match opened.await {
             Ok(tunnel) => {
                 session.tunnel = Some(tunnel);
+                session.publication.started(Instant::now());
                 session.down = None;
                 session.backoff.succeeded(Instant::now());
                 session.look_at = Instant::now() + RESYNC;
@@ -355,6 +373,7 @@ impl Session {
     /// Takes news from the store in; whether any peer is concerned.
     fn apply(&mut self, event: StoreEvent) -> bool {
         let now = Instant::now();
+        self.publication.taken(now);
         self.counts.store_events += 1;
         self.counts.store_heard = now;
         let (deltas, problems) = match event {
@@ -398,7 +417,7 @@ impl Session {
             tracing::debug!(?change, "peer");
         }
         for refused in &applied.refused {
-            tracing::warn!("{refused}");
+            self.log_lease(refused);
         }
         !applied.changes.is_empty()
     }
@@ -423,25 +442,34 @@ impl Session {
     }
 
     fn publish(&mut self) {
+        if self.tunnel.is_none() {
+            self.publication.put_off();
+            return;
+        }
+        let begun = Instant::now();
         let routes = self.routes();
         if let Some(tunnel) = &self.tunnel {
             tunnel.publish(&routes);
         }
+        self.publication.published(begun, Instant::now());
     }
 
     /// The forwarding table of the peers as they are now.
     fn routes(&mut self) -> Vec<PeerRoute> {
         let (routes, unreachable) = self.registration.underlay.routes(self.peers.leases());
         let unreachable: Vec<Lease> = unreachable.into_iter().cloned().collect();
-        for lease in unreachable
-            .iter()
-            .filter(|lease| !self.unreachable.contains(lease))
-        {
-            tracing::warn!(
+        let before = std::mem::take(&mut self.unreachable);
+        // Both are in the order of their keys, and there may be thousands.
+        let was_told = |lease: &Lease| {
+            let at = before.binary_search_by(|known| known.subnets.cmp(&lease.subnets));
+            at.ok().and_then(|at| before.get(at)) == Some(lease)
+        };
+        for lease in unreachable.iter().filter(|lease| !was_told(lease)) {
+            self.log_lease(&format_args!(
                 "lease {} publishes no address of the family of {}: its packets have no route",
                 lease.subnets,
                 self.registration.underlay.bind.ip()
-            );
+            ));
         }
         self.unreachable = unreachable;
         routes
@@ -513,6 +541,18 @@ impl Session {
         let wait = self.reopen_at.saturating_duration_since(now);
         tracing::error!("tunnel is down: {why}: opening it again in {wait:?}");
         self.down = Some(why.to_owned());
+    }
+
+    /// A few lines about leases a minute; `loden status` has them all.
+    fn log_lease(&mut self, text: &dyn Display) {
+        if self.lease_lines.allow(Instant::now()) {
+            tracing::warn!("{text}");
+        } else {
+            self.log_limited(
+                "more leases are not used than the log has room for: `loden status` lists them"
+                    .to_owned(),
+            );
+        }
     }
 
     /// At most one line per text and minute.
