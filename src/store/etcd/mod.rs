@@ -30,6 +30,7 @@ mod extension;
 mod failure;
 mod keys;
 mod news;
+mod problems;
 mod settings;
 mod view;
 mod watch;

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::extension;
 use super::keys::{Keys, Meaning};
+use super::problems::Problems;
 use crate::lease::{Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
 use crate::store::{Cause, LEASE_TTL};
 
@@ -73,7 +74,7 @@ pub(super) struct View {
     extensions: BTreeMap<Subnets, (i64, LeaseExtension)>,
     /// Every key where leases are, good or bad, with the revision of its last change.
     stored: BTreeMap<Vec<u8>, i64>,
-    problems: BTreeMap<String, Cause>,
+    problems: Problems,
     /// Whether a record may be orphaned.
     orphans: bool,
 }
@@ -86,7 +87,7 @@ impl View {
             records: BTreeMap::new(),
             extensions: BTreeMap::new(),
             stored: BTreeMap::new(),
-            problems: BTreeMap::new(),
+            problems: Problems::new(),
             orphans: false,
         }
     }
@@ -148,7 +149,7 @@ impl View {
         at: Position,
         now: Now,
     ) -> BTreeMap<String, Cause> {
-        let before = std::mem::take(&mut self.problems);
+        self.problems.restart();
         let known = std::mem::take(&mut self.stored);
         let mut records = std::mem::take(&mut self.records);
         self.extensions.clear();
@@ -187,7 +188,7 @@ impl View {
             };
             self.problems.insert(self.keys.subnets().to_owned(), cause);
         }
-        fresh(&self.problems, &before)
+        self.problems.fresh()
     }
 
     /// Takes over changes, in their order; returns what that means and what is newly wrong.
@@ -196,7 +197,6 @@ impl View {
         changes: impl IntoIterator<Item = Change<'a>>,
         now: Now,
     ) -> (Vec<LeaseDelta>, BTreeMap<String, Cause>) {
-        let before = self.problems.clone();
         let mut touched: Vec<Subnets> = Vec::new();
         for change in changes {
             let key = match change {
@@ -225,7 +225,7 @@ impl View {
                 .map_or(LeaseDelta::Delete(*subnets), LeaseDelta::Put)
         };
         let deltas = touched.iter().map(delta).collect();
-        (deltas, fresh(&self.problems, &before))
+        (deltas, self.problems.fresh())
     }
 
     /// The store's history is known up to `revision`.
@@ -368,17 +368,6 @@ impl View {
 /// node its addresses.
 fn replaces(at: &Subnets, record: &Record, orphan_at: &Subnets, orphan: &Record) -> bool {
     at.overlaps(orphan_at) || record.attrs.node() == orphan.attrs.node()
-}
-
-/// What is wrong now and was not, or was otherwise.
-fn fresh(
-    now: &BTreeMap<String, Cause>,
-    before: &BTreeMap<String, Cause>,
-) -> BTreeMap<String, Cause> {
-    now.iter()
-        .filter(|&(subject, cause)| before.get(subject) != Some(cause))
-        .map(|(subject, cause)| (subject.clone(), cause.clone()))
-        .collect()
 }
 
 /// A key as text of bounded length, which a terminal can show.
