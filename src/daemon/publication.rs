@@ -17,7 +17,7 @@ const LEAST_REST: Duration = Duration::from_millis(2);
 
 /// The longest, far below the second in which a change has to be in effect: also where a table took long only
 /// because the processor was taken away.
-const MOST_REST: Duration = Duration::from_millis(250);
+const MOST_REST: Duration = Duration::from_millis(100);
 
 /// Buckets for the lag and for the making of a table.
 const BOUNDS: &[Duration] = &[
