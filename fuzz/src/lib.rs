@@ -1,8 +1,12 @@
 //! Owns what each fuzz target asserts, one file per target with one `run`. Never needs libFuzzer, so that
 //! `tests/fuzz_replay.rs` runs the committed corpora on every build.
 
+pub mod capture_filter;
+pub mod capture_record;
 pub mod checksum;
+pub mod cni;
 pub mod coalesce;
+pub mod flags;
 pub mod fragment;
 pub mod gso_plan;
 pub mod icmp_error;
@@ -20,8 +24,12 @@ pub type Target = fn(&[u8]);
 
 /// Every target by the name it has in `fuzz_targets` and `corpus`.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("capture_filter", capture_filter::run),
+    ("capture_record", capture_record::run),
     ("checksum", checksum::run),
+    ("cni", cni::run),
     ("coalesce", coalesce::run),
+    ("flags", flags::run),
     ("fragment", fragment::run),
     ("gso_plan", gso_plan::run),
     ("icmp_error", icmp_error::run),

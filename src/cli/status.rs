@@ -23,6 +23,13 @@ pub struct StatusArgs {
     #[arg(long)]
     json: bool,
 
+    #[command(flatten)]
+    at: SocketArgs,
+}
+
+/// Which daemon is asked.
+#[derive(Debug, Args)]
+pub(super) struct SocketArgs {
     /// The daemon's status socket [default: the one beside the subnet file]
     #[arg(long, value_name = "PATH", value_parser = socket_path, conflicts_with = "subnet_file")]
     socket: Option<PathBuf>,
@@ -32,12 +39,18 @@ pub struct StatusArgs {
     subnet_file: PathBuf,
 }
 
+impl SocketArgs {
+    /// Its socket.
+    pub(super) fn path(&self) -> PathBuf {
+        match &self.socket {
+            Some(path) => path.clone(),
+            None => socket::beside(&self.subnet_file),
+        }
+    }
+}
+
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
-    let path = match &args.socket {
-        Some(path) => path.clone(),
-        None => socket::beside(&args.subnet_file),
-    };
-    let answer = socket::ask(&path, Request::Status)?;
+    let answer = socket::ask(&args.at.path(), &Request::Status)?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&answer)?)
     } else {
@@ -236,6 +249,7 @@ fn drops(page: &mut Page, drops: &Value) {
     }
     page.blank();
     let mut title = "drops";
+    let any = !happened.is_empty();
     for drop in happened {
         let line = format!(
             "{}: {} encap, {} decap: {}",
@@ -248,6 +262,9 @@ fn drops(page: &mut Page, drops: &Value) {
     }
     let not: Vec<String> = not.iter().map(|drop| plain(&drop["reason"])).collect();
     page.section(title, &format!("none by {}", not.join(", ")));
+    if any {
+        page.section("", "each is explained under its name in docs/debugging.md");
+    }
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -391,6 +408,7 @@ mod tests {
             "18446744073",
             "UDP GSO given up: EIO",
             "no_route: 3 encap, 0 decap: check that a lease exists",
+            "explained under its name in docs/debugging.md",
             "it overlaps our own",
             "route 198.18.9.0/24 on eth1",
         ] {

@@ -39,11 +39,12 @@ use crate::backend::udp::MtuTooSmall;
 use crate::config::NetworkConfig;
 use crate::datapath::{EngineKind, OpenError};
 use crate::debug::socket::{Asked, Server};
+use crate::file::FileError;
 use crate::firewall::ResyncInterval;
 use crate::iface::{NoInterface, Wanted};
 use crate::netlink::Netlink;
 use crate::shutdown::Shutdown;
-use crate::store::env_file::{EnvFileError, PreviousEnv};
+use crate::store::env_file::PreviousEnv;
 use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
 use crate::store::{EtcdStore, LeaseStore, LocalStore, StoreError};
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
@@ -167,8 +168,10 @@ pub enum DaemonError {
     #[error("cannot start the workers: {0}: raise the limit on threads (ulimit -u, pids.max)")]
     Workers(io::Error),
     /// `subnet.env` cannot be written or read.
-    #[error("{0}: make it a writable regular file, or give another --subnet-file")]
-    EnvFile(#[from] EnvFileError),
+    #[error(
+        "{0}: make it a writable regular file, with room to write it, or give another --subnet-file"
+    )]
+    EnvFile(#[from] FileError),
 }
 
 /// Runs the agent until SIGTERM or SIGINT.

@@ -78,6 +78,8 @@ pub(super) struct Session {
     choose_at: Option<Instant>,
     /// How the external interface differs from what was registered, if it does.
     pub(super) moved: Option<String>,
+    /// Why `subnet.env` does not say what it should, if it does not.
+    pub(super) env_behind: Option<String>,
     /// Deleted leases whose routes live on for a moment.
     pub(super) hold: Hold,
     /// When the workers get the next table.
@@ -129,6 +131,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             look_at: now + RESYNC,
             choose_at: None,
             moved: None,
+            env_behind: None,
             hold: Hold::default(),
             publication: Publication::new(self.store.progress(), now),
             traffic: None,
@@ -170,6 +173,16 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut env = session.env();
         env.ip_masq = self.options.traffic.masquerade;
         Ok(env.write(&self.options.subnet_file)?)
+    }
+
+    /// Writes `subnet.env` under a running session, which does without it until it can be written.
+    fn update_env(&self, session: &mut Session) {
+        let error = self.write_env(session).err().map(|e| e.to_string());
+        match &error {
+            Some(error) => session.log_limited(error.clone()),
+            None => tracing::info!("{} written anew", self.options.subnet_file.display()),
+        }
+        session.env_behind = error;
     }
 
     /// A daemon without its status socket is worse than one with it, and better than none.
@@ -234,9 +247,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
                 Some(asked) = self.asked.recv() => {
-                    let document = status::document(self, &session, held.expires.get()).await;
+                    let answer = status::answer(self, &session, &held, asked.request).await;
                     // The client may have given up.
-                    let _gone = asked.answer.send(document);
+                    let _gone = asked.answer.send(answer);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);
@@ -259,10 +272,15 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     session.choose_at = None;
                     self.compare_interface(&mut session).await;
                 }
-                () = sleep_until(wake_at.into()) => match session.tunnel {
-                    Some(_) => session.look(self.kernel).await,
-                    None => self.reopen(&mut session).await,
-                },
+                () = sleep_until(wake_at.into()) => {
+                    match session.tunnel {
+                        Some(_) => session.look(self.kernel).await,
+                        None => self.reopen(&mut session).await,
+                    }
+                    if session.env_behind.is_some() {
+                        self.update_env(&mut session);
+                    }
+                }
             }
         }
     }
@@ -333,8 +351,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let resized = underlay.mtu != registration.underlay.mtu;
         registration.choice = now;
         registration.underlay = underlay;
-        if resized && let Err(error) = self.write_env(session) {
-            tracing::error!("{error}");
+        if resized {
+            self.update_env(session);
         }
         session.tunnel = None;
         session.reopen_at = Instant::now();
@@ -438,6 +456,7 @@ impl Session {
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
+        missing.extend(self.env_behind.clone());
         missing
     }
 

@@ -14,7 +14,10 @@ use super::traffic::Traffic;
 use super::tunnel::Tunnel;
 use crate::backend::kernel::{Kernel, Link};
 use crate::backend::udp;
+use crate::datapath::tap::filter::Filter;
+use crate::datapath::tap::{MAX_SNAP_LEN, Wanted};
 use crate::datapath::{self, DropReason};
+use crate::debug::socket::{Answer, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
 use crate::telemetry::metrics::{Snapshot, Watch};
@@ -93,10 +96,58 @@ struct DropDocument {
     encap: u64,
     decap: u64,
     remedy: &'static str,
+    /// Where it is explained.
+    document: &'static str,
+}
+
+/// What a client of the status socket gets.
+pub(super) async fn answer<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+    request: Request,
+) -> Answer {
+    match request {
+        Request::Status => Answer::Document(document(daemon, session, held.expires.get()).await),
+        Request::Capture {
+            filter,
+            snap_len,
+            segments,
+        } => {
+            let begun = capture(session, &filter, snap_len, segments);
+            begun.unwrap_or_else(|why| Answer::error(&why))
+        }
+    }
+}
+
+/// Begins a capture on the data plane that is open now; it ends with it.
+fn capture(
+    session: &Session,
+    filter: &str,
+    snap_len: usize,
+    segments: bool,
+) -> Result<Answer, String> {
+    let tunnel = session.tunnel.as_ref().ok_or_else(|| {
+        let why = session.down.as_deref().unwrap_or("not opened yet");
+        format!("the tunnel is down, so there is nothing to capture: {why}")
+    })?;
+    let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+    let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
+    let wanted = Wanted {
+        filter,
+        snap_len: snap_len.min(MAX_SNAP_LEN),
+        segments,
+    };
+    let capture = taps.capture(wanted).map_err(|e| e.to_string())?;
+    let origin = serde_json::json!({
+        "device": tunnel.device,
+        "bind": session.registration.underlay.bind,
+    });
+    Ok(Answer::Capture(origin, capture))
 }
 
 /// The daemon at this moment.
-pub(super) async fn document<S: LeaseStore, K: Kernel>(
+async fn document<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     expires: Option<SystemTime>,
@@ -136,6 +187,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
             .iter()
             .map(ToString::to_string)
             .chain(session.moved.clone())
+            .chain(session.env_behind.clone())
             .collect(),
         drops: drops(&datapath.total),
         datapath,
@@ -257,6 +309,7 @@ fn drops(total: &datapath::status::Worker) -> Vec<DropDocument> {
         encap: count(&total.encap, reason),
         decap: count(&total.decap, reason),
         remedy: reason.remedy(),
+        document: reason.document(),
     };
     DropReason::ALL.iter().map(drop).collect()
 }

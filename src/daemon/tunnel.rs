@@ -10,6 +10,7 @@ use super::{DaemonError, Options};
 use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::reconcile::{self, Outcome, reconcile};
 use crate::backend::udp;
+use crate::datapath::tap::Taps;
 use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
@@ -100,6 +101,10 @@ impl Tunnel {
         if let Some(datapath) = &self.datapath {
             datapath.publish(routes);
         }
+    }
+
+    pub(super) fn taps(&self) -> Option<&Taps> {
+        self.datapath.as_ref().map(Datapath::taps)
     }
 
     pub(super) fn status(&self) -> Status {

@@ -22,6 +22,7 @@ use super::report::Reporter;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::{Context, Progress};
 use crate::offload::coalesce::{Coalescer, HEAD_LEN, Limits, PacketRef, Superpacket, Write};
 use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN};
@@ -88,14 +89,20 @@ impl Decap {
         for &packet in accepted.iter() {
             // As many fit as were accepted: both have the same capacity.
             if coalescer.push(packet, bytes_of).is_err() {
-                counts.drop(DropReason::NoMemory, 1);
+                let received = receive.entry(packet.buf);
+                refuse(cx, counts, DropReason::NoMemory, received, bytes_of(packet));
             }
         }
         for write in coalescer.writes() {
             match write {
-                Write::Packet(packet) => write_packet(gather, cx, bytes_of(packet), counts),
+                Write::Packet(packet) => {
+                    let received = receive.entry(packet.buf);
+                    write_packet(gather, cx, received, bytes_of(packet), counts);
+                }
                 Write::Superpacket(superpacket) => {
-                    write_superpacket(gather, cx, superpacket, bytes_of, counts);
+                    let first = superpacket.packets().next();
+                    let received = first.and_then(|packet| receive.entry(packet.buf));
+                    write_superpacket(gather, cx, received, superpacket, bytes_of, counts);
                 }
             }
         }
@@ -112,14 +119,14 @@ impl Decap {
         for (buf, (received, bytes)) in (0_u16..).zip(self.receive.entries()) {
             if received.truncated {
                 counts.read += 1;
-                counts.drop(DropReason::Truncated, 1);
+                refuse(cx, counts, DropReason::Truncated, Some(&received), bytes);
                 continue;
             }
             counts.read_bytes += bytes.len() as u64;
             counts.read_superpackets += u64::from(received.stride < received.len);
             if bytes.is_empty() {
                 counts.read += 1;
-                counts.drop(DropReason::TooShort, 1);
+                refuse(cx, counts, DropReason::TooShort, Some(&received), bytes);
             }
             let stride = received.stride.max(1);
             let (mut accepted, mut from) = (0, None);
@@ -128,7 +135,7 @@ impl Decap {
                 let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, packet);
                 let Some((peer, len)) = verdict else { continue };
                 if self.accepted.len() == self.accepted.capacity() {
-                    counts.drop(DropReason::NoMemory, 1);
+                    refuse(cx, counts, DropReason::NoMemory, Some(&received), packet);
                     continue;
                 }
                 accepted += 1;
@@ -160,7 +167,7 @@ fn decide<'t>(
     let outer = received.source;
     let Ok(meta) = ip::parse(packet) else {
         let reason = DropReason::of_unparsed(packet.len());
-        counts.drop(reason, 1);
+        refuse(cx, counts, reason, Some(received), packet);
         reporter.first_drop(cx.shared, cx.table, reason, outer, None);
         return None;
     };
@@ -170,13 +177,18 @@ fn decide<'t>(
     {
         DecapVerdict::Deliver(peer) => Some((peer, meta.total_len())),
         DecapVerdict::Answer(peer, kind, reason) => {
-            outbox
-                .slow
-                .answer_remotely(cx, counts, (kind, reason), packet, &meta, peer);
+            outbox.slow.answer_remotely(
+                cx,
+                counts,
+                (kind, reason),
+                packet,
+                &meta,
+                (peer, received.tos),
+            );
             None
         }
         DecapVerdict::Drop(reason) => {
-            counts.drop(reason, 1);
+            refuse(cx, counts, reason, Some(received), packet);
             reporter.first_drop(cx.shared, cx.table, reason, outer, Some(meta.src()));
             None
         }
@@ -194,7 +206,13 @@ fn limits(shared: &Shared) -> Limits {
 }
 
 /// Writes one packet as it came.
-fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &mut Counts) {
+fn write_packet(
+    gather: &mut Gather,
+    cx: &Context<'_>,
+    received: Option<&Received>,
+    packet: &[u8],
+    counts: &mut Counts,
+) {
     let mut gathered = gather.start();
     if cx.shared.tun_caps.vnet_hdr {
         gathered.push(&[0; VNET_HDR_LEN]);
@@ -205,8 +223,40 @@ fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &m
         Ok(_) => {
             counts.sent += 1;
             counts.sent_bytes += packet.len() as u64;
+            cx.tap.note(Form::Any, || {
+                (seen(cx, received, Verdict::Delivered, 1), [packet])
+            });
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            refuse(cx, counts, reason, received, packet);
+        }
+    }
+}
+
+/// Drops one packet.
+fn refuse(
+    cx: &Context<'_>,
+    counts: &mut Counts,
+    reason: DropReason,
+    received: Option<&Received>,
+    packet: &[u8],
+) {
+    counts.drop(reason, 1);
+    cx.tap.note(Form::Any, || {
+        (seen(cx, received, Verdict::Dropped(reason), 1), [packet])
+    });
+}
+
+/// What a capture learns of packets that came with `received`.
+fn seen(cx: &Context<'_>, received: Option<&Received>, verdict: Verdict, packets: u64) -> Seen {
+    Seen {
+        direction: Direction::Decap,
+        verdict,
+        outer: received.map(|received| received.source),
+        local_port: cx.shared.bind().port(),
+        tos: received.map_or(0, |received| received.tos),
+        packets,
     }
 }
 
@@ -214,6 +264,7 @@ fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &m
 fn write_superpacket<'b>(
     gather: &mut Gather,
     cx: &Context<'_>,
+    received: Option<&Received>,
     superpacket: Superpacket<'_>,
     bytes_of: impl Fn(PacketRef) -> &'b [u8],
     counts: &mut Counts,
@@ -228,20 +279,42 @@ fn write_superpacket<'b>(
         gathered.push(bytes_of(payload));
     }
     counts.send_calls += 1;
+    let tap = |verdict| {
+        let seen = |packets| seen(cx, received, verdict, packets);
+        cx.tap.note(Form::Whole, || {
+            let head = head.get(VNET_HDR_LEN..head_len).unwrap_or_default();
+            let payloads = superpacket
+                .payloads()
+                .map(|payload| -> &[u8] { bytes_of(payload) });
+            (seen(packets), std::iter::once(head).chain(payloads))
+        });
+        for packet in superpacket.packets() {
+            cx.tap.note(Form::Segment, || (seen(1), [bytes_of(packet)]));
+        }
+    };
     match cx.queue.write(gathered) {
         Ok(_) => {
             counts.sent += packets;
             counts.sent_bytes += superpacket.packet_len() as u64;
             counts.sent_superpackets += 1;
+            if cx.tap.is_on() {
+                tap(Verdict::Delivered);
+            }
         }
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             withdraw(cx.shared, superpacket.vnet_hdr().gso, &error);
             counts.replays += 1;
             for packet in superpacket.packets() {
-                write_packet(gather, cx, bytes_of(packet), counts);
+                write_packet(gather, cx, received, bytes_of(packet), counts);
             }
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), packets),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            counts.drop(reason, packets);
+            if cx.tap.is_on() {
+                tap(Verdict::Dropped(reason));
+            }
+        }
     }
 }
 

@@ -24,6 +24,12 @@ macro_rules! drop_reasons {
                 match self { $(Self::$variant => $name,)* }
             }
 
+            /// Where it is explained: a heading that keeps its name.
+            #[must_use]
+            pub const fn document(self) -> &'static str {
+                match self { $(Self::$variant => concat!("docs/debugging.md#", $name),)* }
+            }
+
             /// One line: what an operator does about it.
             #[must_use]
             pub const fn remedy(self) -> &'static str {

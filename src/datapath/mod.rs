@@ -17,6 +17,7 @@ pub mod slow_path;
 pub mod stats;
 pub mod status;
 pub mod table;
+pub mod tap;
 pub mod worker;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

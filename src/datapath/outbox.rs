@@ -16,14 +16,16 @@
 use std::io;
 
 use super::drop::DropReason;
-use super::slow_path::{SlowPath, sent};
+use super::slow_path::{SlowPath, note, sent};
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::run::Piece;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::Context;
 use crate::offload::gso::{Planner, Run, RunKey, RunLimits};
 use crate::offload::split::{MAX_HEADER_LEN, Split};
 use crate::sys::mmsg::{Entry, SendBatch};
-use crate::underlay::{SOURCE_PORTS, UdpCaps};
+use crate::underlay::{SOURCE_PORTS, UdpCaps, UnderlaySocket};
 
 /// Segments held before a flush: four 64 KiB superpackets of 1400-byte segments, five times over.
 const MAX_SEGMENTS: usize = 1024;
@@ -173,6 +175,11 @@ impl Outbox {
             };
             if !self.pending.push(to, segment) {
                 counts.drop(DropReason::NoMemory, 1);
+                let payload = slots.slot(slot).get(payload).unwrap_or_default();
+                cx.tap.note(Form::Any, || {
+                    let no_memory = Seen::dropped(Direction::Encap, DropReason::NoMemory, 1);
+                    (no_memory, [payload])
+                });
             }
         }
     }
@@ -199,6 +206,11 @@ impl Outbox {
             },
         ) {
             counts.drop(DropReason::NoMemory, 1);
+            let packet = slots.slot(slot).get(..len).unwrap_or_default();
+            cx.tap.note(Form::Any, || {
+                let no_memory = Seen::dropped(Direction::Encap, DropReason::NoMemory, 1);
+                (no_memory, [packet])
+            });
         }
     }
 
@@ -266,14 +278,17 @@ fn send_runs(
                     for (run, peer) in entries.iter().skip(from).take(count).flatten() {
                         sent(peer, run.count() as u64, run.bytes() as usize, counts);
                         counts.sent_superpackets += u64::from(run.count() > 1);
+                        note_run(pending, cx, slots, (run, peer, fd), Verdict::Sent);
                     }
                     from += count;
                     retried = false;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    for (run, _) in entries.iter().skip(from).flatten() {
-                        counts.drop(DropReason::SocketFull, run.count() as u64);
+                    let full = DropReason::SocketFull;
+                    for (run, peer) in entries.iter().skip(from).flatten() {
+                        counts.drop(full, run.count() as u64);
+                        note_run(pending, cx, slots, (run, peer, fd), Verdict::Dropped(full));
                     }
                     break;
                 }
@@ -289,6 +304,40 @@ fn send_runs(
             }
         }
     }
+}
+
+/// Shows a run to captures: segment by segment, and as what the segments were cut from.
+#[inline]
+fn note_run(
+    pending: &Pending,
+    cx: &Context<'_>,
+    slots: &impl Slots,
+    (run, peer, socket): (&Run, &Peer, &UnderlaySocket),
+    verdict: Verdict,
+) {
+    if !cx.tap.is_on() {
+        return;
+    }
+    let seen = |packets| Seen {
+        direction: Direction::Encap,
+        verdict,
+        outer: Some(peer.addr),
+        local_port: socket.addr().port(),
+        tos: run.key().tos,
+        packets,
+    };
+    let segments = pending.planner.segments(run);
+    let pieces = segments.filter_map(|idx| {
+        let [header, payload] = pending.parts(slots, usize::from(idx));
+        let Segment { slot, at, .. } = *pending.segments.get(usize::from(idx))?;
+        Some(Piece {
+            slot,
+            at,
+            header,
+            payload,
+        })
+    });
+    cx.tap.note_run(seen, pieces);
 }
 
 /// Finds a final outcome for each packet of a run the kernel refused.
@@ -321,13 +370,18 @@ fn settle(
         match outcome {
             Ok(()) => {
                 sent(peer, 1, parts[0].len() + parts[1].len(), counts);
+                note(cx, peer, to, Verdict::Sent, parts);
                 went = true;
             }
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
                 slow.oversize(cx, counts, peer, to, parts);
                 too_big = true;
             }
-            Err(error) => counts.drop(DropReason::of_send(&error), 1),
+            Err(error) => {
+                let reason = DropReason::of_send(&error);
+                counts.drop(reason, 1);
+                note(cx, peer, to, Verdict::Dropped(reason), parts);
+            }
         }
     }
     // Singles that went where the run did not: the run was the problem, not its size.

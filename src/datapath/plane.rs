@@ -15,6 +15,7 @@ use super::shared::{Shared, TABLE_TAKE_BOUNDS, Withdrawable, WorkerCounts};
 use super::stats::Counts;
 use super::status::{self, Status};
 use super::table::{Clock, Table};
+use super::tap::Taps;
 use super::worker::Worker;
 use super::{EngineKind, Event, OpenError, PeerRoute, Settings, SourcePort};
 use crate::route::Publisher;
@@ -252,6 +253,12 @@ impl Datapath {
         }
     }
 
+    /// Where captures begin.
+    #[must_use]
+    pub fn taps(&self) -> &Taps {
+        &self.shared.taps
+    }
+
     /// Stops the workers after they finish the burst in hand, joins them, closes everything.
     pub fn stop(self) {
         drop(self);
@@ -311,6 +318,7 @@ impl Shared {
             udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
             table_takes: Histogram::new(TABLE_TAKE_BOUNDS),
+            taps: Arc::new(Taps::new(workers)),
             answers_as_self: AtomicBool::new(false),
             device_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),

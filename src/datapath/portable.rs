@@ -21,6 +21,7 @@ use super::report::Reporter;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::{Peer, Table};
+use super::tap::{Direction, Form, Seen, Tap, Verdict};
 use super::worker::Progress;
 use super::{Event, OpenError};
 use crate::route::Reader;
@@ -119,6 +120,7 @@ impl Portable {
             ),
             answerer: Answerer::new(),
             reporter: Reporter::new(),
+            tap: Tap::new(&shared.taps, 0),
             buffer: vec![0; BUFFER_LEN],
             encap: Counts::default(),
             decap: Counts::default(),
@@ -142,6 +144,7 @@ impl Portable {
                 path.decap.wakeups += 1;
             }
             let table = shared.table(&mut reader);
+            path.tap.begin();
             for _ in 0..ROUNDS {
                 let tun = if gone {
                     Progress::Drained
@@ -174,6 +177,7 @@ struct Path<'a> {
     rules: Rules,
     answerer: Answerer,
     reporter: Reporter,
+    tap: Tap,
     buffer: Vec<u8>,
     encap: Counts,
     decap: Counts,
@@ -193,25 +197,35 @@ impl Path<'_> {
         let packet = self.buffer.get_mut(..len).unwrap_or_default();
         let Ok(meta) = ip::parse(packet) else {
             counts.drop(DropReason::Malformed, 1);
+            let verdict = Verdict::Dropped(DropReason::Malformed);
+            self.tap.note(Form::Any, || {
+                (
+                    seen(self.shared, Direction::Encap, None, verdict),
+                    [&*packet],
+                )
+            });
             return Progress::More;
         };
-        match self.rules.encap(table, packet, &meta, packet.len()) {
+        let (verdict, to) = match self.rules.encap(table, packet, &meta, packet.len()) {
             EncapVerdict::Send { peer, .. } | EncapVerdict::Fragment { peer, .. } => {
-                send(&self.opened.socket, packet, peer, counts);
+                let verdict = send(&self.opened.socket, packet, peer, counts);
+                (verdict, Some(peer.addr))
             }
             EncapVerdict::Answer(kind, reason) => {
                 let built =
                     self.answerer
                         .build_local(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
-                if answered {
-                    counts.answered += 1;
-                } else {
-                    counts.drop(reason, 1);
-                }
+                (told(counts, answered, reason), None)
             }
-            EncapVerdict::Drop(reason) => counts.drop(reason, 1),
-        }
+            EncapVerdict::Drop(reason) => {
+                counts.drop(reason, 1);
+                (Verdict::Dropped(reason), None)
+            }
+        };
+        self.tap.note(Form::Any, || {
+            (seen(self.shared, Direction::Encap, to, verdict), [&*packet])
+        });
         Progress::More
     }
 
@@ -228,11 +242,20 @@ impl Path<'_> {
         counts.read += 1;
         counts.read_bytes += len as u64;
         let packet = self.buffer.get_mut(..len).unwrap_or_default();
+        let from = Some(outer);
         let Ok(meta) = ip::parse(packet) else {
-            counts.drop(DropReason::of_unparsed(len), 1);
+            let reason = DropReason::of_unparsed(len);
+            counts.drop(reason, 1);
+            let verdict = Verdict::Dropped(reason);
+            self.tap.note(Form::Any, || {
+                (
+                    seen(self.shared, Direction::Decap, from, verdict),
+                    [&*packet],
+                )
+            });
             return Progress::More;
         };
-        match self.rules.decap(table, packet, &meta, outer.ip(), 0) {
+        let verdict = match self.rules.decap(table, packet, &meta, outer.ip(), 0) {
             DecapVerdict::Deliver(peer) => {
                 counts.send_calls += 1;
                 match self.opened.iface.send(packet) {
@@ -240,8 +263,13 @@ impl Path<'_> {
                         counts.sent += 1;
                         counts.sent_bytes += len as u64;
                         peer.received.fetch_add(1, Ordering::Relaxed);
+                        Verdict::Delivered
                     }
-                    Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+                    Err(error) => {
+                        let reason = DropReason::of_tun_write(&error);
+                        counts.drop(reason, 1);
+                        Verdict::Dropped(reason)
+                    }
                 }
             }
             DecapVerdict::Answer(peer, kind, reason) => {
@@ -250,19 +278,50 @@ impl Path<'_> {
                         .build_remote(self.shared, &self.rules, kind, packet, &meta);
                 let answered = built
                     .is_some_and(|answer| self.opened.socket.send_to(answer, peer.addr).is_ok());
-                if answered {
-                    counts.answered += 1;
-                } else {
-                    counts.drop(reason, 1);
-                }
+                told(counts, answered, reason)
             }
             DecapVerdict::Drop(reason) => {
                 counts.drop(reason, 1);
                 self.reporter
                     .first_drop(self.shared, table, reason, outer, Some(meta.src()));
+                Verdict::Dropped(reason)
             }
-        }
+        };
+        self.tap.note(Form::Any, || {
+            (
+                seen(self.shared, Direction::Decap, from, verdict),
+                [&*packet],
+            )
+        });
         Progress::More
+    }
+}
+
+/// What a capture learns of one packet.
+fn seen(
+    shared: &Shared,
+    direction: Direction,
+    outer: Option<SocketAddr>,
+    verdict: Verdict,
+) -> Seen {
+    Seen {
+        direction,
+        verdict,
+        outer,
+        local_port: outer.map_or(0, |_| shared.bind().port()),
+        tos: 0,
+        packets: 1,
+    }
+}
+
+/// Counts a packet whose sender was told, or could not be.
+const fn told(counts: &mut Counts, answered: bool, reason: DropReason) -> Verdict {
+    if answered {
+        counts.answered += 1;
+        Verdict::Answered(reason)
+    } else {
+        counts.drop(reason, 1);
+        Verdict::Dropped(reason)
     }
 }
 
@@ -278,8 +337,8 @@ pub(super) fn after_tun_read(error: &io::Error) -> Progress {
 }
 
 /// Sends one packet; a pending error of an earlier datagram is told once instead, so once more.
-fn send(socket: &UdpSocket, packet: &[u8], peer: &Peer, counts: &mut Counts) {
-    let mut failed = None;
+fn send(socket: &UdpSocket, packet: &[u8], peer: &Peer, counts: &mut Counts) -> Verdict {
+    let mut reason = DropReason::Rejected;
     for _ in 0..2 {
         counts.send_calls += 1;
         match socket.send_to(packet, peer.addr) {
@@ -287,12 +346,11 @@ fn send(socket: &UdpSocket, packet: &[u8], peer: &Peer, counts: &mut Counts) {
                 counts.sent += 1;
                 counts.sent_bytes += packet.len() as u64;
                 peer.sent.fetch_add(1, Ordering::Relaxed);
-                return;
+                return Verdict::Sent;
             }
-            Err(error) => failed = Some(error),
+            Err(error) => reason = DropReason::of_send(&error),
         }
     }
-    if let Some(error) = failed {
-        counts.drop(DropReason::of_send(&error), 1);
-    }
+    counts.drop(reason, 1);
+    Verdict::Dropped(reason)
 }

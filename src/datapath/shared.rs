@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::stats::SharedCounts;
 use super::table::{Clock, Peer, RETRY_AFTER_MS, Table};
+use super::tap::Taps;
 use super::{Event, Settings, status};
 use crate::route::Reader;
 use crate::sys::mmsg::QueuedError;
@@ -120,6 +122,8 @@ pub struct Shared {
     pub counts: Vec<WorkerCounts>,
     /// How long workers stood still to take a new table.
     pub table_takes: Histogram,
+    /// Where captures reach the workers.
+    pub taps: Arc<Taps>,
     /// The kernel takes IPv4 packets from the device that come from an address of this node, so our answers
     /// to local senders may name us (`accept_local`, Documentation/networking/ip-sysctl.rst).
     pub answers_as_self: AtomicBool,

@@ -9,6 +9,7 @@ use super::drop::DropReason;
 use super::outbox::Destination;
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::Context;
 use crate::addr::Mtu;
 use crate::offload::vnet_hdr::VNET_HDR_LEN;
@@ -65,9 +66,18 @@ impl SlowPath {
             gathered.push(answer);
             cx.queue.write(gathered).is_ok()
         });
+        let verdict = if answered {
+            Verdict::Answered(reason)
+        } else {
+            Verdict::Dropped(reason)
+        };
         let answered = u64::from(answered);
         counts.answered += answered;
         counts.drop(reason, packets - answered);
+        cx.tap.note(Form::Any, || {
+            let seen = Seen::dropped(Direction::Encap, reason, packets);
+            (Seen { verdict, ..seen }, [packet])
+        });
     }
 
     /// Tells the remote sender of `packet`, through `peer`, why it does not go on.
@@ -78,12 +88,26 @@ impl SlowPath {
         (kind, reason): (IcmpError, DropReason),
         packet: &[u8],
         meta: &IpMeta,
-        peer: &Peer,
+        (peer, tos): (&Peer, u8),
     ) {
+        let note = |verdict| {
+            cx.tap.note(Form::Any, || {
+                let seen = Seen {
+                    direction: Direction::Decap,
+                    verdict,
+                    outer: Some(peer.addr),
+                    local_port: cx.shared.bind().port(),
+                    tos,
+                    packets: 1,
+                };
+                (seen, [packet])
+            });
+        };
         let Some(answer) = self
             .answerer
             .build_remote(cx.shared, cx.rules, kind, packet, meta)
         else {
+            note(Verdict::Dropped(reason));
             return counts.drop(reason, 1);
         };
         let socket = cx.shared.socket(0, cx.socket);
@@ -95,8 +119,14 @@ impl SlowPath {
             [answer, &[]],
             counts,
         ) {
-            Ok(()) => counts.answered += 1,
-            Err(_) => counts.drop(reason, 1),
+            Ok(()) => {
+                counts.answered += 1;
+                note(Verdict::Answered(reason));
+            }
+            Err(_) => {
+                counts.drop(reason, 1);
+                note(Verdict::Dropped(reason));
+            }
         }
     }
 
@@ -130,7 +160,9 @@ impl SlowPath {
             self.scratch.get_mut(..header.len() + payload.len()),
         ) else {
             // The kernel said "too big" and not for what size: nothing can be told.
-            return counts.drop(DropReason::TooBig, 1);
+            counts.drop(DropReason::TooBig, 1);
+            let verdict = Verdict::Dropped(DropReason::TooBig);
+            return note(cx, peer, to, verdict, [header, payload]);
         };
         let (front, back) = packet.split_at_mut(header.len());
         front.copy_from_slice(header);
@@ -147,7 +179,11 @@ impl SlowPath {
                 let kind = IcmpError::PacketTooBig { mtu };
                 self.answer_locally(cx, counts, (kind, DropReason::TooBig), packet, &meta, 1);
             }
-            Err(_) => counts.drop(DropReason::Malformed, 1),
+            Err(_) => {
+                counts.drop(DropReason::Malformed, 1);
+                let verdict = Verdict::Dropped(DropReason::Malformed);
+                note(cx, peer, to, verdict, [header, payload]);
+            }
         }
         self.scratch = scratch;
     }
@@ -163,7 +199,9 @@ impl SlowPath {
         max_len: Mtu,
     ) {
         let Ok(fragments) = Fragments::plan(packet, max_len) else {
-            return counts.drop(DropReason::TooBig, 1);
+            counts.drop(DropReason::TooBig, 1);
+            let verdict = Verdict::Dropped(DropReason::TooBig);
+            return note(cx, peer, to, verdict, [packet, &[]]);
         };
         let mut header = [0; ipv4::MAX_HEADER_LEN];
         for i in 0..fragments.count() {
@@ -173,11 +211,14 @@ impl SlowPath {
             let head = header.get(..piece.header_len).unwrap_or_default();
             let body = packet.get(piece.payload).unwrap_or_default();
             if let Err(error) = self.send(cx, counts, peer, to, [head, body]) {
-                return counts.drop(DropReason::of_send(&error), 1);
+                let reason = DropReason::of_send(&error);
+                counts.drop(reason, 1);
+                return note(cx, peer, to, Verdict::Dropped(reason), [packet, &[]]);
             }
             counts.fragments += 1;
         }
         sent(peer, 1, packet.len(), counts);
+        note(cx, peer, to, Verdict::Fragmented, [packet, &[]]);
     }
 }
 
@@ -185,6 +226,21 @@ impl Default for SlowPath {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Shows one packet on its way to `peer` to captures.
+pub fn note(cx: &Context<'_>, peer: &Peer, to: Destination, verdict: Verdict, parts: [&[u8]; 2]) {
+    cx.tap.note(Form::Any, || {
+        let seen = Seen {
+            direction: Direction::Encap,
+            verdict,
+            outer: Some(peer.addr),
+            local_port: cx.shared.socket(to.socket, cx.socket).addr().port(),
+            tos: to.tos,
+            packets: 1,
+        };
+        (seen, parts)
+    });
 }
 
 /// Counts packets of `bytes` inner bytes that went to `peer`.

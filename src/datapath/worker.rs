@@ -19,6 +19,7 @@ use super::outbox::Outbox;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Table;
+use super::tap::Tap;
 use super::{Event, forward::Rules};
 use crate::route::Reader;
 use crate::sys::mmsg;
@@ -54,6 +55,8 @@ pub struct Context<'a> {
     pub rules: &'a Rules,
     /// What all workers share.
     pub shared: &'a Shared,
+    /// Where captures see what becomes of the packets.
+    pub tap: &'a Tap,
 }
 
 impl Context<'_> {
@@ -144,6 +147,7 @@ impl Worker {
         let mut outbox = Outbox::new(&shared.udp_caps);
         let mut encap = Encap::new(&shared);
         let mut decap = Decap::new(&shared);
+        let tap = Tap::new(&shared.taps, idx);
         let (mut encap_counts, mut decap_counts) = (Counts::default(), Counts::default());
         let mut events = Events::with_capacity(16);
         let (mut tun_ready, mut socket_ready) = (true, true);
@@ -162,12 +166,14 @@ impl Worker {
                 _ => {}
             }
             let table = shared.table(&mut reader);
+            tap.begin();
             let context = Context {
                 queue: &queue,
                 socket: &socket,
                 table,
                 rules: &rules,
                 shared: &shared,
+                tap: &tap,
             };
             for event in &events {
                 match event.token() {

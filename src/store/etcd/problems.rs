@@ -1,4 +1,4 @@
-//! Owns what is wrong with the keys of a store, and what of that is news. Never decides what is wrong.
+//! Owns what is wrong with the keys of a store, and what of that is news or solved. Never decides what is wrong.
 
 use std::collections::BTreeMap;
 
@@ -43,12 +43,23 @@ impl Problems {
         }
     }
 
-    /// What is wrong now and was not, or was otherwise, when this was asked last.
+    /// This is still wrong, as it was before everything was forgotten.
+    pub(super) fn keep(&mut self, subject: &str) {
+        if let Some(Some(was)) = self.before.get(subject) {
+            self.now.insert(subject.to_owned(), was.clone());
+        }
+    }
+
+    /// What is wrong now and was not, or was otherwise, when this was asked last; and what is solved since.
     pub(super) fn fresh(&mut self) -> BTreeMap<String, Cause> {
         let touched = std::mem::take(&mut self.before).into_iter();
         let fresh = touched.filter_map(|(subject, was)| {
-            let cause = self.now.get(&subject)?;
-            (was.as_ref() != Some(cause)).then(|| (subject, cause.clone()))
+            let cause = match (self.now.get(&subject), was) {
+                (Some(now), was) if was.as_ref() != Some(now) => now.clone(),
+                (None, Some(_solved)) => Cause::Solved,
+                (Some(_) | None, _) => return None,
+            };
+            Some((subject, cause))
         });
         fresh.collect()
     }
@@ -83,7 +94,7 @@ mod tests {
             steps in proptest::collection::vec(step(), 0..60)
         ) {
             let mut problems = Problems::new();
-            let (mut now, mut copy) = (BTreeMap::new(), BTreeMap::new());
+            let (mut now, mut copy): (BTreeMap<String, Cause>, BTreeMap<String, Cause>) = Default::default();
             for step in steps {
                 match step {
                     Step::Insert(subject, cause) => {
@@ -102,6 +113,9 @@ mod tests {
                     Step::Ask => {
                         let mut news = now.clone();
                         news.retain(|subject, cause| copy.get(subject) != Some(cause));
+                        for subject in copy.keys().filter(|subject| !now.contains_key(*subject)) {
+                            news.insert(subject.clone(), Cause::Solved);
+                        }
                         prop_assert_eq!(problems.fresh(), news);
                         copy = now.clone();
                     }

@@ -140,7 +140,7 @@ impl View {
         record.orphaned.is_none().then_some(&record.attrs)
     }
 
-    /// Takes over a complete listing; returns what is newly wrong.
+    /// Takes over a complete listing; returns what is newly wrong or solved.
     ///
     /// Leases that it lacks are gone, unless the store has lost its data: then they are kept for [`GRACE`].
     pub(super) fn replace<'a>(
@@ -187,11 +187,13 @@ impl View {
                 grace: GRACE,
             };
             self.problems.insert(self.keys.subnets().to_owned(), cause);
+        } else if self.orphans {
+            self.problems.keep(self.keys.subnets());
         }
         self.problems.fresh()
     }
 
-    /// Takes over changes, in their order; returns what that means and what is newly wrong.
+    /// Takes over changes, in their order; returns what that means and what is newly wrong or solved.
     pub(super) fn apply<'a>(
         &mut self,
         changes: impl IntoIterator<Item = Change<'a>>,
@@ -235,10 +237,13 @@ impl View {
         }
     }
 
-    /// Gives up on the leases whose nodes have not come back in time.
-    pub(super) fn expire_orphans(&mut self, monotonic: Duration) -> Vec<LeaseDelta> {
+    /// Gives up on the leases whose nodes have not come back in time; returns what that means and what is solved.
+    pub(super) fn expire_orphans(
+        &mut self,
+        monotonic: Duration,
+    ) -> (Vec<LeaseDelta>, BTreeMap<String, Cause>) {
         if !self.orphans {
-            return Vec::new();
+            return (Vec::new(), BTreeMap::new());
         }
         let over = |record: &Record| record.orphaned.is_some_and(|until| until <= monotonic);
         let gone: Vec<Subnets> = self
@@ -254,7 +259,11 @@ impl View {
             .records
             .values()
             .any(|record| record.orphaned.is_some());
-        gone.into_iter().map(LeaseDelta::Delete).collect()
+        if !self.orphans {
+            self.problems.remove(self.keys.subnets());
+        }
+        let deltas = gone.into_iter().map(LeaseDelta::Delete).collect();
+        (deltas, self.problems.fresh())
     }
 
     /// Takes over one key; returns the orphans whose place it takes.

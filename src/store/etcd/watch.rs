@@ -384,8 +384,9 @@ impl Watcher {
 
     fn expire_orphans(&mut self) {
         let monotonic = self.now().monotonic;
-        let deltas = self.view.expire_orphans(monotonic);
+        let (deltas, found) = self.view.expire_orphans(monotonic);
         self.news.changed(deltas, self.view.len());
+        self.news.found(found);
     }
 
     /// Waits before the next attempt, and hands on what there is meanwhile.
