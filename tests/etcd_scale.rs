@@ -98,6 +98,31 @@ fn every_change_of_hundreds_of_leases_arrives_in_both_daemons() {
 }
 
 #[test]
+fn lag_ends_whatever_else_is_written_to_the_store() {
+    let cluster = Cluster::new(1, CONFIG);
+    let one = spawn(&cluster, 1);
+    await_ready(&cluster, 1, &one);
+    let figure = |name: &str| series(&cluster.http(1, "/metrics").1, name).unwrap();
+    for round in 0..3 {
+        // A bad key that is told once, one that stays as it was, and keys of others.
+        for key in ["/coreos.com/network/subnets/none", "/elsewhere"] {
+            cluster.etcd.ctl(&["put", key, "x"]);
+        }
+        let lease = format!("/coreos.com/network/subnets/198.18.77.{}-29", 8 * round);
+        cluster.etcd.ctl(&["put", &lease, dropin::GOLDEN_VALUE]);
+        one.wait_until("the peer", || figure("loden_peers ") > f64::from(round));
+        cluster.etcd.ctl(&["put", "/elsewhere", "y"]);
+        one.wait_until("the end of the lag", || {
+            figure("loden_watch_revisions_behind ") == 0.0
+                && figure("loden_watch_oldest_seconds ") == 0.0
+        });
+        let events = figure("loden_store_events_total ");
+        assert_eq!(figure("loden_watch_lag_seconds_count "), events);
+    }
+    assert_eq!(one.stop(), 0);
+}
+
+#[test]
 #[ignore = "takes minutes of a quiet machine and a release build: scripts/soak etcd-scale"]
 fn goals_for_five_thousand_leases_are_met() {
     let figures = measure(&Size {

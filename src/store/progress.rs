@@ -66,6 +66,15 @@ impl Progress {
         });
     }
 
+    /// Everything up to this revision has arrived, and none of it waits to be handed on.
+    pub fn nothing_waits(&self, revision: i64) {
+        self.state(|state| {
+            state.arrived = revision;
+            state.newest = state.newest.max(revision);
+            state.waiting = None;
+        });
+    }
+
     /// There is no news up to this revision beside what has arrived.
     pub fn complete_to(&self, revision: i64) {
         self.state(|state| {
@@ -171,6 +180,16 @@ mod tests {
         progress.store_is_at(8);
         assert_eq!(progress.revisions_behind(), 5);
         progress.complete_to(8);
+        assert_eq!(progress.revisions_behind(), 0);
+    }
+
+    #[test]
+    fn news_that_came_to_nothing_leaves_no_lag() {
+        let (progress, start) = (Progress::default(), Instant::now());
+        progress.news(3, start);
+        assert_eq!(progress.oldest(start + ms(5)), ms(5));
+        progress.nothing_waits(4);
+        assert_eq!(progress.oldest(start + ms(9)), Duration::ZERO);
         assert_eq!(progress.revisions_behind(), 0);
     }
 

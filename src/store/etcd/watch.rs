@@ -327,8 +327,7 @@ impl Watcher {
             return;
         };
         self.progress.store_is_at(store_at);
-        self.progress
-            .news(last.mod_revision(), Instant::now().into_std());
+        let heard = Instant::now().into_std();
         if let Some(own) = self.inner.own(|own| own.clone()) {
             let key = self.inner.keys.lease(&own.subnets);
             for change in &changes {
@@ -350,6 +349,11 @@ impl Watcher {
         self.view.advance(last.mod_revision());
         self.news.changed(deltas, self.view.len());
         self.news.found(found);
+        if self.news.is_empty() {
+            self.progress.nothing_waits(last.mod_revision());
+        } else {
+            self.progress.news(last.mod_revision(), heard);
+        }
     }
 
     /// Asks whether our lease is still ours if what we see of it is not.
