@@ -271,7 +271,8 @@ fn pods_that_come_at_the_same_time_get_addresses_of_their_own() {
 /// The long form is `scripts/soak cni`.
 #[test]
 fn cycles_of_add_and_del_leak_nothing() {
-    let cycles = std::env::var("LODEN_CNI_CYCLES").map_or(10, |text| text.parse().unwrap());
+    let cycles = std::env::var_os("LODEN_CNI_CYCLES");
+    let cycles = cycles.map_or(10, |text| text.to_str().unwrap().parse().unwrap());
     let node = Node::with_env();
     let conf = node.conf("0.3.1");
     for cycle in 0..cycles {

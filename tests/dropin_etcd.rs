@@ -289,13 +289,13 @@ fn iptables_rules_are_the_originals_and_come_back_after_a_flush() {
 }
 
 #[test]
-fn kubernetes_is_refused_by_name_before_anything_is_changed() {
+fn a_command_line_that_makes_no_sense_is_refused_before_anything_is_changed() {
     let cluster = Cluster::new(1, NFT);
     let output = cluster.command(1, &["-kube-subnet-mgr"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(
-        text.contains("--kube-subnet-mgr is not available"),
+        text.contains("POD_NAME and POD_NAMESPACE must be set"),
         "{text}"
     );
     assert!(cluster.etcd.keys("subnets/").is_empty());

@@ -100,6 +100,20 @@ impl NetworkConfig {
     ///
     /// The first key that is wrong, by name.
     pub fn parse(text: &[u8]) -> Result<Self, ConfigError> {
+        Self::read(text, false)
+    }
+
+    /// Likewise for a network whose subnets somebody else assigns: whatever lies in the network, whatever its
+    /// length. The keys about subnets are of no account.
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`](Self::parse).
+    pub fn parse_assigned(text: &[u8]) -> Result<Self, ConfigError> {
+        Self::read(text, true)
+    }
+
+    fn read(text: &[u8], assigned: bool) -> Result<Self, ConfigError> {
         if text.len() > MAX_CONFIG_LEN {
             return Err(ConfigError::TooLarge { len: text.len() });
         }
@@ -109,11 +123,11 @@ impl NetworkConfig {
         let ipv6 = pool::Draft::<Ipv6Net>::read(&document)?;
         let ipv4 = flag(ENABLE_IPV4)?
             .unwrap_or(true)
-            .then(|| ipv4.validate())
+            .then(|| ipv4.pool(assigned))
             .transpose()?;
         let ipv6 = flag(ENABLE_IPV6)?
             .unwrap_or(false)
-            .then(|| ipv6.validate())
+            .then(|| ipv6.pool(assigned))
             .transpose()?;
         if ipv4.is_none() && ipv6.is_none() {
             return Err(ConfigError::NoFamily);

@@ -46,7 +46,8 @@ use crate::netlink::Netlink;
 use crate::shutdown::Shutdown;
 use crate::store::env_file::PreviousEnv;
 use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
-use crate::store::{EtcdStore, LeaseStore, LocalStore, StoreError};
+use crate::store::kube::{KubeSettings, KubeSettingsError};
+use crate::store::{EtcdStore, KubeStore, LeaseStore, LocalStore, StoreError};
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 
 use session::Ended;
@@ -69,6 +70,8 @@ pub enum StoreOptions {
     Local(PathBuf),
     /// In etcd.
     Etcd(EtcdSettings),
+    /// In the Node objects of Kubernetes.
+    Kube(KubeSettings),
 }
 
 /// The node's traffic rules, as far as the command line decides.
@@ -136,6 +139,9 @@ pub enum DaemonError {
     /// The options for etcd contradict each other, or name files that cannot be read.
     #[error(transparent)]
     Etcd(#[from] EtcdSettingsError),
+    /// The options for Kubernetes, or the credentials for it, cannot be used.
+    #[error(transparent)]
+    Kube(#[from] KubeSettingsError),
     /// The traffic rules that were asked for cannot be put in place.
     #[error("traffic rules: {0}")]
     Firewall(String),
@@ -220,6 +226,7 @@ pub fn network_config(options: &Options) -> Result<NetworkConfig, DaemonError> {
         Ok(match &options.store {
             StoreOptions::Local(dir) => ask(LocalStore::new(dir)).await?,
             StoreOptions::Etcd(settings) => ask(EtcdStore::new(settings.clone())?).await?,
+            StoreOptions::Kube(settings) => ask(KubeStore::new(settings.clone()).await?).await?,
         })
     });
     runtime.shutdown_background();
@@ -248,6 +255,9 @@ async fn serve(options: &Options) -> Result<(), DaemonError> {
         StoreOptions::Local(dir) => serve_with(options, LocalStore::new(dir)).await,
         StoreOptions::Etcd(settings) => {
             serve_with(options, EtcdStore::new(settings.clone())?).await
+        }
+        StoreOptions::Kube(settings) => {
+            serve_with(options, KubeStore::new(settings.clone()).await?).await
         }
     }
 }

@@ -19,6 +19,8 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a node is, for as long as it holds its lease.
 pub(super) struct Registration {
+    /// What the command line says of the external interface, and the store where that says nothing.
+    pub(super) wanted: Wanted,
     pub(super) config: NetworkConfig,
     pub(super) backend: UdpBackend,
     pub(super) choice: Choice,
@@ -38,8 +40,14 @@ pub(super) async fn register(
     let config = patiently("network configuration", || store.network_config()).await?;
     warn_about(&config);
     let Backend::Udp(backend) = config.backend.clone();
-    let snapshot = look(kernel, wanted).await?;
-    let (choice, candidates) = choose(&snapshot, wanted, &config)?;
+    let set = patiently("node's public IPs", || store.public_ips()).await?;
+    let wanted = Wanted {
+        public_ip: wanted.public_ip.or(set.0),
+        public_ipv6: wanted.public_ipv6.or(set.1),
+        ..wanted.clone()
+    };
+    let snapshot = look(kernel, &wanted).await?;
+    let (choice, candidates) = choose(&snapshot, &wanted, &config)?;
     let underlay = Underlay::new(&config, &backend, &choice)?;
     let request = AcquireRequest {
         attrs: underlay.attrs.clone(),
@@ -64,6 +72,7 @@ pub(super) async fn register(
         tracing::warn!("{conflict}");
     }
     Ok(Registration {
+        wanted,
         config,
         backend,
         choice,

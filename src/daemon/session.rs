@@ -219,7 +219,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             let hold_ends = session.hold.next();
             let publish_at = session.publication.due();
             let blackhole_at = session.blackhole_at;
-            self.health.set(session.missing(&held));
+            let missing = session.missing(&held);
+            self.store.report(&missing);
+            self.health.set(missing);
             tokio::select! {
                 event = events.recv(), if !store_ended => match event {
                     Some(event) => {
@@ -288,13 +290,17 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
     /// Follows the external interface: where its address, MTU or name is another one now, the lease says so and
     /// the tunnel is opened anew. Without any interface everything stays as it is until there is one.
     async fn compare_interface(&self, session: &mut Session) {
-        let wanted = &self.options.wanted;
-        let Ok(snapshot) = register::look(self.kernel, wanted).await else {
+        let wanted = session.registration.wanted.clone();
+        let Ok(snapshot) = register::look(self.kernel, &wanted).await else {
             return;
         };
         let registration = &session.registration;
         let was = registration.choice.clone();
-        let decision = iface::choose(&snapshot, wanted, udp::stack(&registration.config, wanted));
+        let decision = iface::choose(
+            &snapshot,
+            &wanted,
+            udp::stack(&registration.config, &wanted),
+        );
         let moved = match decision.choice {
             Ok(now) => {
                 let moved = self.follow(session, &was, now).err();
@@ -418,6 +424,11 @@ impl Session {
             if problem.cause == Cause::Solved {
                 tracing::info!("{problem}");
                 continue;
+            }
+            if problem.cause == Cause::Overwritten {
+                // The keeper lives as long as the session.
+                let attrs = self.registration.lease.attrs.clone();
+                let _ended = self.orders.send(Order::Publish(attrs));
             }
             self.log_limited(problem.to_string());
             if self.problems.len() >= MAX_PROBLEMS {

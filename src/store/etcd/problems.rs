@@ -25,6 +25,11 @@ impl Problems {
         self.now.is_empty()
     }
 
+    /// Whether anything is wrong with this.
+    pub(super) fn concern(&self, subject: &str) -> bool {
+        self.now.contains_key(subject)
+    }
+
     pub(super) fn insert(&mut self, subject: String, cause: Cause) {
         let was = self.now.insert(subject.clone(), cause);
         self.before.entry(subject).or_insert(was);
