@@ -112,18 +112,16 @@ impl Underlay {
         &self,
         leases: impl Iterator<Item = &'a Lease>,
     ) -> (Vec<PeerRoute>, Vec<&'a Lease>) {
-        let mut routes = Vec::new();
+        let mut routes = Vec::with_capacity(leases.size_hint().0);
         let mut unreachable = Vec::new();
         for lease in leases {
             match self.endpoint_of(&lease.attrs) {
-                Some(addr) => {
-                    routes.extend(nets(&lease.subnets).into_iter().map(|net| PeerRoute {
-                        net,
-                        addr,
-                        mac: None,
-                        ecn: lease.extension.ecn,
-                    }))
-                }
+                Some(addr) => routes.extend(each_net(&lease.subnets).map(|net| PeerRoute {
+                    net,
+                    addr,
+                    mac: None,
+                    ecn: lease.extension.ecn,
+                })),
                 None => unreachable.push(lease),
             }
         }
@@ -145,8 +143,12 @@ pub fn endpoint(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
 /// The subnets of a lease in both families.
 #[must_use]
 pub fn nets(subnets: &Subnets) -> Vec<IpNet> {
+    each_net(subnets).collect()
+}
+
+fn each_net(subnets: &Subnets) -> impl Iterator<Item = IpNet> + use<> {
     let v4 = subnets.v4().map(IpNet::V4);
-    v4.into_iter().chain(subnets.v6().map(IpNet::V6)).collect()
+    v4.into_iter().chain(subnets.v6().map(IpNet::V6))
 }
 
 /// The overlay networks of both families.

@@ -122,7 +122,10 @@ fn render(answer: &Value) -> String {
         );
         page.section("device", &text);
     }
-    let own = at("/backend") == "udp";
+    watch(&mut page, answer);
+    let own = at("/datapath/workers")
+        .as_array()
+        .is_some_and(|all| !all.is_empty());
     if own {
         data_plane(&mut page, answer);
         page.blank();
@@ -148,6 +151,28 @@ fn render(answer: &Value) -> String {
         }
     }
     page.text
+}
+
+/// How far the daemon follows the store.
+fn watch(page: &mut Page, answer: &Value) {
+    let at = |path: &str| answer.pointer(path).unwrap_or(&Value::Null);
+    let text = |path: &str| plain(at(path));
+    if at("/watch").is_object() {
+        let millis = |path: &str| format!("{:.1} ms", at(path).as_f64().unwrap_or(0.0) * 1e3);
+        page.section(
+            "watch",
+            &format!(
+                "{} revisions behind, oldest news {} old; {} events in effect, at most {} after they came; {} \
+                 tables made, a worker stood still for one for at most {}",
+                text("/watch/revisions_behind"),
+                millis("/watch/oldest_seconds"),
+                text("/watch/lag/count"),
+                millis("/watch/lag/longest_seconds"),
+                text("/watch/publications/count"),
+                millis("/datapath/table_takes/longest_seconds"),
+            ),
+        );
+    }
 }
 
 /// Our own data plane's engine, and what it uses.
@@ -380,12 +405,14 @@ mod tests {
                        "received": 2, "dropped": 0, "path_mtu": 1400, "gso_withdrawn": "EIO"}],
             "refused": [{"what": "lease \u{1b}[31m", "why": "it overlaps our own"}],
             "conflicts": ["route 198.18.9.0/24 on eth1 takes part of it elsewhere"],
+            "watch": {"revisions_behind": 3, "oldest_seconds": 0.0125, "lag": {"count": 77, "longest_seconds": 0.25},
+                      "publications": {"count": 5}},
             "drops": [
                 {"reason": "no_route", "encap": 3, "decap": 0, "remedy": "check that a lease exists"},
                 {"reason": "malformed", "encap": 0, "decap": 0, "remedy": "find the sender"},
             ],
             "datapath": {
-                "engine": "mmsg", "limits": {"rcvbuf": 4_194_304},
+                "engine": "mmsg", "table_takes": {"longest_seconds": 0.000_21}, "limits": {"rcvbuf": 4_194_304},
                 "capabilities": [{"name": "udp-gso", "used": true},
                                  {"name": "tun-uso4", "used": false, "reason": "kernel too old"}],
                 "workers": [{}, {}],
@@ -404,6 +431,8 @@ mod tests {
             "not lo: no usable",
             "198.18.3.0/24 of 198.18.0.0/16, for another 23h58m",
             "7 dropped by the kernel",
+            "3 revisions behind, oldest news 12.5 ms old; 77 events in effect, at most 250.0 ms",
+            "stood still for one for at most 0.2 ms",
             "mmsg, 2 workers",
             "not tun-uso4: kernel too old",
             "rcvbuf 4194304",

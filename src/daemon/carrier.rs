@@ -1,6 +1,7 @@
 //! Owns what carries the packets of a session: our data plane, or the kernel programmed for every peer. Never
 //! decides when to open it, or when to look at it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -185,8 +186,13 @@ impl Carrier {
         for change in &report.changed {
             tracing::debug!("{change}");
         }
-        let told = |refused: &Refused| !self.report.refused.contains(refused);
-        tell(report.refused.iter().filter(|refused| told(refused)));
+        let told: HashSet<&Refused> = self.report.refused.iter().collect();
+        tell(
+            report
+                .refused
+                .iter()
+                .filter(|refused| !told.contains(refused)),
+        );
         let failures = match report.failed {
             0 => None,
             failed => Some(format!(

@@ -18,6 +18,7 @@ mod carrier;
 mod hold;
 mod lock;
 mod news;
+mod publication;
 mod register;
 mod renewal;
 mod session;

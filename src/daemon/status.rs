@@ -1,7 +1,7 @@
 //! Owns the document that `loden status` shows. Never changes anything.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -21,7 +21,7 @@ use crate::datapath::{self, DropReason};
 use crate::debug::socket::{Answer, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
-use crate::telemetry::metrics::Snapshot;
+use crate::telemetry::metrics::{Snapshot, Watch};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -46,6 +46,8 @@ struct Document<'a> {
     peers: Vec<PeerDocument>,
     /// Leases and files that are not used, and why.
     refused: Vec<RefusedDocument>,
+    /// How far the store's news has come.
+    watch: Watch,
     /// What on the node competes with the overlay, or changed under it.
     conflicts: Vec<String>,
     /// Every reason for a drop, with both directions' counts.
@@ -193,6 +195,7 @@ async fn document<S: LeaseStore, K: Kernel>(
         devices,
         peers: peers(session, &datapath),
         refused: refused(session),
+        watch: watch(session),
         conflicts: registration
             .conflicts
             .iter()
@@ -235,6 +238,7 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
         leases_refused: session.peers.refused().len() as u64,
         leases_held: session.hold.len() as u64,
         reopened: daemon.reopened,
+        watch: watch(session),
         device_looks: counts.looks,
         device_repairs: counts.repairs,
         rules_looks: rules.looks,
@@ -248,6 +252,17 @@ fn datapath_of(session: &Session) -> datapath::Status {
     let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
     let all = tunnels.iter().map(Tunnel::status);
     all.reduce(datapath::Status::beside).unwrap_or_default()
+}
+
+fn watch(session: &Session) -> Watch {
+    let publication = &session.publication;
+    let progress = publication.progress();
+    Watch {
+        revisions_behind: progress.revisions_behind(),
+        oldest_seconds: progress.oldest(Instant::now()).as_secs_f64(),
+        lag: publication.lag(),
+        publications: publication.cost(),
+    }
 }
 
 fn device(link: Link) -> DeviceDocument {

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
+use crate::telemetry::histogram::Distribution;
+
 /// The data plane at one moment.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Status {
@@ -22,6 +24,8 @@ pub struct Status {
     pub workers: Vec<Worker>,
     /// Sums over the workers.
     pub total: Worker,
+    /// How long workers stood still to take a new table, one entry per worker and table.
+    pub table_takes: Distribution,
     /// Every next hop.
     pub peers: Vec<Peer>,
 }

@@ -1,8 +1,10 @@
 //! Owns what a session knows of its peers: what the store says, and what follows for whatever carries the packets.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use super::Session;
+use crate::backend::desired::Refused;
 use crate::daemon::carrier::{Wanted, tell};
 use crate::daemon::renewal::Order;
 use crate::lease::LeaseDelta;
@@ -15,6 +17,7 @@ impl Session {
     /// Takes news from the store in; whether any peer is concerned.
     pub(super) fn apply(&mut self, event: StoreEvent) -> bool {
         let now = Instant::now();
+        self.publication.taken(now);
         self.counts.store_events += 1;
         self.counts.store_heard = now;
         let (deltas, problems) = match event {
@@ -64,13 +67,18 @@ impl Session {
             tracing::debug!(?change, "peer");
         }
         for refused in &applied.refused {
-            tracing::warn!("{refused}");
+            self.log_lease(refused);
         }
         !applied.changes.is_empty()
     }
 
     /// Takes the peers as they are now to whatever carries the packets.
     pub(super) fn publish(&mut self) {
+        if self.carrier.is_none() {
+            self.publication.put_off();
+            return;
+        }
+        let begun = Instant::now();
         let wanted = self.wanted();
         if let Some(carrier) = &mut self.carrier {
             carrier.publish(wanted);
@@ -78,6 +86,7 @@ impl Session {
                 self.look_soon();
             }
         }
+        self.publication.published(begun, Instant::now());
     }
 
     /// What should be there for the peers as they are now.
@@ -92,11 +101,9 @@ impl Session {
         desired.complete = self.listed;
         let (routes, unreachable) = registration.plan.routes(self.peers.leases());
         refused.extend(unreachable);
-        tell(
-            refused
-                .iter()
-                .filter(|refused| !self.refused.contains(refused)),
-        );
+        // There may be thousands.
+        let told: HashSet<&Refused> = self.refused.iter().collect();
+        tell(refused.iter().filter(|refused| !told.contains(refused)));
         self.refused = refused;
         Wanted { routes, desired }
     }
