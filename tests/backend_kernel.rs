@@ -177,15 +177,14 @@ impl Cluster {
         let waited = wait::until(what, limit, &Interrupt::default(), || {
             Ok(condition().then_some(()))
         });
-        if waited.is_err() {
-            let nodes = 1..=u8::try_from(self.daemons.len()).unwrap();
-            let logs: Vec<String> = nodes.map(|n| self.log(n)).collect();
-            panic!(
-                "no {what}; node 1 has {:#?}; logs:\n{}",
-                self.state(1),
-                logs.join("\n---\n")
-            );
-        }
+        let nodes = 1..=u8::try_from(self.daemons.len()).unwrap();
+        let logs: Vec<String> = nodes.map(|n| self.log(n)).collect();
+        assert!(
+            waited.is_ok(),
+            "no {what}; node 1 has {:#?}; logs:\n{}",
+            self.state(1),
+            logs.join("\n---\n")
+        );
     }
 
     /// `ip ARGS` inside a member, with N for the node's number; must succeed.
@@ -662,7 +661,10 @@ fn peers_that_change_leave_no_trace_of_what_they_were() {
             .iter()
             .any(|line| line.starts_with("198.18.3.0/24"))
     });
-    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+    for (signal, gone, new) in [
+        (Signal::SIGKILL, "198.18.3.0-24", b),
+        (Signal::SIGTERM, "198.18.9.0-24", a),
+    ] {
         let mac = cluster.mac(1, "flannel.1");
         cluster.end(1, signal);
         assert!(
@@ -671,10 +673,6 @@ fn peers_that_change_leave_no_trace_of_what_they_were() {
                 .iter()
                 .any(|line| line.starts_with("198.18.2.0/24"))
         );
-        let (gone, new) = match signal {
-            Signal::SIGKILL => ("198.18.3.0-24", b),
-            _ => ("198.18.9.0-24", a),
-        };
         cluster.put("198.18.9.0-24", &peer("192.0.2.9", "02:00:00:00:00:0d"));
         cluster.delete(gone);
         cluster.put("198.18.2.0-24", &peer("192.0.2.6", new));
