@@ -4,13 +4,12 @@
 //! One session is one connection: 1 check that the store is still the one we know, or list it · 2 watch from there
 //! on · 3 hand on what happens, until the connection fails or falls silent.
 
+mod catch_up;
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use etcd_client::{
-    GetOptions, GetResponse, KeyValue, ResponseHeader, SortOrder, SortTarget, WatchOptions,
-    WatchResponse, WatchStream,
-};
+use etcd_client::{KeyValue, ResponseHeader, WatchResponse, WatchStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -19,7 +18,7 @@ use super::claim;
 use super::cluster::Connection;
 use super::failure::{Failure, FailureCause, Failures};
 use super::news::News;
-use super::view::{Change, Item, Now, Position, View};
+use super::view::{Change, Item, Now, View};
 use crate::lease::LeaseAttrs;
 use crate::store::backoff::Backoff;
 use crate::store::{Progress, StoreEvent};
@@ -29,9 +28,6 @@ const ASK: Duration = Duration::from_secs(2);
 
 /// How long a stream may be silent although it was asked. Longer than two questions.
 const SILENCE: Duration = Duration::from_secs(5);
-
-/// How long a server may take to start a watch.
-const START: Duration = Duration::from_secs(3);
 
 /// The pauses between attempts to get the store back: the first change after an outage is to be seen soon.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -169,100 +165,6 @@ impl Watcher {
             connection.give_up();
         }
         ended
-    }
-
-    /// Whether the store still is what it was at our position: has that in its history, with the same keys.
-    async fn is_the_same_store(&self, connection: &Connection) -> Result<bool, Failure> {
-        let (Some(at), Some(known)) = (self.view.position(), self.view.fingerprint()) else {
-            return Ok(false);
-        };
-        let options = GetOptions::new()
-            .with_prefix()
-            .with_revision(at.revision)
-            .with_sort(SortTarget::Mod, SortOrder::Descend)
-            .with_limit(1)
-            .with_keys_only();
-        let mut kv = connection.kv();
-        let answer = connection
-            .call(kv.get(self.inner.keys.subnets(), Some(options)))
-            .await;
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(Failure {
-                cause: FailureCause::Compacted | FailureCause::FutureRevision,
-                ..
-            }) => return Ok(false),
-            Err(failure) => return Err(failure),
-        };
-        let newest = answer.kvs().first();
-        Ok(cluster_id(answer.header()) == at.cluster
-            && usize::try_from(answer.count()) == Ok(known.count)
-            && newest.is_some_and(|kv| {
-                kv.key() == known.newest && kv.mod_revision() == known.mod_revision
-            }))
-    }
-
-    /// Lists all leases, and the extensions if we may read them; returns whether we may.
-    async fn list(&mut self, connection: &Connection) -> Result<bool, Failure> {
-        let keys = &self.inner.keys;
-        let range = GetOptions::new().with_range(keys.subnets_end());
-        let mut kv = connection.kv();
-        let (listing, wide) = match connection
-            .call(kv.get(keys.extensions(), Some(range.clone())))
-            .await
-        {
-            Ok(listing) => (listing, true),
-            Err(Failure {
-                cause: FailureCause::PermissionDenied(_),
-                ..
-            }) => {
-                let narrow = connection.call(kv.get(keys.subnets(), Some(range))).await?;
-                self.inner.forbid_extensions();
-                (narrow, false)
-            }
-            Err(failure) => return Err(failure),
-        };
-        let at = position(&listing);
-        let now = self.now();
-        let found = self.view.replace(listing.kvs().iter().map(item), at, now);
-        self.news.replaced();
-        self.news.found(found);
-        self.progress.restart();
-        self.progress.news(at.revision, Instant::now().into_std());
-        self.suspect = true;
-        Ok(wide)
-    }
-
-    /// Starts to watch behind what is known.
-    async fn open(&self, connection: &Connection, wide: bool) -> Result<WatchStream, End> {
-        let keys = &self.inner.keys;
-        let next = self.view.position().map_or(0, |at| at.revision) + 1;
-        let options = WatchOptions::new()
-            .with_range(keys.subnets_end())
-            .with_start_revision(next);
-        let first = if wide {
-            keys.extensions()
-        } else {
-            keys.subnets()
-        };
-        let mut watches = connection.watches();
-        let mut stream = connection.call(watches.watch(first, Some(options))).await?;
-        let started = tokio::time::timeout(START, stream.message()).await;
-        let answer = match started {
-            Ok(answer) => connection.call(std::future::ready(answer)).await?,
-            Err(_elapsed) => {
-                connection.give_up();
-                return Err(connection.failure(FailureCause::TimedOut(START)).into());
-            }
-        };
-        match answer {
-            Some(response) if response.canceled() => Err(cancelled(connection, &response)),
-            Some(_created) => Ok(stream),
-            None => {
-                connection.give_up();
-                Err(connection.refusal("").into())
-            }
-        }
     }
 
     /// Hands on what happens until the stream ends.
@@ -450,15 +352,4 @@ fn item(kv: &KeyValue) -> Item<'_> {
         etcd_lease: kv.lease(),
         mod_revision: kv.mod_revision(),
     }
-}
-
-fn position(listing: &GetResponse) -> Position {
-    Position {
-        cluster: cluster_id(listing.header()),
-        revision: listing.header().map_or(0, ResponseHeader::revision),
-    }
-}
-
-fn cluster_id(header: Option<&ResponseHeader>) -> u64 {
-    header.map_or(0, ResponseHeader::cluster_id)
 }
