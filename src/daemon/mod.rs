@@ -13,6 +13,7 @@
 //! may arrive anywhere.
 
 mod backoff;
+mod explain;
 mod hold;
 mod lock;
 mod news;

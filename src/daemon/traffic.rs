@@ -108,6 +108,24 @@ pub(super) async fn prepare(
     })
 }
 
+/// How the host's own firewall treats the tunnel now.
+pub(super) async fn admission(
+    options: &TrafficOptions,
+    registration: &Registration,
+) -> Result<Admission, String> {
+    let mode = if registration.config.enable_nftables {
+        Mode::Nftables
+    } else {
+        Mode::Iptables
+    };
+    let unread = |error: Error| format!("the host's own firewall: {error}");
+    let firewall = Firewall::open(options.programs.clone(), mode).await;
+    let (choice, port) = (&registration.choice, registration.backend.port);
+    let firewall = firewall.map_err(unread)?;
+    let found = firewall.admission(port, &choice.name, choice.addr).await;
+    found.map_err(unread)
+}
+
 const fn program(mode: Mode) -> &'static str {
     match mode {
         Mode::Nftables => "nft, for EnableNFTables is true",

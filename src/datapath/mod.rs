@@ -5,6 +5,7 @@ pub mod answer;
 pub mod decap;
 pub mod drop;
 pub mod encap;
+pub mod foretell;
 pub mod forward;
 pub mod limiter;
 pub mod lock;
