@@ -139,6 +139,22 @@ impl<K: Kernel> Case<'_, K> {
             udp_overhead(choice.addr)
         );
         self.step("mtu", found);
+        let lease = self.lease_of(self.question.to);
+        let endpoint = lease.and_then(|lease| {
+            let underlay = &self.session.registration.underlay;
+            underlay.endpoint_of(&lease.attrs)
+        });
+        let mut peers = self.status.peers.iter();
+        if let Some(peer) = peers.find(|peer| Some(peer.addr) == endpoint) {
+            let found = match peer.path_mtu {
+                Some(mtu) => format!(
+                    "the path to {} carries {mtu} bytes, as it was learned",
+                    peer.addr
+                ),
+                None => format!("nothing smaller was learned of the path to {}", peer.addr),
+            };
+            self.step("path mtu", found);
+        }
     }
 
     /// The rest of the way to a peer.
@@ -150,11 +166,6 @@ impl<K: Kernel> Case<'_, K> {
             .and_then(|index| self.status.peers.get(index))
             .cloned();
         if let Some(known) = &known {
-            let found = match known.path_mtu {
-                Some(mtu) => format!("the path to {peer} carries {mtu} bytes, as it was learned"),
-                None => format!("nothing smaller was learned of the path to {peer}"),
-            };
-            self.step("path mtu", found);
             let runs = self
                 .status
                 .capabilities
