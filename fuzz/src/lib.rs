@@ -4,7 +4,9 @@
 pub mod capture_filter;
 pub mod capture_record;
 pub mod checksum;
+pub mod cni;
 pub mod coalesce;
+pub mod flags;
 pub mod fragment;
 pub mod gso_plan;
 pub mod icmp_error;
@@ -16,6 +18,7 @@ pub mod split;
 pub mod subnet_env;
 pub mod subnet_key;
 pub mod vnet_hdr;
+pub mod vxlan;
 
 /// The body of a target: takes any bytes, panics when a promise is broken.
 pub type Target = fn(&[u8]);
@@ -25,7 +28,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("capture_filter", capture_filter::run),
     ("capture_record", capture_record::run),
     ("checksum", checksum::run),
+    ("cni", cni::run),
     ("coalesce", coalesce::run),
+    ("flags", flags::run),
     ("fragment", fragment::run),
     ("gso_plan", gso_plan::run),
     ("icmp_error", icmp_error::run),
@@ -37,4 +42,5 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("subnet_env", subnet_env::run),
     ("subnet_key", subnet_key::run),
     ("vnet_hdr", vnet_hdr::run),
+    ("vxlan", vxlan::run),
 ];

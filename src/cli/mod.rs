@@ -5,8 +5,10 @@ pub mod bench;
 mod capture;
 mod cleanup;
 mod daemon;
+mod docker_opts;
 mod explain;
 mod go_flags;
+mod install_conf;
 pub mod lab;
 mod status;
 mod top;
@@ -33,6 +35,12 @@ const FLANNELD: &str = "flanneld";
 
 /// The subcommand that is `flanneld`.
 const DAEMON: &str = "daemon";
+
+/// Names under which the program takes the place of others of flannel's, each with its subcommand.
+const HELPERS: [(&str, &str); 2] = [
+    ("mk-docker-opts.sh", "docker-opts"),
+    ("install-conf", "install-conf"),
+];
 
 /// A parsed command line.
 #[derive(Debug)]
@@ -67,6 +75,10 @@ enum Command {
     Top(TopArgs),
     /// Remove the traffic rules that a daemon has left on this node
     Cleanup,
+    /// Write what Docker has to be started with; what `mk-docker-opts.sh` is
+    DockerOpts(docker_opts::DockerOptsArgs),
+    /// Copy a file in one step; what flannel's image calls `install-conf`
+    InstallConf(install_conf::InstallConfArgs),
     /// What `flanneld --version` asks for
     #[command(skip)]
     Version,
@@ -85,14 +97,25 @@ pub fn parse() -> Result<Invocation, clap::Error> {
     parse_from(std::env::args_os().collect(), |name| std::env::var_os(name))
 }
 
-fn parse_from(
+/// Likewise from given arguments, the program's name first, and variables.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_from(
     mut args: Vec<OsString>,
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Invocation, clap::Error> {
     let called = args.first().map(|arg| Path::new(arg).file_name());
-    let as_flanneld = called.flatten() == Some(OsStr::new(FLANNELD));
+    let called = called.flatten();
+    let as_flanneld = called == Some(OsStr::new(FLANNELD));
+    let helper = HELPERS
+        .into_iter()
+        .find(|(name, _)| called == Some(OsStr::new(name)));
     if as_flanneld {
         args.insert(1, DAEMON.into());
+    } else if let Some((_, subcommand)) = helper {
+        args.insert(1, subcommand.into());
     }
     let mut invocation = Invocation {
         command: Command::Version,
@@ -154,6 +177,8 @@ impl Invocation {
             | Command::Explain(_)
             | Command::Top(_)
             | Command::Cleanup
+            | Command::DockerOpts(_)
+            | Command::InstallConf(_)
             | Command::Version
             | Command::Lab(_)
             | Command::Bench(_) => 0,
@@ -176,6 +201,8 @@ impl Invocation {
             Command::Explain(args) => explain::run(&args),
             Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
+            Command::DockerOpts(args) => docker_opts::run(&args),
+            Command::InstallConf(args) => install_conf::run(&args),
             Command::Version => version(),
             Command::Lab(args) => lab::run(args),
             Command::Bench(args) => bench::run(args),

@@ -1,10 +1,10 @@
 //! Owns the answer to "what would become of this packet": the workers' own decision over the table in force,
 //! without sending anything. Never counts, never changes what was learned.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::PoisonError;
 
-use super::forward::{DecapVerdict, EncapVerdict, Rules};
+use super::forward::{DecapVerdict, EncapVerdict, Outer, Rules};
 use super::{Datapath, DropReason};
 use crate::addr::Mtu;
 use crate::wire::ip;
@@ -45,15 +45,15 @@ impl Datapath {
         )
     }
 
-    /// Of a packet that `outer` sends, without a congestion mark.
+    /// Of a packet that came in `outer`.
     #[must_use]
-    pub fn foretell_decap(&self, packet: &[u8], outer: IpAddr) -> Foretold {
+    pub fn foretell_decap(&self, packet: &[u8], outer: Outer) -> Foretold {
         let mut packet = packet.to_vec();
         let Ok(meta) = ip::parse(&packet) else {
             return Foretold::Dropped(DropReason::of_unparsed(packet.len()));
         };
         self.with_table(
-            |table, rules| match rules.decap(table, &mut packet, &meta, outer, 0) {
+            |table, rules| match rules.decap(table, &mut packet, &meta, outer) {
                 DecapVerdict::Deliver(_) => Foretold::Delivered,
                 DecapVerdict::Answer(_, _, reason) => Foretold::Answered(reason),
                 DecapVerdict::Drop(reason) => Foretold::Dropped(reason),
@@ -63,11 +63,7 @@ impl Datapath {
 
     fn with_table<T>(&self, decide: impl FnOnce(&super::table::Table, &Rules) -> T) -> T {
         let settings = &self.shared.settings;
-        let rules = Rules::new(
-            settings.local.clone(),
-            settings.source_check,
-            self.shared.clock,
-        );
+        let rules = Rules::new(settings, self.shared.clock);
         let table = self
             .publisher
             .lock()

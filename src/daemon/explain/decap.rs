@@ -5,6 +5,7 @@ use crate::backend::kernel::Kernel;
 use crate::daemon::traffic;
 use crate::datapath::DropReason;
 use crate::datapath::foretell::Foretold;
+use crate::datapath::forward::Outer;
 use crate::firewall::Admission;
 
 impl<K: Kernel> Case<'_, K> {
@@ -13,7 +14,7 @@ impl<K: Kernel> Case<'_, K> {
         let from = self.question.from;
         let endpoint = self
             .lease_of(from)
-            .map(|lease| self.session.registration.underlay.endpoint_of(&lease.attrs));
+            .map(|lease| self.session.registration.plan.endpoint_of(&lease.attrs));
         let outer = match endpoint {
             Some(Some(endpoint)) => endpoint.ip(),
             Some(None) => {
@@ -57,9 +58,15 @@ impl<K: Kernel> Case<'_, K> {
             Err(error) => self.answer.unseen.push(error),
         }
         let packet = self.packet(self.question.len);
+        // Without a congestion mark, as most are.
+        let datagram = Outer {
+            addr: outer,
+            tos: 0,
+            mac: None,
+        };
         let foretold = self
             .tunnel
-            .foretell(|data| data.foretell_decap(&packet, outer));
+            .foretell(|data| data.foretell_decap(&packet, datagram));
         self.counters(&["datapath.total.decap.read"]);
         match foretold {
             Some(Foretold::Delivered) => {

@@ -20,7 +20,7 @@ impl<K: Kernel> Case<'_, K> {
         if !self.reaches_tunnel().await {
             return;
         }
-        let overlay = self.session.registration.underlay.mtu.get();
+        let overlay = self.session.registration.plan.mtu().get();
         self.mtus(overlay);
         let Question { len, whole, .. } = self.question;
         if len > overlay && (whole || self.question.to.is_ipv6()) {
@@ -100,7 +100,7 @@ impl<K: Kernel> Case<'_, K> {
             Err(error) => self.answer.unseen.push(error.to_string()),
         }
         let source = self.question.from;
-        let pods = source != self.session.registration.choice.addr;
+        let pods = source != self.session.registration.choice().addr;
         let (family, setting) = match source {
             IpAddr::V4(_) => ("ipv4", "/proc/sys/net/ipv4/ip_forward"),
             IpAddr::V6(_) => ("ipv6", "/proc/sys/net/ipv6/conf/all/forwarding"),
@@ -130,7 +130,7 @@ impl<K: Kernel> Case<'_, K> {
     }
 
     fn mtus(&mut self, overlay: u16) {
-        let choice = &self.session.registration.choice;
+        let choice = self.session.registration.choice();
         let found = format!(
             "{overlay} in {}, {} on {}, {} of headers between them",
             self.tunnel.device,
@@ -141,8 +141,8 @@ impl<K: Kernel> Case<'_, K> {
         self.step("mtu", found);
         let lease = self.lease_of(self.question.to);
         let endpoint = lease.and_then(|lease| {
-            let underlay = &self.session.registration.underlay;
-            underlay.endpoint_of(&lease.attrs)
+            let plan = &self.session.registration.plan;
+            plan.endpoint_of(&lease.attrs)
         });
         let mut peers = self.status.peers.iter();
         if let Some(peer) = peers.find(|peer| Some(peer.addr) == endpoint) {
@@ -225,7 +225,7 @@ impl<K: Kernel> Case<'_, K> {
             | Foretold::Dropped(_) => ("sent", String::new()),
         };
         let source = self.question.from;
-        let accepted = source == self.session.registration.choice.public || self.is_here(source);
+        let accepted = source == self.session.registration.choice().public || self.is_here(source);
         let then = if accepted {
             "whose source check accepts it"
         } else {

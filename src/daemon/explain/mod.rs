@@ -81,9 +81,17 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
     if question.from.is_ipv4() != question.to.is_ipv4() {
         return Err("source and destination are of different families".to_owned());
     }
-    let tunnel = session.tunnel.as_ref().ok_or_else(|| {
+    let carrier = session.carrier.as_ref().ok_or_else(|| {
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so no packet of the overlay gets anywhere: {why}")
+    })?;
+    let tunnel = carrier.tunnel.as_ref().ok_or_else(|| {
+        format!(
+            "the kernel carries the packets of the {} backend: ask it (ip route get {} from {} iif cni0)",
+            session.registration.plan.name(),
+            question.to,
+            question.from
+        )
     })?;
     let mut case = Case {
         question,
@@ -148,7 +156,7 @@ impl<K: Kernel> Case<'_, K> {
     }
 
     fn is_here(&self, addr: IpAddr) -> bool {
-        addr == self.session.registration.choice.addr
+        addr == self.session.registration.choice().addr
             || self.own_nets().iter().any(|net| net.contains(&addr))
     }
 
@@ -170,7 +178,7 @@ impl<K: Kernel> Case<'_, K> {
             let found = if here {
                 format!("{addr} is on this node")
             } else if let Some(lease) = self.lease_of(addr) {
-                let endpoint = self.session.registration.underlay.endpoint_of(&lease.attrs);
+                let endpoint = self.session.registration.plan.endpoint_of(&lease.attrs);
                 let node = lease.attrs.node();
                 let node = node.map_or_else(|| "no public IP".to_owned(), |ip| ip.to_string());
                 match endpoint {
