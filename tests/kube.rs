@@ -257,10 +257,12 @@ fn a_watch_survives_the_server_and_what_it_missed_while_history_was_compacted() 
 
 /// A daemon as the manifest starts it.
 fn daemon(cluster: &Cluster, server: &ApiServer, node: u8, net_config: &Path) -> Command {
-    let mut command = cluster.command(
-        node,
-        &["-kube-subnet-mgr", "-ip-masq", "-healthz-port=8080"],
-    );
+    let args = ["-kube-subnet-mgr", "-ip-masq", "-healthz-port=8080"];
+    let mut command = match node {
+        1 => cluster.command(node, &args),
+        // Its Node says which of its addresses it is to use.
+        _ => cluster.bare(node, &args),
+    };
     command
         .arg("-kubeconfig-file")
         .arg(server.kubeconfig("daemon"))
@@ -278,6 +280,8 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     let net_config = server.settings("n1").net_config;
     server.add_node("n1", "198.18.1.0/24", &json!({}));
     server.add_node("n2", "", &json!({}));
+    cluster.ip(2, "addr add 198.51.100.77/24 dev eth0");
+    server.annotate("n2", "node-public-ip=198.51.100.77");
     let start = |node| cluster.spawn_command(node, daemon(&cluster, &server, node, &net_config));
     let first = start(1);
     first.wait_for_log("written: ready");
@@ -294,6 +298,7 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     let assigned = r#"{"spec":{"podCIDR":"198.18.2.0/24","podCIDRs":["198.18.2.0/24"]}}"#;
     server.kubectl(&["patch", "node", "n2", "-p", assigned]);
     second.wait_for_log("written: ready");
+    assert_eq!(server.annotation("n2", "public-ip"), "198.51.100.77");
     cluster.reaches(1, 2);
     cluster.reaches(2, 1);
 
@@ -307,5 +312,30 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     for daemon in [first, second] {
         assert!(!daemon.log().contains("panicked"));
         assert_eq!(daemon.stop(), 0);
+    }
+}
+
+#[test]
+#[ignore = "needs what scripts/setup --kube builds"]
+fn the_manifest_grants_what_is_needed_and_nothing_else() {
+    let etcd = Etcd::start();
+    let server = ApiServer::start(&etcd);
+    let account = "--as=system:serviceaccount:kube-flannel:flannel";
+    let rights = server.kubectl(&["auth", "can-i", "--list", "--no-headers", account]);
+    let rights: Vec<String> = rights
+        .lines()
+        .filter(|line| !line.starts_with(' ') && !line.contains("selfsubject"))
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    assert_eq!(
+        rights,
+        ["nodes [] [] [get list watch]", "nodes/status [] [] [patch]"]
+    );
+    let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy");
+    for variant in ["kubernetes", "kubernetes-privileged"] {
+        let path = format!("{deploy}/{variant}");
+        let accepted = server.kubectl(&["apply", "--dry-run=server", "-o", "json", "-k", &path]);
+        let privileged = accepted.contains(r#""privileged": true"#);
+        assert_eq!(privileged, variant == "kubernetes-privileged");
     }
 }

@@ -114,7 +114,10 @@ impl ApiServer {
             .arg("--service-account-issuer=https://kubernetes.default.svc")
             .arg("--authorization-mode=Node,RBAC")
             .arg(format!("--token-auth-file={}", file("tokens")))
-            .arg("--service-cluster-ip-range=198.19.0.0/16")
+            .args([
+                "--service-cluster-ip-range=198.19.0.0/16",
+                "--allow-privileged=true",
+            ])
             // There is nobody who would make them.
             .arg("--disable-admission-plugins=ServiceAccount")
             .stdin(Stdio::null())
