@@ -203,7 +203,7 @@ fn status_tells_every_reason_for_a_drop_with_its_remedy_and_why_this_interface()
     assert_eq!(status["interface"]["name"], "eth0");
     assert_eq!(status["candidates"].as_array().unwrap().len(), 3);
     assert_eq!(status["datapath"]["engine"], "portable");
-    assert_eq!(status["device"]["tx_dropped"], 0);
+    assert_eq!(status["devices"][0]["tx_dropped"], 0);
     let peers = status["peers"].as_array().unwrap();
     assert_eq!(peers.len(), 1, "{peers:?}");
     assert_eq!(peers[0]["endpoint"], "192.0.2.7:8285");
@@ -340,9 +340,9 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
         (r#"{"Network":"#, &["--iface", "eth0"], "config"),
         (other_port, &["--iface", "eth0"], "Port"),
         (
-            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"vxlan"}}"#,
+            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipip"}}"#,
             &["--iface", "eth0"],
-            "vxlan",
+            "ipip",
         ),
         (
             r#"{"Network":"192.0.0.0/16"}"#,

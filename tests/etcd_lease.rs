@@ -2,6 +2,8 @@
 
 #[path = "common/etcd.rs"]
 mod common;
+#[path = "common/seeded.rs"]
+mod seeded;
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -16,8 +18,6 @@ use loden::store::{
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample;
-use proptest::strategy::ValueTree as _;
-use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
 const CONFIG: &str = r#"{"Network":"198.18.0.0/16"}"#;
 
@@ -226,10 +226,6 @@ struct Round {
 impl Round {
     /// The round of a seed. There are always more contenders than free subnets.
     fn of(seed: u64) -> Self {
-        let mut bytes = [0; 32];
-        bytes[..8].copy_from_slice(&seed.to_le_bytes());
-        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-        let mut runner = TestRunner::new_with_rng(ProptestConfig::default(), rng);
         // Half of the rounds are about the last one.
         let free = prop_oneof![
             sample::subsequence(&SMALL_SUBNETS[..], 1),
@@ -242,19 +238,13 @@ impl Round {
             let contenders = contenders.into_iter().map(wait).collect();
             Self { free, contenders }
         });
-        round.new_tree(&mut runner).unwrap().current()
+        seeded::value(&round, seed)
     }
 }
 
-/// `LODEN_RACE_ROUNDS` and `LODEN_RACE_SEED` decide which rounds are played; a round that fails names its seed.
 #[test]
 fn stores_that_race_for_the_last_free_subnet_never_share_one() {
-    let number = |name: &str, default: u64| {
-        let text = std::env::var_os(name);
-        text.map_or(default, |n| n.to_str().unwrap().parse().unwrap())
-    };
-    let first = number("LODEN_RACE_SEED", 0);
-    let seeds = first..first + number("LODEN_RACE_ROUNDS", 30);
+    let seeds = seeded::seeds(30);
     let etcd = Etcd::start();
     etcd.configure(SMALL);
     etcd.run(async || {
@@ -434,6 +424,35 @@ fn another_daemon_with_our_public_ip_is_noticed() {
         let ip = Ipv4Addr::new(198, 51, 100, 1).into();
         assert_eq!(follower.problems[0].cause, Cause::Twin(ip));
         assert_eq!(follower.lost, []);
+    });
+}
+
+#[test]
+fn our_own_lease_that_nobody_can_read_any_more_is_told_and_renewing_it_ends_that() {
+    let etcd = Etcd::start();
+    etcd.configure(CONFIG);
+    etcd.run(async || {
+        let store = etcd.store();
+        let lease = store.acquire(request(1)).await.unwrap();
+        let key = format!("subnets/{}", lease.subnets);
+        let mut follower = Follower::new(store.watch());
+        follower.until("our lease", |f| f.leases.len() == 1).await;
+        etcd.put(&key, "{");
+        let said = |f: &Follower, cause: &Cause| {
+            let ours = format!("{PREFIX}/{key} (ours)");
+            let mut problems = f.problems.iter();
+            problems.any(|p| p.subject == ours && p.cause == *cause)
+        };
+        follower
+            .until("the damage", |f| said(f, &Cause::Overwritten))
+            .await;
+        assert_eq!(follower.lost, []);
+        store.renew(&lease).await.unwrap();
+        follower
+            .until("the repair", |f| said(f, &Cause::Solved))
+            .await;
+        assert_eq!(follower.withdrawn, []);
+        assert_eq!(follower.problems.len(), 4, "{:?}", follower.problems);
     });
 }
 

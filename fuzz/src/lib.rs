@@ -19,6 +19,7 @@ pub mod split;
 pub mod subnet_env;
 pub mod subnet_key;
 pub mod vnet_hdr;
+pub mod vxlan;
 
 /// The body of a target: takes any bytes, panics when a promise is broken.
 pub type Target = fn(&[u8]);
@@ -43,4 +44,5 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("subnet_env", subnet_env::run),
     ("subnet_key", subnet_key::run),
     ("vnet_hdr", vnet_hdr::run),
+    ("vxlan", vxlan::run),
 ];

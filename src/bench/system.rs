@@ -39,7 +39,7 @@ impl System {
         let name = format!("bench-{run}-{self}").parse()?;
         let (backend, engine) = match self {
             Self::Plain => (Backend::Plain, None),
-            Self::Vxlan => (Backend::Vxlan, None),
+            Self::Vxlan => (Backend::ByHand, None),
             Self::Loden => (Backend::Udp, Some(Engine::Mmsg)),
             Self::Portable => (Backend::Udp, Some(Engine::Portable)),
         };

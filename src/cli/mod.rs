@@ -10,6 +10,7 @@ mod go_flags;
 mod install_conf;
 pub mod lab;
 mod status;
+mod top;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -22,6 +23,7 @@ use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 pub use capture::CaptureArgs;
 pub use daemon::DaemonArgs;
 pub use status::StatusArgs;
+pub use top::TopArgs;
 
 use daemon::{Understood, understood};
 use go_flags::Rewritten;
@@ -65,6 +67,8 @@ enum Command {
     Status(StatusArgs),
     /// Show packets of the overlay and what becomes of them
     Capture(Box<CaptureArgs>),
+    /// Show rates, peers and drops as they happen
+    Top(TopArgs),
     /// Remove the traffic rules that a daemon has left on this node
     Cleanup,
     /// Write what Docker has to be started with; what `mk-docker-opts.sh` is
@@ -166,6 +170,7 @@ impl Invocation {
             Command::Daemon(args) => args.verbosity,
             Command::Status(_)
             | Command::Capture(_)
+            | Command::Top(_)
             | Command::Cleanup
             | Command::DockerOpts(_)
             | Command::InstallConf(_)
@@ -188,6 +193,7 @@ impl Invocation {
             Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
             Command::Capture(args) => capture::run(&args),
+            Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
             Command::DockerOpts(args) => docker_opts::run(&args),
             Command::InstallConf(args) => install_conf::run(&args),

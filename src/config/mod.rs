@@ -7,7 +7,7 @@ mod pool;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-pub use backend::{Backend, SourceCheck, SourcePort, UdpBackend};
+pub use backend::{Backend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT, VxlanBackend};
 pub use go_json::FieldError;
 pub(crate) use go_json::{Null, Object};
 pub use pool::{PoolError, SubnetPool};
@@ -85,6 +85,14 @@ pub enum ConfigError {
         /// The type, lower-cased.
         name: String,
     },
+    /// The IPv6 device's name would be too long.
+    #[error(
+        "Backend.VNI {vni} has no room in the name of the device flannel-v6.{vni}: with EnableIPv6 use one from 0 to 9999"
+    )]
+    VniTooLong {
+        /// The number given.
+        vni: u32,
+    },
     /// `Backend.Type` names no backend, or is missing from a `Backend` that is there.
     #[error("unknown backend type {name:?} in Backend.Type: use one of {}", backend::known().join(", "))]
     BackendUnknown {
@@ -143,11 +151,17 @@ impl NetworkConfig {
                 });
             }
             Some(raw) => {
-                let backend = object(raw.get().as_bytes(), "Backend.")?;
-                unknown_keys.extend(backend.unknown(backend::UDP_KEYS));
-                (Backend::read(&backend)?, false)
+                let object = object(raw.get().as_bytes(), "Backend.")?;
+                let backend = Backend::read(&object)?;
+                unknown_keys.extend(object.unknown(backend.keys()));
+                (backend, false)
             }
         };
+        if let (Backend::Vxlan(vxlan), Some(_)) = (&backend, &ipv6)
+            && vxlan.vni > 9999
+        {
+            return Err(ConfigError::VniTooLong { vni: vxlan.vni });
+        }
         Ok(Self {
             ipv4,
             ipv6,

@@ -4,7 +4,8 @@
 //! 1. signals, lock on the subnet file
 //! 2. answers about health
 //! 3. store, network configuration (waited for), external interface, lease
-//! 4. data plane opened, device configured, routes published, workers started
+//! 4. data plane opened, device configured, routes published, workers started; or the kernel programmed, where it
+//!    is what carries the packets
 //! 5. traffic rules
 //! 6. `subnet.env`, status socket, readiness
 //! 7. the run loop, until the lease is lost or a signal comes
@@ -13,6 +14,7 @@
 //! may arrive anywhere.
 
 mod backoff;
+mod carrier;
 mod hold;
 mod lock;
 mod news;
@@ -32,9 +34,10 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 
+use crate::backend::device::DeviceError;
 use crate::backend::kernel::{Change, Kernel, KernelError};
+use crate::backend::plan::PlanError;
 use crate::backend::preflight::Conflict;
-use crate::backend::udp::MtuTooSmall;
 use crate::config::NetworkConfig;
 use crate::datapath::{EngineKind, OpenError};
 use crate::debug::socket::{Asked, Server};
@@ -157,9 +160,12 @@ pub enum DaemonError {
     /// There is no external interface.
     #[error(transparent)]
     Interface(#[from] NoInterface),
-    /// The underlay's MTU is too small.
+    /// The backend cannot be run on this node.
     #[error(transparent)]
-    Mtu(#[from] MtuTooSmall),
+    Plan(#[from] PlanError),
+    /// A device that the backend needs cannot be had.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Something on the node rules the overlay out.
     #[error("{0}")]
     Conflict(Conflict),

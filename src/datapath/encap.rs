@@ -4,7 +4,7 @@
 //! 1. *Read* superpackets from the TUN queue, each into its own slot, until it is drained or the burst is full.
 //! 2. *Validate* the virtio-net header and the IP header.
 //! 3. *Decide* (`forward`): peer by longest-prefix match, TTL, path MTU; or an answer; or a drop.
-//! 4. *Describe* segments: one header each in the outbox, payload by reference into the slot.
+//! 4. *Describe* segments: one header each in the outbox, behind the encapsulation's, payload by reference into the slot.
 //! 5. *Group* segments into runs of one source socket, next hop, size and outer TOS (`offload::gso`).
 //! 6. *Send* the runs, one `sendmmsg` per source socket (`outbox`).
 //!
@@ -156,7 +156,7 @@ impl Encap {
         };
         match cx.rules.encap(cx.table, packet, &meta, longest) {
             EncapVerdict::Send { hop, peer, tos } => {
-                let to = destination(cx, &meta, packet, hop, peer, tos);
+                let to = destination(cx, &meta, packet, (hop, peer), tos);
                 if packets > 1 {
                     // Described again: its sums were over the header before the TTL changed.
                     let Ok(split) = Split::new(&vnet, packet) else {
@@ -170,13 +170,13 @@ impl Encap {
                 }
             }
             EncapVerdict::Fragment { hop, peer, max_len } => {
-                let to = destination(cx, &meta, packet, hop, peer, 0);
+                let to = destination(cx, &meta, packet, (hop, peer), 0);
                 if packets == 1 && finish_checksum(&vnet, packet, cx.shared.sum).is_err() {
                     return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
                 }
                 // What is collected may be of the same flow: it goes first.
                 outbox.flush(cx, &self.slots, counts);
-                self.fragment(cx, outbox, counts, (peer, to, max_len), (slot, len, &vnet));
+                self.fragment(cx, outbox, counts, (to, max_len), (slot, len, &vnet));
             }
             EncapVerdict::Answer(kind, reason) => {
                 outbox
@@ -193,7 +193,7 @@ impl Encap {
         cx: &Context<'_>,
         outbox: &mut Outbox,
         counts: &mut Counts,
-        (peer, to, max_len): (&Peer, Destination, Mtu),
+        (to, max_len): (Destination<'_>, Mtu),
         (slot, len, vnet): (usize, usize, &VnetHdr),
     ) {
         let packet = self
@@ -205,7 +205,7 @@ impl Encap {
             return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
         };
         if split.count() == 1 {
-            return outbox.slow.fragment(cx, counts, peer, to, packet, max_len);
+            return outbox.slow.fragment(cx, counts, to, packet, max_len);
         }
         for i in 0..split.count() {
             let mut header = [0; MAX_HEADER_LEN];
@@ -215,9 +215,7 @@ impl Encap {
                 .extend_from_slice(header.get(..header_len).unwrap_or_default());
             self.scratch
                 .extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
-            outbox
-                .slow
-                .fragment(cx, counts, peer, to, &self.scratch, max_len);
+            outbox.slow.fragment(cx, counts, to, &self.scratch, max_len);
         }
     }
 }
@@ -231,15 +229,15 @@ fn refuse(cx: &Context<'_>, counts: &mut Counts, reason: DropReason, packets: u6
 }
 
 /// Completes the verdict with what the flow and the peer say.
-fn destination(
+fn destination<'t>(
     cx: &Context<'_>,
     meta: &IpMeta,
     packet: &[u8],
-    hop: u32,
-    peer: &Peer,
+    (hop, peer): (u32, &'t Peer),
     tos: u8,
-) -> Destination {
+) -> Destination<'t> {
     Destination {
+        peer,
         hop,
         tos,
         gso: cx.shared.may_send_runs(peer),

@@ -181,7 +181,11 @@ impl Datapath {
             .publisher
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let table = Table::build(routes, &publisher.current());
+        let table = Table::build(
+            routes,
+            self.shared.settings.encapsulation,
+            &publisher.current(),
+        );
         publisher.publish(table);
     }
 

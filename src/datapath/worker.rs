@@ -20,7 +20,7 @@ use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Table;
 use super::tap::Tap;
-use super::{Event, forward::Rules};
+use super::{Encapsulation, Event, forward::Rules};
 use crate::route::Reader;
 use crate::sys::mmsg;
 use crate::tun::TunQueue;
@@ -60,6 +60,12 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
+    /// How packets stand in datagrams.
+    #[inline]
+    pub const fn encapsulation(&self) -> Encapsulation {
+        self.shared.settings.encapsulation
+    }
+
     /// Most errors taken off one queue at a time; the rest raise another event.
     const MAX_ERRORS: usize = 64;
 
@@ -69,7 +75,7 @@ impl Context<'_> {
             let Ok(Some(error)) = mmsg::take_error(socket.fd()) else {
                 return;
             };
-            if let Some(peer) = self.table.peer_by_ip(error.destination.ip()) {
+            for peer in self.table.peers_by_ip(error.destination.ip()) {
                 self.shared.on_queued_error(&error, peer);
             }
         }
@@ -139,11 +145,7 @@ impl Worker {
             mut reader,
             mut poll,
         } = self;
-        let rules = Rules::new(
-            shared.settings.local.clone(),
-            shared.settings.source_check,
-            shared.clock,
-        );
+        let rules = Rules::new(&shared.settings, shared.clock);
         let mut outbox = Outbox::new(&shared.udp_caps);
         let mut encap = Encap::new(&shared);
         let mut decap = Decap::new(&shared);

@@ -4,3 +4,4 @@
 pub mod pcapng;
 pub mod socket;
 pub mod stream;
+pub mod top;

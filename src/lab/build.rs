@@ -76,12 +76,12 @@ impl Lab {
                 self.on_every_node("ip", plan::plain_routes)?;
                 self.chosen_nets(plan::UNDERLAY_MTU)
             }
-            Backend::Vxlan => {
+            Backend::ByHand => {
                 self.on_every_node("ip", plan::vxlan_links)?;
                 self.on_every_node("bridge", plan::vxlan_fdb)?;
                 self.chosen_nets(plan::VXLAN_MTU)
             }
-            Backend::Udp => self.start_daemons()?,
+            Backend::Udp | Backend::Vxlan | Backend::HostGw => self.start_daemons()?,
         };
         for (node, net) in (1..).zip(&nets) {
             self.attach_pods(node, net)?;
@@ -134,10 +134,15 @@ impl Lab {
     /// Starts them all before waiting for any: they take their leases side by side, as real nodes do.
     fn start_daemons(&mut self) -> Result<Vec<PodNet>, Error> {
         match self.spec().store {
-            Store::Local => agent::create_store(&self.dir)?,
+            Store::Local => agent::create_store(&self.layout.spec, &self.dir)?,
             Store::Etcd => {
                 let netns = self.netns(Member::Underlay);
-                self.store = Some(agent::start_etcd(&netns, &self.dir, &self.interrupt)?);
+                self.store = Some(agent::start_etcd(
+                    &self.layout.spec,
+                    &netns,
+                    &self.dir,
+                    &self.interrupt,
+                )?);
             }
         }
         for node in 1..=self.layout.spec.nodes {

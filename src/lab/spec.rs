@@ -177,13 +177,30 @@ pub enum Backend {
     None,
     /// Plain routes over the underlay: the upper bound, as `host-gw` does it.
     Plain,
-    /// The kernel's VXLAN, configured exactly as flannel does.
-    Vxlan,
-    /// One `loden daemon` per node, on one shared local store.
+    /// The kernel's VXLAN without a daemon, configured by hand exactly as flannel does.
+    ByHand,
+    /// One `loden daemon` per node, on one shared store, with raw IP in UDP.
     Udp,
+    /// Likewise, with the kernel's VXLAN.
+    Vxlan,
+    /// Likewise, with routes.
+    HostGw,
 }
 
-/// Where a `udp` lab's daemons keep their leases.
+impl Backend {
+    /// The backend's type in the network configuration, where daemons make it.
+    #[must_use]
+    pub const fn daemons(self) -> Option<&'static str> {
+        match self {
+            Self::None | Self::Plain | Self::ByHand => None,
+            Self::Udp => Some("udp"),
+            Self::Vxlan => Some("vxlan"),
+            Self::HostGw => Some("host-gw"),
+        }
+    }
+}
+
+/// Where the daemons keep their leases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Store {
@@ -194,7 +211,7 @@ pub enum Store {
     Etcd,
 }
 
-/// The data-plane engine that a `udp` lab's daemons are told to use.
+/// The data-plane engine that daemons with the `udp` backend are told to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {
@@ -225,14 +242,14 @@ pub struct Spec {
     pub wire: Wire,
     /// What joins the pods.
     pub backend: Backend,
-    /// Where the daemons keep their leases; for [`Backend::Udp`] alone.
+    /// Where the daemons keep their leases.
     #[serde(default)]
     pub store: Store,
     /// The daemons' engine; `None` leaves the choice to the daemon.
     pub engine: Option<Engine>,
     /// The daemons' worker threads; `None` leaves the choice to the daemon.
     pub workers: Option<u8>,
-    /// The program to start as the daemon; needed by [`Backend::Udp`] alone.
+    /// The program to start as the daemon, for the backends that have one.
     pub daemon: Option<PathBuf>,
 }
 
@@ -258,7 +275,7 @@ impl Spec {
         }
     }
 
-    /// Checks the numbers, and that a `udp` lab knows its daemon.
+    /// Checks the numbers, and that a lab of daemons knows their program.
     ///
     /// # Errors
     /// [`Error::Invalid`] names the field.
@@ -274,19 +291,19 @@ impl Spec {
                 "0 to 250",
             );
         }
-        if self.backend == Backend::Udp && self.daemon.is_none() {
+        if self.backend.daemons().is_some() && self.daemon.is_none() {
             return invalid(
                 "the daemon's program",
                 String::new(),
-                "given when the backend is udp",
+                "given when the backend is one of daemons",
             );
         }
         let etcd = self.store == Store::Etcd;
-        if etcd && (self.backend != Backend::Udp || !self.has_underlay_bridge()) {
+        if etcd && (self.backend.daemons().is_none() || !self.has_underlay_bridge()) {
             return invalid(
                 "the store",
                 "etcd".to_owned(),
-                "local, unless the backend is udp and there are three nodes or more",
+                "local, unless the backend is one of daemons and there are three nodes or more",
             );
         }
         Ok(())

@@ -202,6 +202,9 @@ pub enum Cause {
     /// Changes are seen only by looking again from time to time.
     #[error("no notification of changes, they are seen within seconds only: {0}")]
     NoNotification(String),
+    /// Our own entry was overwritten by what nobody can read; renewing the lease writes it anew.
+    #[error("our own lease was overwritten")]
+    Overwritten,
     /// Our own entry was damaged or overwritten, and cannot be written.
     #[error("our own lease was overwritten and cannot be restored: {0}")]
     Unwritable(String),

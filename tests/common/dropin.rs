@@ -139,6 +139,16 @@ impl Cluster {
         run("ip", &all)
     }
 
+    /// Runs a program that may well fail; words are separated by spaces.
+    pub(crate) fn try_exec(&self, node: u8, program: &str, args: &str) {
+        let status = Command::new("ip")
+            .args(["netns", "exec", self.name(node), program])
+            .args(args.split(' '))
+            .stderr(Stdio::null())
+            .status();
+        assert!(status.is_ok());
+    }
+
     /// The command line of a flannel node on etcd.
     fn program(&self, node: u8, program: &Path, args: &[&str]) -> Command {
         let mut command = Command::new("ip");

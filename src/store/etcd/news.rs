@@ -100,6 +100,15 @@ impl News {
         self.problems.insert(ours(key), Cause::Twin(node));
     }
 
+    /// What stands under our own key is nobody's lease, or no longer so.
+    pub(super) fn own_is_damaged(&mut self, key: &str, damaged: bool) {
+        if damaged {
+            self.problems.insert(ours(key), Cause::Overwritten);
+        } else {
+            self.solved(ours(key));
+        }
+    }
+
     /// Our lease is lost.
     pub(super) fn lost(&mut self, key: &str, subnets: Subnets, to: LostTo) {
         self.solved(ours(key));

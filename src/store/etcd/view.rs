@@ -139,6 +139,12 @@ impl View {
         record.orphaned.is_none().then_some(&record.attrs)
     }
 
+    /// Whether the value under the key of `subnets` cannot be read.
+    pub(super) fn is_damaged(&self, subnets: &Subnets) -> bool {
+        let key = self.keys.lease(subnets);
+        self.problems.contains_key(&shown(key.as_bytes()))
+    }
+
     /// Takes over a complete listing; returns what is newly wrong or solved.
     ///
     /// Leases that it lacks are gone, unless the store has lost its data: then they are kept for [`GRACE`].

@@ -1,6 +1,10 @@
 //! Owns the run loop for as long as one lease is held: what the store, the kernel, the workers, the clock and
 //! status clients say, one thing at a time. All state of the session has this one owner.
 
+mod follow;
+mod looks;
+mod peers;
+
 use std::future::pending;
 use std::time::{Duration, Instant};
 
@@ -9,43 +13,32 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep_until, timeout};
 
 use super::backoff::Backoff;
+use super::carrier::Carrier;
 use super::hold::Hold;
 use super::news::sentence;
 use super::register::{self, Registration};
 use super::renewal::{End, Held, Order, keep};
 use super::status;
 use super::traffic::{self, Traffic};
-use super::tunnel::Tunnel;
 use super::{Daemon, DaemonError, notify};
-use crate::backend::kernel::{Change, Kernel};
-use crate::backend::reconcile::Outcome;
-use crate::backend::udp::{self, Underlay};
-use crate::datapath::{Event, PeerRoute};
+use crate::backend::desired::Refused;
+use crate::backend::kernel::Kernel;
+use crate::backend::udp;
+use crate::datapath::Event;
 use crate::debug::socket::Server;
-use crate::iface::{self, Choice};
-use crate::lease::{Lease, LeaseDelta, LeaseSet, Subnets};
+use crate::lease::{LeaseSet, Subnets};
 use crate::store::env_file::SubnetEnv;
-use crate::store::{Cause, LeaseStore, LostTo, Problem, StoreEvent};
+use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::RateLimit;
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.
 const FIRST_PEERS: Duration = Duration::from_secs(1);
-
-/// A burst of notifications about the device is answered by one look, this much later.
-const SETTLE: Duration = Duration::from_millis(20);
-
-/// News of the external interface is looked into this much later, when an address that is taken away only to be
-/// set again is back.
-const SETTLE_INTERFACE: Duration = Duration::from_secs(1);
 
 /// The device is looked at this often without any notification.
 const RESYNC: Duration = Duration::from_secs(10);
 
 /// Repeated log lines about the same thing are this far apart.
 const LOG_EVERY: Duration = Duration::from_secs(60);
-
-/// Problems of the store that are remembered for status.
-const MAX_PROBLEMS: usize = 64;
 
 /// How a session ended.
 pub(super) enum Ended {
@@ -59,11 +52,15 @@ pub(super) enum Ended {
 pub(super) struct Session {
     pub(super) registration: Registration,
     pub(super) peers: LeaseSet,
-    /// Peers that publish no address of our underlay's family.
-    pub(super) unreachable: Vec<Lease>,
+    /// The store has listed them all.
+    listed: bool,
+    /// Leases that lack what the backend needs, and why.
+    refused: Vec<Refused>,
     pub(super) problems: Vec<Problem>,
-    pub(super) tunnel: Option<Tunnel>,
-    /// Why the tunnel is down, if it is.
+    pub(super) carrier: Option<Carrier>,
+    /// What the last look could not put right.
+    incomplete: Option<String>,
+    /// Why the carrier is down, if it is.
     pub(super) down: Option<String>,
     backoff: Backoff,
     reopen_at: Instant,
@@ -114,9 +111,11 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
             registration,
-            unreachable: Vec::new(),
+            listed: false,
+            refused: Vec::new(),
             problems: Vec::new(),
-            tunnel: None,
+            carrier: None,
+            incomplete: None,
             down: None,
             backoff: Backoff::default(),
             reopen_at: now,
@@ -143,9 +142,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             }
             Ok(None) | Err(_) => tracing::warn!("no peers yet: the store has not listed any"),
         }
-        let routes = session.routes();
-        let opened = Tunnel::open(self.options, &session.registration, self.kernel, &routes);
-        session.tunnel = Some(opened.await?);
+        let wanted = session.wanted();
+        let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
+        session.carrier = Some(opened.await?);
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
         session.traffic = Some(started.await?);
@@ -200,7 +199,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         tokio::pin!(kept);
         let mut store_ended = false;
         loop {
-            let wake_at = match session.tunnel {
+            let wake_at = match session.carrier {
                 Some(_) => session.look_at,
                 None => session.reopen_at,
             };
@@ -229,7 +228,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                         End::Moved(to) => Ended::LeaseMoved { subnets, to },
                     });
                 }
-                said = next_event(&mut session.tunnel) => match said {
+                said = next_event(&mut session.carrier) => match said {
                     Said::News(event) => session.log_limited(sentence(&event)),
                     Said::Fatal(event) => session.close(&sentence(&event)),
                 },
@@ -258,7 +257,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     self.compare_interface(&mut session).await;
                 }
                 () = sleep_until(wake_at.into()) => {
-                    match session.tunnel {
+                    match session.carrier {
                         Some(_) => session.look(self.kernel).await,
                         None => self.reopen(&mut session).await,
                     }
@@ -270,85 +269,6 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         }
     }
 
-    /// Follows the external interface: where its address, MTU or name is another one now, the lease says so and
-    /// the tunnel is opened anew. Without any interface everything stays as it is until there is one.
-    async fn compare_interface(&self, session: &mut Session) {
-        let wanted = session.registration.wanted.clone();
-        let Ok(snapshot) = register::look(self.kernel, &wanted).await else {
-            return;
-        };
-        let registration = &session.registration;
-        let was = registration.choice.clone();
-        let decision = iface::choose(
-            &snapshot,
-            &wanted,
-            udp::stack(&registration.config, &wanted),
-        );
-        let moved = match decision.choice {
-            Ok(now) => {
-                let moved = self.follow(session, &was, now).err();
-                session.registration.candidates = decision.candidates;
-                moved
-            }
-            Err(error) => Some(format!("{} with {} is gone: {error}", was.name, was.addr)),
-        };
-        if moved != session.moved {
-            match &moved {
-                Some(text) => tracing::warn!("{text}"),
-                None => tracing::info!(
-                    "the external interface is back: {} with {}",
-                    session.registration.choice.name,
-                    session.registration.choice.addr
-                ),
-            }
-        }
-        session.moved = moved;
-    }
-
-    /// Moves the session to what the external interface is now.
-    fn follow(&self, session: &mut Session, was: &Choice, now: Choice) -> Result<(), String> {
-        let registration = &mut session.registration;
-        let same_place = (now.addr, now.public, now.index) == (was.addr, was.public, was.index);
-        if same_place && now.mtu == was.mtu {
-            registration.choice = now;
-            return Ok(());
-        }
-        let underlay = Underlay::new(&registration.config, &registration.backend, &now)
-            .map_err(|error| error.to_string())?;
-        let public_moved = underlay.attrs != registration.underlay.attrs;
-        if public_moved && !self.store.can_move() {
-            return Err(format!(
-                "the external interface is {} with {} now, the lease names {}: restart the daemon to \
-                 move the lease",
-                now.name, now.addr, was.public
-            ));
-        }
-        tracing::warn!(
-            "the external interface is {} with {} and MTU {} now, it was {} with {} and MTU {}",
-            now.name,
-            now.addr,
-            now.mtu,
-            was.name,
-            was.addr,
-            was.mtu
-        );
-        if public_moved {
-            // The keeper lives as long as the session.
-            let _ended = session.orders.send(Order::Publish(underlay.attrs.clone()));
-            registration.lease.attrs = underlay.attrs.clone();
-        }
-        let resized = underlay.mtu != registration.underlay.mtu;
-        registration.choice = now;
-        registration.underlay = underlay;
-        if resized {
-            self.update_env(session);
-        }
-        session.tunnel = None;
-        session.reopen_at = Instant::now();
-        session.down = Some("moving to another address".to_owned());
-        Ok(())
-    }
-
     /// Adds the blackhole route for our own subnets if nobody routes them.
     async fn keep_blackhole(&self, session: &mut Session) {
         for net in udp::nets(&session.peers.own()) {
@@ -358,79 +278,13 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         }
         session.blackhole_at = Some(Instant::now() + self.options.traffic.resync.get());
     }
-
-    async fn reopen(&mut self, session: &mut Session) {
-        let routes = session.routes();
-        let opened = Tunnel::open(self.options, &session.registration, self.kernel, &routes);
-        match opened.await {
-            Ok(tunnel) => {
-                session.tunnel = Some(tunnel);
-                session.down = None;
-                session.backoff.succeeded(Instant::now());
-                session.look_at = Instant::now() + RESYNC;
-                self.reopened += 1;
-            }
-            Err(error) => session.close(&error.to_string()),
-        }
-    }
 }
 
 impl Session {
-    /// Takes news from the store in; whether any peer is concerned.
-    fn apply(&mut self, event: StoreEvent) -> bool {
-        let now = Instant::now();
-        self.counts.store_events += 1;
-        self.counts.store_heard = now;
-        let (deltas, problems) = match event {
-            StoreEvent::Snapshot { leases, problems } => {
-                let refused = self.peers.refused().map(|refused| refused.lease.subnets);
-                let known = self
-                    .peers
-                    .leases()
-                    .map(|lease| lease.subnets)
-                    .chain(refused);
-                (self.hold.filter_listing(leases, known, now), problems)
-            }
-            StoreEvent::Delta { deltas, problems } => (self.hold.filter(deltas, now), problems),
-            StoreEvent::OwnLost { to, .. } => {
-                // The keeper lives as long as the session.
-                let _ended = self.orders.send(Order::Lost(to));
-                return false;
-            }
-        };
-        self.counts.store_problems += problems.len() as u64;
-        for problem in problems {
-            self.problems
-                .retain(|known| known.subject != problem.subject);
-            if problem.cause == Cause::Solved {
-                tracing::info!("{problem}");
-                continue;
-            }
-            self.log_limited(problem.to_string());
-            if self.problems.len() >= MAX_PROBLEMS {
-                self.problems.remove(0);
-            }
-            self.problems.push(problem);
-        }
-        self.take(deltas)
-    }
-
-    /// Takes changes of leases in; whether any peer is concerned.
-    fn take(&mut self, deltas: Vec<LeaseDelta>) -> bool {
-        let applied = self.peers.apply_delta(deltas);
-        for change in &applied.changes {
-            tracing::debug!(?change, "peer");
-        }
-        for refused in &applied.refused {
-            tracing::warn!("{refused}");
-        }
-        !applied.changes.is_empty()
-    }
-
     /// What keeps pods of this node from reaching others, or the rules from being right.
     pub(super) fn missing(&self, held: &Held) -> Vec<String> {
         let mut missing = Vec::new();
-        if self.tunnel.is_none() {
+        if self.carrier.is_none() {
             let why = self.down.as_deref().unwrap_or("not opened yet");
             missing.push(format!("the tunnel is down: {why}"));
         }
@@ -440,6 +294,7 @@ impl Session {
         if let Some(problem) = self.traffic.as_ref().and_then(Traffic::problem) {
             missing.push(format!("traffic rules: {problem}"));
         }
+        missing.extend(self.incomplete.clone());
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
@@ -447,29 +302,25 @@ impl Session {
         missing
     }
 
-    fn publish(&mut self) {
-        let routes = self.routes();
-        if let Some(tunnel) = &self.tunnel {
-            tunnel.publish(&routes);
-        }
+    /// Leases that nothing is done for, and why.
+    pub(super) fn unserved(&self) -> impl Iterator<Item = &Refused> {
+        let looked = self
+            .carrier
+            .iter()
+            .flat_map(|carrier| &carrier.report.refused);
+        self.refused.iter().chain(looked)
     }
 
-    /// The forwarding table of the peers as they are now.
-    fn routes(&mut self) -> Vec<PeerRoute> {
-        let (routes, unreachable) = self.registration.underlay.routes(self.peers.leases());
-        let unreachable: Vec<Lease> = unreachable.into_iter().cloned().collect();
-        for lease in unreachable
-            .iter()
-            .filter(|lease| !self.unreachable.contains(lease))
-        {
-            tracing::warn!(
-                "lease {} publishes no address of the family of {}: its packets have no route",
-                lease.subnets,
-                self.registration.underlay.bind.ip()
-            );
+    /// How packets reach a peer; none if they do not.
+    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<&'static str> {
+        let carrier = self.carrier.as_ref()?;
+        if self.unserved().any(|refused| refused.lease == *subnets) {
+            return None;
         }
-        self.unreachable = unreachable;
-        routes
+        Some(match carrier.is_direct(subnets) {
+            true => "route",
+            false => self.registration.plan.name(),
+        })
     }
 
     fn env(&self) -> SubnetEnv {
@@ -479,65 +330,9 @@ impl Session {
             network: config.ipv4.as_ref().map(|pool| pool.network()),
             ipv6_network: config.ipv6.as_ref().map(|pool| pool.network()),
             subnets: registration.lease.subnets,
-            mtu: registration.underlay.mtu,
+            mtu: registration.plan.mtu(),
             ip_masq: false,
         }
-    }
-
-    /// Makes the next look at the device come soon if the change may be about it.
-    fn notice(&mut self, change: Change) {
-        let external = self.registration.choice.index;
-        let about_external = match change {
-            Change::Link(index) | Change::Address(index) => {
-                index == external || self.moved.is_some()
-            }
-            Change::Route(_) => false,
-            Change::Everything => true,
-        };
-        if about_external && self.choose_at.is_none() {
-            self.choose_at = Some(Instant::now() + SETTLE_INTERFACE);
-        }
-        let Some(tunnel) = &self.tunnel else { return };
-        let concerns = match change {
-            Change::Link(index) | Change::Address(index) => index == tunnel.index,
-            Change::Route(net) => tunnel.desired.networks.contains(&net),
-            Change::Everything => true,
-        };
-        if concerns {
-            self.look_at = self.look_at.min(Instant::now() + SETTLE);
-        }
-    }
-
-    /// Looks at the device and repairs it.
-    async fn look(&mut self, kernel: &impl Kernel) {
-        let Some(tunnel) = &self.tunnel else { return };
-        let device = tunnel.device.clone();
-        let outcome = tunnel.repair(kernel).await;
-        self.look_at = Instant::now() + RESYNC;
-        self.counts.looks += 1;
-        self.counts.repairs +=
-            u64::from(matches!(&outcome, Ok(Outcome::Done(actions)) if !actions.is_empty()));
-        match outcome {
-            Ok(Outcome::Done(actions)) if actions.is_empty() => {}
-            Ok(Outcome::Done(actions)) => {
-                tracing::debug!(?actions, device, "repaired");
-                self.log_limited(format!(
-                    "device {device} was changed by somebody else: repaired"
-                ));
-            }
-            Ok(Outcome::Gone) => self.close(&format!("device {device} was removed")),
-            Err(error) => self.log_limited(format!("device {device} stays as it is: {error}")),
-        }
-    }
-
-    /// Closes the data plane, to be opened again.
-    fn close(&mut self, why: &str) {
-        self.tunnel = None;
-        let now = Instant::now();
-        self.reopen_at = self.backoff.failed(now);
-        let wait = self.reopen_at.saturating_duration_since(now);
-        tracing::error!("tunnel is down: {why}: opening it again in {wait:?}");
-        self.down = Some(why.to_owned());
     }
 
     /// At most one line per text and minute.
@@ -556,8 +351,9 @@ enum Said {
     Fatal(Event),
 }
 
-/// The next event; never, without a tunnel.
-async fn next_event(tunnel: &mut Option<Tunnel>) -> Said {
+/// The next event; never, without a data plane of ours.
+async fn next_event(carrier: &mut Option<Carrier>) -> Said {
+    let tunnel = carrier.as_mut().and_then(|carrier| carrier.tunnel.as_mut());
     let Some(tunnel) = tunnel else {
         return pending().await;
     };
