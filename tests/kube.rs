@@ -9,7 +9,7 @@ mod etcd;
 mod kube;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use dropin::Cluster;
@@ -29,8 +29,8 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     unreachable!("in vain: {what}");
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn a_node_gets_its_pod_cidr_and_says_what_flannel_says() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -63,8 +63,8 @@ fn a_node_gets_its_pod_cidr_and_says_what_flannel_says() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn what_is_missing_is_named_with_its_remedy_and_waited_for() {
     let etcd = Etcd::start();
     let mut server = ApiServer::start(&etcd);
@@ -114,8 +114,8 @@ fn what_is_missing_is_named_with_its_remedy_and_waited_for() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn others_come_change_and_go_and_hostile_ones_cost_only_themselves() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -177,8 +177,8 @@ fn others_come_change_and_go_and_hostile_ones_cost_only_themselves() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn what_we_say_is_restored_and_what_we_lose_is_told() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -216,8 +216,8 @@ fn what_we_say_is_restored_and_what_we_lose_is_told() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn a_watch_survives_the_server_and_what_it_missed_while_history_was_compacted() {
     let etcd = Etcd::start();
     let mut server = ApiServer::start(&etcd);
@@ -272,8 +272,8 @@ fn daemon(cluster: &Cluster, server: &ApiServer, node: u8, net_config: &Path) ->
     command
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     let cluster = Cluster::new(2, "unused");
     let server = ApiServer::start(&cluster.etcd);
@@ -315,8 +315,8 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     }
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn the_manifest_grants_what_is_needed_and_nothing_else() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -337,5 +337,97 @@ fn the_manifest_grants_what_is_needed_and_nothing_else() {
         let accepted = server.kubectl(&["apply", "--dry-run=server", "-o", "json", "-k", &path]);
         let privileged = accepted.contains(r#""privileged": true"#);
         assert_eq!(privileged, variant == "kubernetes-privileged");
+    }
+}
+
+/// What helm makes of our chart with these settings.
+fn helm(settings: &[&str]) -> Output {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/helm/loden");
+    let mut command = Command::new(kube::program("helm"));
+    command.args(["template", "flannel", chart, "--namespace", "default"]);
+    for setting in settings {
+        command.args(["--set", setting]);
+    }
+    command.output().unwrap()
+}
+
+#[ignore = "needs what scripts/setup --kube builds"]
+#[test]
+fn the_chart_takes_flannels_values_and_the_server_takes_what_comes_out() {
+    let etcd = Etcd::start();
+    let server = ApiServer::start(&etcd);
+    let common = r#""EnableNFTables":false"#;
+    for (settings, net_conf) in [
+        (
+            vec![],
+            format!(r#"{{"Backend":{{"Type":"udp"}},{common},"Network":"10.244.0.0/16"}}"#),
+        ),
+        (
+            vec![
+                "flannel.backend=vxlan",
+                "flannel.backendPort=4789",
+                "flannel.vni=7",
+                "flannel.mtu=1400",
+                "flannel.directRouting=true",
+                "podCidrv6=fd00:10:244::/56",
+            ],
+            format!(
+                r#"{{"Backend":{{"DirectRouting":true,"MTU":1400,"Port":4789,"Type":"vxlan","VNI":7}},"EnableIPv6":true,{common},"IPv6Network":"fd00:10:244::/56","Network":"10.244.0.0/16"}}"#
+            ),
+        ),
+        (
+            vec![
+                "flannel.backend=wireguard",
+                "flannel.backendPort=51820",
+                "flannel.tunnelMode=separate",
+                "podCidr=",
+                "podCidrv6=fd00:10:244::/56",
+            ],
+            format!(
+                r#"{{"Backend":{{"ListenPort":51820,"Mode":"separate","Type":"wireguard"}},"EnableIPv4":false,"EnableIPv6":true,{common},"IPv6Network":"fd00:10:244::/56"}}"#
+            ),
+        ),
+    ] {
+        let output = helm(&settings);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{settings:?}: {error}");
+        let accepted = server.dry_run(&String::from_utf8(output.stdout).unwrap());
+        let accepted: serde_json::Value = serde_json::from_str(&accepted).unwrap();
+        let items = accepted["items"].as_array().unwrap();
+        let config = items
+            .iter()
+            .find(|item| item["kind"] == "ConfigMap")
+            .unwrap();
+        let text = config["data"]["net-conf.json"].as_str().unwrap();
+        let rendered: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert_eq!(rendered.to_string(), net_conf);
+    }
+
+    let text = |settings: &[&str]| String::from_utf8(helm(settings).stdout).unwrap();
+    let all = text(&[]);
+    for expected in [
+        "--healthz-port=8081",
+        "livenessProbe",
+        "name: install-cni\n",
+    ] {
+        assert!(all.contains(expected), "{all}");
+    }
+    let none = text(&[
+        "flannel.healthz.port=0",
+        "flannel.skipCNIConfigInstallation=true",
+    ]);
+    for unexpected in ["healthz", "Probe", "name: install-cni\n"] {
+        assert!(!none.contains(unexpected), "{unexpected}");
+    }
+    assert!(text(&["flannel.privileged=true"]).contains("privileged: true"));
+    let secret = text(&["global.imagePullSecrets[0].name=mine"]);
+    assert!(secret.contains("imagePullSecrets:\n  - name: mine"));
+    for wrong in [
+        "flannel.backendPort=70000",
+        "flannel.tunnelMode=odd",
+        "podCidr=all",
+        "netpol.enabled=true",
+    ] {
+        assert!(!helm(&[wrong]).status.success(), "{wrong}");
     }
 }
