@@ -9,9 +9,15 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::plan::UNDERLAY_MTU;
 
 /// The prefix of every namespace a lab makes.
 pub const NAMESPACE_PREFIX: &str = "loden-";
+
+/// The least that IPv6 asks of a link (RFC 8200, section 5).
+const MIN_UNDERLAY_MTU: u16 = 1280;
+/// What a veth pair can have.
+const MAX_UNDERLAY_MTU: u16 = 65535;
 
 /// The name that keeps labs apart: 1 to 32 of `a-z 0-9 -`, neither first nor last a dash.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -181,6 +187,8 @@ pub enum Backend {
     Vxlan,
     /// One `loden daemon` per node, on one shared local store.
     Udp,
+    /// One `wireguard-go` per node; two nodes at most.
+    WireguardGo,
 }
 
 /// Where a `udp` lab's daemons keep their leases.
@@ -204,6 +212,17 @@ pub enum Engine {
     Portable,
 }
 
+/// Whose arguments a daemon understands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dialect {
+    /// `loden daemon`.
+    #[default]
+    Loden,
+    /// `flanneld`: no subcommand, and only what flannel has, so an etcd is needed.
+    Flanneld,
+}
+
 /// The text that `value` has on the command line.
 #[must_use]
 pub fn cli_name(value: &impl ValueEnum) -> String {
@@ -223,6 +242,8 @@ pub struct Spec {
     pub pods: u8,
     /// How the underlay behaves.
     pub wire: Wire,
+    /// The underlay's MTU in bytes.
+    pub underlay_mtu: u16,
     /// What joins the pods.
     pub backend: Backend,
     /// Where the daemons keep their leases; for [`Backend::Udp`] alone.
@@ -232,8 +253,15 @@ pub struct Spec {
     pub engine: Option<Engine>,
     /// The daemons' worker threads; `None` leaves the choice to the daemon.
     pub workers: Option<u8>,
-    /// The program to start as the daemon; needed by [`Backend::Udp`] alone.
+    /// The program to start as the daemon; needed by [`Backend::Udp`] and [`Backend::WireguardGo`] alone.
     pub daemon: Option<PathBuf>,
+    /// Whose arguments it understands.
+    #[serde(default)]
+    pub dialect: Dialect,
+    /// Whether the daemons set the forward rules that they set by default. Backends without a daemon have none,
+    /// so what is compared with them has none either.
+    #[serde(default)]
+    pub traffic_rules: bool,
 }
 
 impl Spec {
@@ -250,11 +278,14 @@ impl Spec {
             nodes,
             pods: 1,
             wire: Wire::Superpacket,
+            underlay_mtu: UNDERLAY_MTU,
             backend: Backend::None,
             store: Store::Local,
             engine: None,
             workers: None,
             daemon: None,
+            dialect: Dialect::Loden,
+            traffic_rules: false,
         }
     }
 
@@ -274,19 +305,41 @@ impl Spec {
                 "0 to 250",
             );
         }
-        if self.backend == Backend::Udp && self.daemon.is_none() {
+        let wireguard = self.backend == Backend::WireguardGo;
+        if (self.backend == Backend::Udp || wireguard) && self.daemon.is_none() {
             return invalid(
                 "the daemon's program",
                 String::new(),
-                "given when the backend is udp",
+                "given when the backend is udp or wireguard-go",
+            );
+        }
+        if wireguard && self.nodes > 2 {
+            return invalid(
+                "the number of nodes",
+                self.nodes.to_string(),
+                "1 or 2 with wireguard-go",
             );
         }
         let etcd = self.store == Store::Etcd;
-        if etcd && (self.backend != Backend::Udp || !self.has_underlay_bridge()) {
+        if etcd && self.backend != Backend::Udp {
             return invalid(
                 "the store",
                 "etcd".to_owned(),
-                "local, unless the backend is udp and there are three nodes or more",
+                "local, unless the backend is udp",
+            );
+        }
+        if self.dialect == Dialect::Flanneld && !etcd {
+            return invalid(
+                "the store",
+                "local".to_owned(),
+                "etcd: flanneld knows no other",
+            );
+        }
+        if !(MIN_UNDERLAY_MTU..=MAX_UNDERLAY_MTU).contains(&self.underlay_mtu) {
+            return invalid(
+                "the underlay's MTU",
+                self.underlay_mtu.to_string(),
+                "1280 to 65535",
             );
         }
         Ok(())
