@@ -1,7 +1,7 @@
 //! How fast two data planes of one worker each carry packets from one to the other, without a device: socket
 //! pairs stand for the TUN, loopback for the underlay. TCP superpackets of 60 KB count in bytes, UDP packets of
 //! 64 bytes one at a time count in packets. The benchmark's own thread writes and reads, so this is a figure to
-//! compare with itself.
+//! compare with itself. Once for each encapsulation.
 
 #[path = "../tests/memory/mod.rs"]
 mod memory;
@@ -32,9 +32,15 @@ fn carry(from: &Node, to: &Node, framed: &[u8], (count, payload, header): (usize
 const WINDOW: usize = 32;
 
 fn loopback(criterion: &mut Criterion) {
-    let (a, b) = pair(1);
+    for (name, vxlan) in [("loopback", false), ("loopback_vxlan", true)] {
+        measure(criterion, name, vxlan);
+    }
+}
+
+fn measure(criterion: &mut Criterion, name: &str, vxlan: bool) {
+    let (a, b) = pair(1, vxlan);
     let payload = vec![0x5a; 60_000];
-    let mut group = criterion.benchmark_group("loopback");
+    let mut group = criterion.benchmark_group(name);
 
     let tcp = memory::tcp_superpacket(pod(1), pod(2), 1, 1400, &payload);
     group.throughput(Throughput::Bytes(60_000 * 64));

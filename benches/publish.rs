@@ -5,8 +5,8 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use loden::datapath::PeerRoute;
 use loden::datapath::table::Table;
+use loden::datapath::{Encapsulation, PeerRoute};
 use loden::route::Publisher;
 
 const ROUTES: u32 = 10_000;
@@ -18,6 +18,7 @@ fn routes() -> Vec<PeerRoute> {
             Some(PeerRoute {
                 net: net.ok()?.into(),
                 addr: (std::net::Ipv4Addr::from(0xc633_6400 + i), 8285).into(),
+                mac: None,
                 ecn: false,
             })
         })
@@ -31,7 +32,13 @@ fn publish(criterion: &mut Criterion) {
     let mut reader = publisher.reader();
 
     group.bench_function("build", |b| {
-        b.iter(|| Table::build(black_box(&routes), &publisher.current()));
+        b.iter(|| {
+            Table::build(
+                black_box(&routes),
+                Encapsulation::Plain,
+                &publisher.current(),
+            )
+        });
     });
     group.bench_function("load", |b| {
         b.iter(|| black_box(reader.load().fib.hops().len()));
@@ -46,7 +53,7 @@ fn publish(criterion: &mut Criterion) {
         });
         group.bench_function("build_and_publish_while_read", |b| {
             b.iter(|| {
-                let table = Table::build(&routes, &publisher.current());
+                let table = Table::build(&routes, Encapsulation::Plain, &publisher.current());
                 publisher.publish(table);
             });
         });
@@ -58,7 +65,7 @@ fn publish(criterion: &mut Criterion) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                let table = Table::build(&routes, &publisher.current());
+                let table = Table::build(&routes, Encapsulation::Plain, &publisher.current());
                 publisher.publish(table);
             }
         });

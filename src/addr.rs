@@ -75,6 +75,34 @@ impl fmt::Display for Mtu {
     }
 }
 
+/// The number of a VXLAN network, 24 bits (RFC 7348 section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Vni(u32);
+
+impl Vni {
+    /// Takes 0 to 16 777 215; `None` beyond.
+    #[must_use]
+    pub const fn new(number: u32) -> Option<Self> {
+        if number >> 24 == 0 {
+            Some(Self(number))
+        } else {
+            None
+        }
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Vni {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// Bytes of outer headers in front of the inner packet for raw IP-in-UDP: IP header plus 8 bytes of UDP.
 #[must_use]
 pub const fn udp_overhead(underlay: IpAddr) -> u16 {
@@ -145,5 +173,62 @@ impl OverlayPrefix for ipnet::Ipv6Net {
 
     fn len_bits(&self) -> u8 {
         self.prefix_len()
+    }
+}
+
+/// An Ethernet address of one station: never zero, never a group address (IEEE 802 section 8.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Mac([u8; 6]);
+
+impl Mac {
+    /// Takes six bytes; `None` for zero and for group addresses.
+    #[must_use]
+    pub fn new(bytes: [u8; 6]) -> Option<Self> {
+        (bytes != [0; 6] && bytes[0] & 1 == 0).then_some(Self(bytes))
+    }
+
+    /// A locally administered address made from the lower 46 bits.
+    #[must_use]
+    pub const fn local(bits: u64) -> Self {
+        let [_, _, a, b, c, d, e, f] = bits.to_be_bytes();
+        Self([(a & 0xfc) | 0x02, b, c, d, e, f])
+    }
+
+    /// The bytes, in the order in which they are sent.
+    #[must_use]
+    pub const fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// The text is not six pairs of hexadecimal digits, or not the address of one station.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected the MAC address of one station, like 02:00:5e:10:00:01")]
+pub struct MacError;
+
+impl std::str::FromStr for Mac {
+    type Err = MacError;
+
+    fn from_str(text: &str) -> Result<Self, MacError> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2);
+            let digits = part.filter(|part| part.bytes().all(|b| b.is_ascii_hexdigit()));
+            *byte = digits
+                .and_then(|part| u8::from_str_radix(part, 16).ok())
+                .ok_or(MacError)?;
+        }
+        match parts.next() {
+            Some(_) => Err(MacError),
+            None => Self::new(bytes).ok_or(MacError),
+        }
     }
 }

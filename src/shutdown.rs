@@ -35,6 +35,11 @@ impl Shutdown {
         Ok(Self { first })
     }
 
+    /// Whether it has come, without waiting.
+    pub fn is_requested(&mut self) -> bool {
+        self.first.try_recv().is_ok()
+    }
+
     /// Waits for the first signal.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ fn route(dst: &str, link: u32) -> Route {
         net: net(dst),
         link,
         gateway: None,
+        onlink: false,
         metric: None,
         protocol: PROTOCOL_BOOT,
     }
@@ -138,6 +139,7 @@ fn what_is_set_is_what_iproute2_shows_and_may_be_set_twice() {
                 mtu: Mtu::new(1400),
                 tx_queue_len: Some(77),
                 up: true,
+                ..LinkChange::default()
             };
             kernel.set_link(index, change).await.unwrap();
             for addr in ["198.18.3.0/32", "fd00:1:0:3::/128"] {
@@ -218,6 +220,7 @@ fn routes_of_other_tables_and_types_are_not_listed_and_gateways_are() {
         link: ns.index("eth0"),
         gateway: Some("192.0.2.9".parse().unwrap()),
         metric: Some(7),
+        onlink: false,
         protocol: 99,
     };
     assert!(routes.contains(&expected), "{routes:?}");
@@ -274,8 +277,11 @@ fn desired() -> Desired {
     Desired {
         mtu: Mtu::new(1400).unwrap(),
         tx_queue_len: 1000,
+        mac: None,
+        learning: None,
         addrs: vec![net("198.18.3.0/32"), net("fd00:1:0:3::/128")],
         networks: vec![net("198.18.0.0/16"), net("fd00:1::/48")],
+        routed: vec![net("198.18.0.0/16"), net("fd00:1::/48")],
     }
 }
 

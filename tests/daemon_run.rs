@@ -6,223 +6,26 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+#[path = "common/node.rs"]
+mod node;
 #[path = "common/ns.rs"]
 mod ns;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::UdpSocket;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
+use etherparse::{SlicedPacket, TransportSlice};
 use loden::bench::process_clock;
-use loden::lab::{Interrupt, wait};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use ns::Ns;
+use nix::sys::signal::Signal;
+use node::{CONFIG, Daemon, LIMIT, LODEN, Node, failed};
 use serde_json::Value;
-use tempfile::TempDir;
-
-const LODEN: &str = env!("CARGO_BIN_EXE_loden");
-
-/// Only a failing test waits this long.
-const LIMIT: Duration = Duration::from_secs(10);
-
-const CONFIG: &str = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"udp"}}"#;
-
-/// A namespace and a directory for one daemon's files.
-struct Node {
-    ns: Ns,
-    dir: TempDir,
-}
-
-impl Node {
-    fn new(config: &str) -> Self {
-        let node = Self {
-            ns: Ns::new(),
-            dir: tempfile::tempdir().unwrap(),
-        };
-        fs::create_dir(node.path("run")).unwrap();
-        node.configure(config);
-        node
-    }
-
-    fn configure(&self, config: &str) {
-        fs::create_dir_all(self.path("store")).unwrap();
-        // By rename, so that a waiting daemon never reads half of it.
-        fs::write(self.path("config"), config).unwrap();
-        fs::rename(self.path("config"), self.path("store/config")).unwrap();
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn env(&self) -> String {
-        fs::read_to_string(self.path("run/subnet.env")).unwrap_or_default()
-    }
-
-    /// The value of a line of `subnet.env`.
-    fn env_value(&self, key: &str) -> String {
-        let env = self.env();
-        let mut lines = env.lines().filter_map(|line| line.split_once('='));
-        let (_, value) = lines.find(|(name, _)| *name == key).unwrap();
-        value.to_owned()
-    }
-
-    /// The daemon's command, in the namespace; `args` last, so that they win.
-    fn command(&self, program: &Path, args: &[&str]) -> Command {
-        let mut command = Command::new("ip");
-        command
-            .args(["netns", "exec", self.ns.name()])
-            .arg(program)
-            .args(program.ends_with("loden").then_some("daemon"))
-            .arg("--local-store")
-            .arg(self.path("store"))
-            .arg("--subnet-file")
-            .arg(self.path("run/subnet.env"))
-            .args(args)
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn loden(&self, args: &[&str]) -> Command {
-        self.command(Path::new(LODEN), args)
-    }
-
-    /// Starts a daemon; does not wait.
-    fn spawn(&self, mut command: Command) -> Daemon {
-        let log = self.path("log");
-        let file = fs::File::create(&log).unwrap();
-        let child = command.stderr(file).spawn().unwrap();
-        Daemon { child, log }
-    }
-
-    /// Starts a daemon and waits for `subnet.env` to be written by this run, and for the status socket.
-    fn start(&self, args: &[&str]) -> Daemon {
-        let daemon = self.spawn(self.loden(args));
-        daemon.wait_for_log("ready");
-        daemon.wait_until("the status socket", || {
-            self.path("run/subnet.sock").exists()
-        });
-        daemon
-    }
-
-    /// Runs a daemon that must end by itself.
-    fn fails(&self, args: &[&str]) -> (i32, String) {
-        failed(self.loden(args))
-    }
-
-    /// What an ended daemon may leave: nothing.
-    fn assert_clean(&self) {
-        let links = self.ns.json("link show");
-        let names = links.iter().map(|link| link["ifname"].as_str().unwrap());
-        let names: Vec<&str> = names.collect();
-        assert!(
-            !names.iter().any(|name| name.starts_with("flannel")),
-            "{names:?}"
-        );
-        assert!(self.ns.json("-4 route show 198.18.0.0/16").is_empty());
-        let mut left: Vec<String> = fs::read_dir(self.path("run"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        left.retain(|name| name != "subnet.env");
-        assert_eq!(left, Vec::<String>::new());
-    }
-
-    fn status(&self) -> Value {
-        let output = Command::new(LODEN)
-            .args(["status", "--json", "--subnet-file"])
-            .arg(self.path("run/subnet.env"))
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{text}");
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-}
-
-/// Runs a command that must end by itself; its exit status, and its last line on stderr.
-fn failed(mut command: Command) -> (i32, String) {
-    let child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn();
-    let mut daemon = Daemon {
-        child: child.unwrap(),
-        log: PathBuf::new(),
-    };
-    let code = daemon.exit_code();
-    let mut text = String::new();
-    let mut stderr = daemon.child.stderr.take().unwrap();
-    std::io::Read::read_to_string(&mut stderr, &mut text).unwrap();
-    let errors: Vec<&str> = text
-        .lines()
-        .filter(|line| line.starts_with("loden: "))
-        .collect();
-    assert!(errors.len() <= 1, "more than one line of error: {text}");
-    (
-        code,
-        errors
-            .first()
-            .map_or(text.clone(), |line| (*line).to_owned()),
-    )
-}
-
-struct Daemon {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Daemon {
-    fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
-    }
-
-    fn wait_until(&self, what: &str, mut condition: impl FnMut() -> bool) {
-        let waited = wait::until(what, LIMIT, &Interrupt::default(), || {
-            Ok(condition().then_some(()))
-        });
-        assert!(waited.is_ok(), "no {what}; log:\n{}", self.log());
-    }
-
-    fn wait_for_log(&self, text: &str) {
-        self.wait_until(text, || self.log().contains(text));
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id()).unwrap();
-        kill(Pid::from_raw(pid), signal).unwrap();
-    }
-
-    fn exit_code(&mut self) -> i32 {
-        self.exit_status().code().unwrap()
-    }
-
-    fn exit_status(&mut self) -> ExitStatus {
-        let mut code = None;
-        let child = &mut self.child;
-        wait::until("the daemon to end", LIMIT, &Interrupt::default(), || {
-            code = child.try_wait().unwrap();
-            Ok(code.map(drop))
-        })
-        .unwrap();
-        code.unwrap()
-    }
-
-    fn stop(mut self) -> i32 {
-        self.signal(Signal::SIGTERM);
-        self.exit_code()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Already reaped, if the test went well.
-        let _gone = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
+use socket2::{Domain, Protocol, Socket, Type};
 
 #[test]
 fn device_routes_lease_and_files_are_the_originals_and_only_the_lease_and_subnet_env_stay() {
@@ -400,7 +203,7 @@ fn status_tells_every_reason_for_a_drop_with_its_remedy_and_why_this_interface()
     assert_eq!(status["interface"]["name"], "eth0");
     assert_eq!(status["candidates"].as_array().unwrap().len(), 3);
     assert_eq!(status["datapath"]["engine"], "portable");
-    assert_eq!(status["device"]["tx_dropped"], 0);
+    assert_eq!(status["devices"][0]["tx_dropped"], 0);
     let peers = status["peers"].as_array().unwrap();
     assert_eq!(peers.len(), 1, "{peers:?}");
     assert_eq!(peers[0]["endpoint"], "192.0.2.7:8285");
@@ -537,9 +340,9 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
         (r#"{"Network":"#, &["--iface", "eth0"], "config"),
         (other_port, &["--iface", "eth0"], "Port"),
         (
-            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"vxlan"}}"#,
+            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipip"}}"#,
             &["--iface", "eth0"],
-            "vxlan",
+            "ipip",
         ),
         (
             r#"{"Network":"192.0.0.0/16"}"#,
@@ -659,16 +462,13 @@ fn route_in_the_way_is_named_with_the_command_that_removes_it() {
 fn address_that_leaves_the_external_interface_is_told_and_so_is_its_return() {
     let node = Node::new(CONFIG);
     let daemon = node.start(&["--iface", "eth0"]);
-    node.ns.ip("addr add 198.51.100.5/24 dev eth0");
-    node.ns.ip("addr del 192.0.2.1/24 dev eth0");
-    daemon.wait_for_log("with 198.51.100.5 now");
+    node.ns.ip("addr flush dev eth0");
+    daemon.wait_for_log("192.0.2.1 is gone");
     assert!(
         node.status()["conflicts"]
             .to_string()
-            .contains("198.51.100.5")
+            .contains("192.0.2.1 is gone")
     );
-    node.ns.ip("addr flush dev eth0");
-    daemon.wait_for_log("192.0.2.1 is gone");
     node.ns.ip("addr add 192.0.2.1/24 dev eth0");
     daemon.wait_for_log("is back");
     assert_eq!(node.status()["conflicts"], Value::Array(Vec::new()));
@@ -676,11 +476,129 @@ fn address_that_leaves_the_external_interface_is_told_and_so_is_its_return() {
 }
 
 #[test]
+fn address_that_changes_moves_the_lease_in_the_local_store_too() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let env = node.env();
+    let key = node.env_value("FLANNEL_SUBNET").replace(".1/24", ".0-24");
+    let lease = node.path("store/subnets").join(&key);
+    node.ns.ip("addr add 198.51.100.5/24 dev eth0");
+    node.ns.ip("addr del 192.0.2.1/24 dev eth0");
+    daemon.wait_until("the lease to name the new address", || {
+        fs::read_to_string(&lease).unwrap() == r#"{"PublicIP":"198.51.100.5","PublicIPv6":null}"#
+    });
+    daemon.wait_until("the tunnel to follow", || {
+        let status = node.status();
+        status["ready"] == true && status["bind"] == "198.51.100.5:8285"
+    });
+    assert_eq!(node.env(), env, "the subnet stays");
+    assert_eq!(node.status()["conflicts"], Value::Array(Vec::new()));
+    assert_eq!(daemon.stop(), 0);
+    // The next run finds it under the new address.
+    let again = node.start(&["--iface", "eth0"]);
+    assert_eq!(node.env(), env);
+    assert_eq!(fs::read_dir(node.path("store/subnets")).unwrap().count(), 1);
+    assert_eq!(again.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn mtu_of_the_external_interface_that_changes_is_followed_by_subnet_env_and_the_device() {
+    let node = Node::new(CONFIG);
+    let daemon = node.start(&["--iface", "eth0"]);
+    let before = node.env();
+    let mtu = || node.ns.link("flannel0")["mtu"].as_u64();
+    assert_eq!(mtu(), Some(1472));
+    for (underlay, overlay) in [(1400, 1372), (9000, 8972), (1500, 1472)] {
+        node.ns.ip(&format!("link set eth0 mtu {underlay}"));
+        let expected = before.replace("MTU=1472", &format!("MTU={overlay}"));
+        daemon.wait_until("subnet.env to follow", || node.env() == expected);
+        daemon.wait_until("the device to follow", || mtu() == Some(overlay));
+        daemon.wait_until("readiness", || node.status()["ready"] == true);
+    }
+    // One that leaves no room is told, and changes nothing.
+    node.ns.ip("link set eth0 mtu 80");
+    daemon.wait_for_log("an underlay MTU of 80");
+    assert_eq!((node.env(), mtu()), (before, Some(1472)));
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+/// The source ports of the tunnel's datagrams on the wire, for 40 inner flows of 3 packets each.
+fn source_ports(node: &Node, daemon: &Daemon) -> BTreeSet<u16> {
+    const FLOWS: usize = 40;
+    let far = node.ns.link("far")["address"].as_str().unwrap().to_owned();
+    node.ns
+        .ip(&format!("neigh replace 192.0.2.7 lladdr {far} dev eth0"));
+    daemon.wait_until("the peer", || {
+        node.status()["peers"][0]["endpoint"] == "192.0.2.7:8285"
+    });
+    let base = node.env_value("FLANNEL_SUBNET").replace(".1/24", ".0");
+    node.ns.run(|| {
+        // Sees what arrives at the wire's other end, from the IP header on.
+        let ipv4 = Protocol::from(i32::from(0x0800_u16.to_be()));
+        let mut wire = Socket::new(Domain::PACKET, Type::DGRAM, Some(ipv4)).unwrap();
+        wire.set_read_timeout(Some(LIMIT)).unwrap();
+        let flows: Vec<UdpSocket> = (0..FLOWS)
+            .map(|_| UdpSocket::bind((base.as_str(), 0)).unwrap())
+            .collect();
+        let mut outer = BTreeSet::new();
+        let mut inner = BTreeMap::new();
+        for _ in 0..3 {
+            for flow in &flows {
+                flow.send_to(b"who", "198.18.7.2:9").unwrap();
+                let (udp, inside) = loop {
+                    let mut packet = [0; 2048];
+                    let len = wire.read(&mut packet).unwrap();
+                    let sliced = SlicedPacket::from_ip(&packet[..len]).unwrap();
+                    if let Some(TransportSlice::Udp(udp)) = sliced.transport
+                        && udp.destination_port() == 8285
+                    {
+                        let inside = SlicedPacket::from_ip(udp.payload()).unwrap().transport;
+                        let Some(TransportSlice::Udp(inside)) = inside else {
+                            unreachable!("{inside:?}");
+                        };
+                        break (udp.source_port(), inside.source_port());
+                    }
+                };
+                outer.insert(udp);
+                assert_eq!(
+                    *inner.entry(inside).or_insert(udp),
+                    udp,
+                    "one flow, one port"
+                );
+            }
+        }
+        assert_eq!(inner.len(), FLOWS);
+        outer
+    })
+}
+
+#[test]
+fn source_port_fixed_uses_the_tunnels_own_and_spread_uses_several() {
+    let config = |choice| CONFIG.replace(r#""udp""#, &format!(r#""udp","SourcePort":"{choice}""#));
+    let node = Node::new(&config("fixed"));
+    fs::create_dir_all(node.path("store/subnets")).unwrap();
+    let peer = node.path("store/subnets/198.18.7.0-24");
+    fs::write(peer, r#"{"PublicIP":"192.0.2.7","PublicIPv6":null}"#).unwrap();
+    for engine in ["mmsg", "portable"] {
+        let args = ["--iface", "eth0", "--workers", "2", "--engine", engine];
+        let daemon = node.start(&args);
+        assert_eq!(source_ports(&node, &daemon), [8285].into(), "{engine}");
+        assert_eq!(daemon.stop(), 0);
+    }
+    node.configure(&config("spread"));
+    let daemon = node.start(&["--iface", "eth0", "--workers", "2"]);
+    let spread = source_ports(&node, &daemon);
+    assert!(spread.len() >= 4, "{spread:?}");
+    assert_eq!(daemon.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
 fn port_that_is_taken_is_named_with_its_remedy() {
     let node = Node::new(CONFIG);
-    let held = node
-        .ns
-        .run(|| std::net::UdpSocket::bind("192.0.2.1:8285").unwrap());
+    let held = node.ns.run(|| UdpSocket::bind("192.0.2.1:8285").unwrap());
     let (code, error) = node.fails(&["--iface", "eth0"]);
     drop(held);
     assert_eq!(code, 1, "{error}");

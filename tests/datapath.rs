@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use etherparse::PacketBuilder;
 use loden::addr::Mtu;
 use loden::datapath::{
-    Datapath, EngineKind, Event, Local, PeerRoute, Settings, SourceCheck, SourcePort, Status,
+    Datapath, Encapsulation, EngineKind, Event, Local, PeerRoute, Settings, SourceCheck,
+    SourcePort, Status,
 };
 use loden::sys::tun::{OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, OFFLOAD_USO4, OFFLOAD_USO6};
 use loden::tun::{TunCaps, TunDevice, TunQueue};
@@ -96,6 +97,7 @@ fn node(n: u8, shape: Shape) -> Node {
         workers: shape.workers,
         pin: false,
         device: "memory".to_owned(),
+        encapsulation: Encapsulation::Plain,
         bind: addr,
         mtu: Mtu::new(1472).unwrap(),
         source_check: shape.check,
@@ -126,6 +128,7 @@ fn route(n: u8, node: &Node) -> PeerRoute {
     PeerRoute {
         net: subnet(n),
         addr: node.addr,
+        mac: None,
         ecn: false,
     }
 }

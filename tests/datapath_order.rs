@@ -104,8 +104,8 @@ fn check(node: &Node, seen_all: &AtomicBool) {
     }
 }
 
-fn keeps_order(workers: usize) {
-    let (a, b) = pair(workers);
+fn keeps_order(workers: usize, vxlan: bool) {
+    let (a, b) = pair(workers, vxlan);
     let (there, back) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| generate(&a, (1, 2), &there));
@@ -125,15 +125,21 @@ fn keeps_order(workers: usize) {
 
 #[test]
 fn flows_keep_their_order_through_one_worker() {
-    keeps_order(1);
+    keeps_order(1, false);
 }
 
 #[test]
 fn flows_keep_their_order_through_two_workers() {
-    keeps_order(2);
+    keeps_order(2, false);
 }
 
 #[test]
 fn flows_keep_their_order_through_four_workers() {
-    keeps_order(4);
+    keeps_order(4, false);
+}
+
+#[test]
+fn flows_keep_their_order_in_vxlan() {
+    keeps_order(1, true);
+    keeps_order(2, true);
 }

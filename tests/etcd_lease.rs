@@ -2,9 +2,12 @@
 
 #[path = "common/etcd.rs"]
 mod common;
+#[path = "common/seeded.rs"]
+mod seeded;
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use common::{Etcd, Follower, PREFIX, request, soon, subnets, vxlan_value};
 use loden::lease::{BackendData, LeaseAttrs, LeaseExtension};
@@ -12,11 +15,16 @@ use loden::store::{
     AcquireRequest, Cause, EtcdStore, LEASE_TTL, LeaseStore, LostTo, RenewError, StoreError,
     StoreEvent,
 };
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample;
 
 const CONFIG: &str = r#"{"Network":"198.18.0.0/16"}"#;
 
 /// A network with room for three nodes: .4, .8 and .12.
 const SMALL: &str = r#"{"Network":"198.18.0.0/28","SubnetLen":30}"#;
+
+const SMALL_SUBNETS: [&str; 3] = ["198.18.0.4-30", "198.18.0.8-30", "198.18.0.12-30"];
 
 #[test]
 fn a_missing_configuration_is_named_and_found_when_it_appears() {
@@ -207,37 +215,76 @@ fn a_reservation_stays_permanent() {
     });
 }
 
+/// One race: which subnets are free, and who asks when, for what.
+#[derive(Debug)]
+struct Round {
+    free: Vec<&'static str>,
+    /// Of each contender: how long it waits, and whether it asks for the first free subnet by name.
+    contenders: Vec<(Duration, bool)>,
+}
+
+impl Round {
+    /// The round of a seed. There are always more contenders than free subnets.
+    fn of(seed: u64) -> Self {
+        // Half of the rounds are about the last one.
+        let free = prop_oneof![
+            sample::subsequence(&SMALL_SUBNETS[..], 1),
+            sample::subsequence(&SMALL_SUBNETS[..], 1..=3),
+        ];
+        let contender = (0_u64..3000, any::<bool>());
+        let round = (free, vec(contender, 2..=5)).prop_map(|(free, mut contenders)| {
+            contenders.resize(contenders.len().max(free.len() + 1), (0, false));
+            let wait = |(micros, named)| (Duration::from_micros(micros), named);
+            let contenders = contenders.into_iter().map(wait).collect();
+            Self { free, contenders }
+        });
+        seeded::value(&round, seed)
+    }
+}
+
 #[test]
-fn two_stores_that_race_for_the_last_free_subnet_never_both_get_it() {
+fn stores_that_race_for_the_last_free_subnet_never_share_one() {
+    let seeds = seeded::seeds(30);
     let etcd = Etcd::start();
     etcd.configure(SMALL);
-    let rounds = std::env::var_os("LODEN_RACE_ROUNDS");
-    let rounds = rounds.map_or(30, |n| n.to_str().unwrap().parse().unwrap());
     etcd.run(async || {
         let stores: Vec<EtcdStore> = (0..5).map(|_| etcd.store()).collect();
-        for round in 0..rounds {
+        for seed in seeds.clone() {
+            let round = Round::of(seed);
             etcd.delete("subnets/", true);
-            let acquired = futures_util::future::join_all(
-                stores
-                    .iter()
-                    .zip(1..)
-                    .map(|(store, node)| store.acquire(request(node))),
-            )
-            .await;
-            let mut got = BTreeSet::new();
-            for lease in acquired {
-                match lease {
-                    Ok(lease) => assert!(got.insert(lease.subnets), "round {round}: two owners"),
-                    Err(StoreError::OutOfSubnets { .. }) => {}
-                    Err(error) => unreachable!("round {round}: {error}"),
+            for (taken, node) in SMALL_SUBNETS.iter().zip(100..) {
+                if !round.free.contains(taken) {
+                    etcd.put(&format!("subnets/{taken}"), &vxlan_value(node));
                 }
             }
-            let all: BTreeSet<_> = ["198.18.0.4-30", "198.18.0.8-30", "198.18.0.12-30"]
-                .map(subnets)
-                .into();
-            assert_eq!(got, all, "round {round}");
+            let named = subnets(round.free[0]);
+            let contenders = round.contenders.iter().zip(&stores).zip(1..);
+            let acquired = contenders.map(async |((&(wait, asks), store), node)| {
+                tokio::time::sleep(wait).await;
+                let previous = asks.then_some(named);
+                let request = AcquireRequest {
+                    previous,
+                    ..request(node)
+                };
+                store.acquire(request).await
+            });
+            let mut got = Vec::new();
+            for lease in futures_util::future::join_all(acquired).await {
+                match lease {
+                    Ok(lease) => got.push(lease.subnets),
+                    Err(StoreError::OutOfSubnets { .. }) => {}
+                    Err(error) => unreachable!("seed {seed}: {error}"),
+                }
+            }
+            got.sort();
+            let free: Vec<_> = round.free.iter().map(|key| subnets(key)).collect();
+            assert_eq!(got, free, "seed {seed}: {round:?}");
         }
     });
+    println!(
+        "{} rounds, seeds {seeds:?}: no subnet twice",
+        seeds.clone().count()
+    );
 }
 
 /// Keys with the same IPv6 subnet differ if their IPv4 subnets do: no condition on one key sees that.
@@ -377,6 +424,35 @@ fn another_daemon_with_our_public_ip_is_noticed() {
         let ip = Ipv4Addr::new(198, 51, 100, 1).into();
         assert_eq!(follower.problems[0].cause, Cause::Twin(ip));
         assert_eq!(follower.lost, []);
+    });
+}
+
+#[test]
+fn our_own_lease_that_nobody_can_read_any_more_is_told_and_renewing_it_ends_that() {
+    let etcd = Etcd::start();
+    etcd.configure(CONFIG);
+    etcd.run(async || {
+        let store = etcd.store();
+        let lease = store.acquire(request(1)).await.unwrap();
+        let key = format!("subnets/{}", lease.subnets);
+        let mut follower = Follower::new(store.watch());
+        follower.until("our lease", |f| f.leases.len() == 1).await;
+        etcd.put(&key, "{");
+        let said = |f: &Follower, cause: &Cause| {
+            let ours = format!("{PREFIX}/{key} (ours)");
+            let mut problems = f.problems.iter();
+            problems.any(|p| p.subject == ours && p.cause == *cause)
+        };
+        follower
+            .until("the damage", |f| said(f, &Cause::Overwritten))
+            .await;
+        assert_eq!(follower.lost, []);
+        store.renew(&lease).await.unwrap();
+        follower
+            .until("the repair", |f| said(f, &Cause::Solved))
+            .await;
+        assert_eq!(follower.withdrawn, []);
+        assert_eq!(follower.problems.len(), 4, "{:?}", follower.problems);
     });
 }
 

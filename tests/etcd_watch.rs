@@ -79,8 +79,13 @@ fn a_bad_key_or_value_withdraws_nobody_and_is_named_once_per_change() {
             follower.keys(),
             ["198.18.1.0-24", "198.18.2.0-24", "198.18.4.0-24"]
         );
-        let later = ["/subnets/198.18.1.0-24", "/subnets/198.18.3.7-24"];
+        let later = [
+            "/subnets/198.18.1.0-24",
+            "/subnets/198.18.2.0-24",
+            "/subnets/198.18.3.7-24",
+        ];
         assert_eq!(named(&follower)[2..], later);
+        assert_eq!(follower.problems[3].cause, Cause::Solved);
         assert_eq!(follower.snapshots, 1);
 
         // What is bad is no way out for a node that is gone.
@@ -88,6 +93,19 @@ fn a_bad_key_or_value_withdraws_nobody_and_is_named_once_per_change() {
         follower
             .until("the removal", |f| !f.has("198.18.1.0-24"))
             .await;
+        etcd.delete("subnets/README", false);
+        let solved = |f: &Follower| {
+            let solved = f.problems.iter().filter(|p| p.cause == Cause::Solved);
+            solved.map(|p| p.subject.clone()).collect::<Vec<_>>()
+        };
+        follower
+            .until("all is told", |f| solved(f).len() >= 3)
+            .await;
+        let keys = ["198.18.2.0-24", "198.18.1.0-24", "README"];
+        assert_eq!(
+            solved(&follower),
+            keys.map(|key| format!("{PREFIX}/subnets/{key}"))
+        );
     });
 }
 
@@ -125,7 +143,7 @@ fn a_watcher_that_missed_a_compaction_learns_everything_and_withdraws_only_what_
 }
 
 #[test]
-fn after_an_outage_the_watch_goes_on_where_it_was() {
+fn after_an_outage_the_watch_goes_on_where_it_was_and_the_outage_is_over() {
     let mut etcd = Etcd::start();
     etcd.put("subnets/198.18.1.0-24", &vxlan_value(1));
     let netns = etcd.netns().clone();
@@ -148,6 +166,12 @@ fn after_an_outage_the_watch_goes_on_where_it_was() {
         assert_eq!(follower.snapshots, 1, "nothing is listed again");
         assert_eq!(follower.withdrawn, []);
         assert_eq!(outages(&follower), 1, "said once a minute at most");
+        let subject = follower.problems[0].subject.clone();
+        let over = loden::store::Problem {
+            subject,
+            cause: Cause::Solved,
+        };
+        assert_eq!(follower.problems[1..], [over]);
     });
 }
 

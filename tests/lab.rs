@@ -61,7 +61,7 @@ fn pods_of_a_plain_lab_reach_each_other_bare_and_nothing_stays() {
 
 #[test]
 fn pods_of_a_vxlan_lab_reach_each_other_through_the_tunnel() {
-    let lab = lab(spec(2, Backend::Vxlan));
+    let lab = lab(spec(2, Backend::ByHand));
     assert!(pings(&lab, Member::Pod(2, 1), (1, 1)));
     assert!(underlay_sees(&lab, "udp port 8472"));
 }

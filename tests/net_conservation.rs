@@ -18,7 +18,10 @@ use loden::datapath::{Datapath, EngineKind, Status};
 use loden::lab::{Lab, Member, Wire, wait};
 use loden::tun::TunDevice;
 use loden::underlay::Underlay;
-use net::{LIMIT, Node, Shape, adds_up, device_packets, ip, lab, pair, pings, run, tun_v4, udp_at};
+use net::{
+    LIMIT, Node, Shape, adds_up, device_packets, ip, lab, pair, pings, run, tun_v4, udp_at,
+    vtep_mac,
+};
 use nix::sys::socket::{setsockopt, sockopt};
 
 /// What a node's counters must show, by `direction.counter`.
@@ -117,12 +120,13 @@ fn nft(node: &Node, hook: &str, rule: &str, table: &str) {
     );
 }
 
-fn everything_adds_up(engine: EngineKind) {
+fn everything_adds_up(shape: &Shape) {
     // Without merging on receipt, so that nft counts datagrams.
     let lab = lab(2, 0, Wire::PacketNoGro);
-    let (a, b) = pair(&lab, &Shape::of(engine));
+    let (a, b) = pair(&lab, shape);
+    let port = b.addr.port();
     let (device_a, device_b) = (a.device().to_owned(), b.device().to_owned());
-    nft(&b, "input", "udp dport 8285 counter", "seen");
+    nft(&b, "input", &format!("udp dport {port} counter"), "seen");
     ip(&a.netns, &format!("route add 224.0.0.0/4 dev {device_a}"));
     ip(&a.netns, "addr add 192.0.2.77/24 dev eth0");
     let (mut at_a, mut at_b) = (Ledger::new(&a), Ledger::new(&b));
@@ -171,7 +175,7 @@ fn everything_adds_up(engine: EngineKind) {
         &[("encap.read", SOME), ("encap.multicast", SOME)],
     );
 
-    nft(&a, "output", "udp dport 8285 drop", "wall");
+    nft(&a, "output", &format!("udp dport {port} drop"), "wall");
     send(&socket, sink_at, SOME, b"forbidden");
     at_a.expect("firewall", &[("encap.read", SOME), ("encap.refused", SOME)]);
     run(&a.netns, "nft", "delete table inet wall");
@@ -184,7 +188,7 @@ fn everything_adds_up(engine: EngineKind) {
     );
     ip(&a.netns, "link set eth0 up");
 
-    forged(&a, &b, &mut at_b);
+    forged(&a, &b, shape.vxlan, &mut at_b);
 
     ip(&b.netns, &format!("link set {device_b} down"));
     send(&socket, sink_at, SOME, b"nobody home");
@@ -208,7 +212,7 @@ fn everything_adds_up(engine: EngineKind) {
 }
 
 /// Datagrams that no right peer sends, straight onto the underlay.
-fn forged(a: &Node, b: &Node, at_b: &mut Ledger<'_>) {
+fn forged(a: &Node, b: &Node, vxlan: bool, at_b: &mut Ledger<'_>) {
     let peer = udp_at(&a.netns, SocketAddr::new(a.addr.ip(), 0));
     let stranger = udp_at(&a.netns, "192.0.2.77:0".parse().unwrap());
     let (ours, theirs) = (tun_v4(1).octets(), tun_v4(2).octets());
@@ -227,19 +231,117 @@ fn forged(a: &Node, b: &Node, at_b: &mut Ledger<'_>) {
         (&peer, vec![0x75; 1400], "decap.malformed"),
     ];
     for (socket, bytes, reason) in cases {
+        let bytes = if vxlan { framed(&bytes) } else { bytes };
         send(socket, b.addr, SOME, &bytes);
         at_b.expect(reason, &[("decap.read", SOME), (reason, SOME)]);
     }
+    if vxlan {
+        forged_frames(&peer, b, &framed(&inner(ours, theirs, 64)), at_b);
+    }
+}
+
+/// The packet in a frame from node 1 to node 2 as RFC 7348 draws it.
+fn framed(packet: &[u8]) -> Vec<u8> {
+    let mut datagram = vec![8, 0, 0, 0, 0, 0, 1, 0];
+    datagram.extend(vtep_mac(2).bytes());
+    datagram.extend(vtep_mac(1).bytes());
+    datagram.extend([8, 0]);
+    datagram.extend(packet);
+    datagram
+}
+
+/// A good datagram, wrong in one field after the other.
+fn forged_frames(peer: &UdpSocket, b: &Node, good: &[u8], at_b: &mut Ledger<'_>) {
+    let cases: [(usize, u8, &str); 10] = [
+        (0, 0x00, "decap.not_vxlan"),
+        (0, 0xf7, "decap.not_vxlan"),
+        (4, 0x01, "decap.wrong_vni"),
+        (6, 0x02, "decap.wrong_vni"),
+        (8 + 5, 9, "decap.wrong_mac"),
+        (8, 0xff, "decap.wrong_mac"),
+        (14 + 5, 9, "decap.spoofed_mac"),
+        (14, 0xff, "decap.spoofed_mac"),
+        // ARP.
+        (21, 0x06, "decap.not_ip"),
+        (20, 0x86, "decap.not_ip"),
+    ];
+    for (at, byte, reason) in cases {
+        let mut wrong = good.to_vec();
+        wrong[at] = byte;
+        send(peer, b.addr, SOME, &wrong);
+        at_b.expect(reason, &[("decap.read", SOME), (reason, SOME)]);
+    }
+    // IPv6 by its EtherType, IPv4 by its version.
+    let mut wrong = good.to_vec();
+    wrong[20..22].copy_from_slice(&[0x86, 0xdd]);
+    send(peer, b.addr, SOME, &wrong);
+    at_b.expect(
+        "version",
+        &[("decap.read", SOME), ("decap.malformed", SOME)],
+    );
+    // Cut anywhere before the end of the inner IP header, then within the packet.
+    let reason = |len: usize| {
+        if len < 22 + 20 {
+            "decap.too_short"
+        } else {
+            "decap.malformed"
+        }
+    };
+    for len in 0..good.len() {
+        send(peer, b.addr, 1, &good[..len]);
+        at_b.expect("cut", &[("decap.read", 1), (reason(len), 1)]);
+    }
+    // Reserved bits mean nothing: the packet is looked at.
+    let mut odd = framed(&inner(tun_v4(1).octets(), [224, 0, 0, 1], 64));
+    odd[0] = 0xff;
+    odd[7] = 0xff;
+    send(peer, b.addr, 1, &odd);
+    at_b.expect(
+        "reserved bits",
+        &[("decap.read", 1), ("decap.multicast", 1)],
+    );
 }
 
 #[test]
 fn the_batched_engine_accounts_for_every_packet() {
-    everything_adds_up(EngineKind::Mmsg);
+    everything_adds_up(&Shape::of(EngineKind::Mmsg));
+}
+
+#[test]
+fn the_batched_engine_accounts_for_every_packet_in_vxlan() {
+    everything_adds_up(&Shape::vxlan(EngineKind::Mmsg, false));
+}
+
+#[test]
+fn the_portable_engine_accounts_for_every_packet_in_vxlan() {
+    everything_adds_up(&Shape::vxlan(EngineKind::Portable, false));
+}
+
+#[test]
+fn what_goes_to_a_node_whose_mac_is_unknown_is_counted() {
+    for engine in [EngineKind::Mmsg, EngineKind::Portable] {
+        let lab = lab(2, 0, Wire::Packet);
+        let shape = Shape::vxlan(engine, false);
+        let (a, b) = pair(&lab, &shape);
+        let mut routes = shape.routes(1, &[1, 2]);
+        for route in &mut routes {
+            route.mac = None;
+        }
+        let mut at_a = Ledger::new(&a);
+        a.datapath.publish(&routes);
+        let sink = b.udp();
+        send(&a.udp(), sink.local_addr().unwrap(), SOME, b"to whom?");
+        at_a.expect("no MAC", &[("encap.read", SOME), ("encap.no_mac", SOME)]);
+        // What comes from it is accepted, for lack of anything to compare it with.
+        let sink = a.udp();
+        send(&b.udp(), sink.local_addr().unwrap(), 1, b"hello");
+        at_a.expect("unknown sender", &[("decap.read", 1), ("decap.sent", 1)]);
+    }
 }
 
 #[test]
 fn the_portable_engine_accounts_for_every_packet() {
-    everything_adds_up(EngineKind::Portable);
+    everything_adds_up(&Shape::of(EngineKind::Portable));
 }
 
 /// Opens as [`Datapath::open`] does, and hands out the sockets.

@@ -13,6 +13,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use loden::datapath::EngineKind;
 use loden::datapath::status::{Counters, Worker};
 use loden::lab::{Lab, Member, NetNs, Wire};
 use loden::sys::socket::{IntOption, set};
@@ -111,11 +112,11 @@ fn check(socket: &UdpSocket, seen_all: &AtomicBool) -> u64 {
     arrived
 }
 
-fn keeps_order(workers: usize) {
+fn keeps_order(workers: usize, shape: Shape) {
     let shape = Shape {
         workers,
         pin: true,
-        ..Shape::default()
+        ..shape
     };
     let (lab, a, b) = pods(Wire::Packet, &shape);
     std::thread::scope(|scope| {
@@ -157,17 +158,22 @@ fn keeps_order(workers: usize) {
 
 #[test]
 fn no_packet_overtakes_another_of_its_flow_with_one_worker() {
-    keeps_order(1);
+    keeps_order(1, Shape::default());
 }
 
 #[test]
 fn no_packet_overtakes_another_of_its_flow_with_two_workers() {
-    keeps_order(2);
+    keeps_order(2, Shape::default());
 }
 
 #[test]
 fn no_packet_overtakes_another_of_its_flow_with_four_workers() {
-    keeps_order(4);
+    keeps_order(4, Shape::default());
+}
+
+#[test]
+fn no_packet_overtakes_another_of_its_flow_in_vxlan() {
+    keeps_order(2, Shape::vxlan(EngineKind::Mmsg, false));
 }
 
 #[test]
@@ -195,7 +201,16 @@ const fn per_call(side: &Counters) -> u64 {
 
 #[test]
 fn offloads_engage_and_a_system_call_carries_many_packets() {
-    let (lab, a, b) = pods(Wire::Packet, &Shape::default());
+    offloads_engage(&Shape::default());
+}
+
+#[test]
+fn offloads_engage_in_vxlan_too() {
+    offloads_engage(&Shape::vxlan(EngineKind::Mmsg, false));
+}
+
+fn offloads_engage(shape: &Shape) {
+    let (lab, a, b) = pods(Wire::Packet, shape);
     let ((here, _), (there, addr)) = (pod(&lab, 1), pod(&lab, 2));
     tcp_transfer(&here, (&there, addr), 1024);
     let (sender, receiver): (Worker, Worker) = (a.status().total, b.status().total);

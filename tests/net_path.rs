@@ -186,6 +186,16 @@ fn a_smaller_mtu_on_an_ipv6_underlay_is_learned_and_told() {
 }
 
 #[test]
+fn a_smaller_mtu_on_the_way_is_learned_and_told_in_vxlan() {
+    path_mtu(&Shape::vxlan(EngineKind::Mmsg, false), 50);
+}
+
+#[test]
+fn a_smaller_mtu_on_an_ipv6_underlay_is_learned_and_told_in_vxlan() {
+    path_mtu(&Shape::vxlan(EngineKind::Mmsg, true), 70);
+}
+
+#[test]
 fn the_portable_engine_crosses_a_smaller_mtu_with_the_kernels_help() {
     let lab = behind_a_router();
     let (a, b) = pair(&lab, &Shape::of(EngineKind::Portable));

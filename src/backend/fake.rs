@@ -1,5 +1,5 @@
-//! Owns an in-memory kernel for tests: one namespace's links, addresses and routes, with the kernel's rules
-//! that matter to reconciliation.
+//! Owns an in-memory kernel for tests: one namespace's links, addresses, routes, neighbours and forwarding
+//! entries, with the kernel's rules that matter to reconciliation.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 
-use super::kernel::{Change, Kernel, KernelError, Link, LinkChange, Route};
+use super::kernel::{
+    Change, Edit, Forward, Kernel, KernelError, Link, LinkChange, Neighbour, NewVxlan, Route,
+};
 use crate::iface::Snapshot;
 
 /// The state, open to the test.
@@ -16,6 +18,12 @@ pub(crate) struct State {
     pub(crate) links: Vec<Link>,
     pub(crate) addrs: Vec<(u32, IpNet)>,
     pub(crate) routes: Vec<Route>,
+    pub(crate) neighbours: Vec<Neighbour>,
+    pub(crate) forwards: Vec<Forward>,
+    /// What is below `/proc/sys/net`.
+    pub(crate) settings: Vec<(&'static str, &'static str)>,
+    /// The kernel has no VXLAN.
+    pub(crate) no_vxlan: bool,
     /// Operations from now on that are refused, by the first word of what they do.
     pub(crate) refuse: Option<&'static str>,
     /// What was done, in order.
@@ -57,12 +65,78 @@ impl State {
         links.find(|link| link.index == index).ok_or(libc::ENODEV)
     }
 
-    /// Takes a link down as the kernel does: its routes go, its IPv4 addresses stay.
+    /// Takes a link away as the kernel does: with all that is on it, and the VXLAN devices that send by it.
+    pub(crate) fn remove_link(&mut self, index: u32) {
+        self.links.retain(|link| link.index != index);
+        self.routes.retain(|route| route.link != index);
+        self.addrs.retain(|(at, _)| *at != index);
+        self.neighbours.retain(|it| it.link != index);
+        self.forwards.retain(|it| it.link != index);
+        let above = |link: &&Link| link.vxlan.is_some_and(|vxlan| vxlan.link == index);
+        if let Some(above) = self.links.iter().find(above).map(|link| link.index) {
+            self.remove_link(above);
+        }
+    }
+
+    /// Applies one change with the kernel's rules.
+    fn edit(&mut self, edit: Edit) -> Result<(), i32> {
+        let same_key = |a: &Route, b: &Route| {
+            let metric = |route: &Route| route.metric.filter(|_| !route.has_default_metric());
+            a.net == b.net && metric(a) == metric(b)
+        };
+        match edit {
+            Edit::AddRoute(route) | Edit::ReplaceRoute(route) => {
+                if !self.link_mut(route.link)?.up {
+                    return Err(libc::ENETDOWN);
+                }
+                let reached = |gateway| {
+                    let on_link = |it: &Route| {
+                        it.link == route.link && it.gateway.is_none() && it.net.contains(&gateway)
+                    };
+                    route.onlink || self.routes.iter().any(on_link)
+                };
+                if !route.gateway.is_none_or(reached) {
+                    return Err(libc::ENETUNREACH);
+                }
+                if matches!(edit, Edit::ReplaceRoute(_)) {
+                    self.routes.retain(|other| !same_key(other, &route));
+                } else if self.routes.iter().any(|other| same_key(other, &route)) {
+                    return Err(libc::EEXIST);
+                }
+                self.routes.push(route);
+            }
+            Edit::DeleteRoute(route) => self.routes.retain(|other| *other != route),
+            Edit::SetNeighbour(it) => {
+                self.link_mut(it.link)?;
+                let same = |other: &Neighbour| (other.link, other.ip) == (it.link, it.ip);
+                self.neighbours.retain(|other| !same(other));
+                self.neighbours.push(it);
+            }
+            Edit::DeleteNeighbour(it) => self
+                .neighbours
+                .retain(|other| (other.link, other.ip) != (it.link, it.ip)),
+            Edit::SetForward(it) => {
+                self.link_mut(it.link)?;
+                let mut there = self.forwards.iter_mut();
+                let same = |other: &&mut Forward| (other.link, other.mac) == (it.link, it.mac);
+                // As vxlan_fdb_replace does: only the first of several.
+                match there.find(same) {
+                    Some(other) => *other = it,
+                    None => self.forwards.push(it),
+                }
+            }
+            Edit::DeleteForward(it) => self.forwards.retain(|other| *other != it),
+        }
+        Ok(())
+    }
+
+    /// Takes a link down as the kernel does: its routes and neighbours go, its IPv4 addresses stay.
     pub(crate) fn set_down(&mut self, index: u32) {
         if let Ok(link) = self.link_mut(index) {
             link.up = false;
         }
         self.routes.retain(|route| route.link != index);
+        self.neighbours.retain(|it| it.link != index);
         self.addrs
             .retain(|(at, addr)| *at != index || addr.addr().is_ipv4());
     }
@@ -87,6 +161,72 @@ impl Kernel for FakeKernel {
             .cloned())
     }
 
+    async fn links(&self) -> Result<Vec<Link>, KernelError> {
+        Ok(self.state().links.clone())
+    }
+
+    async fn add_vxlan(&self, device: &NewVxlan) -> Result<(), KernelError> {
+        self.change(format!("make {}", device.name), |state| {
+            let is_v6 = |vxlan: &super::kernel::VxlanLink| vxlan.local.map(|ip| ip.is_ipv6());
+            let key = |vxlan: &super::kernel::VxlanLink| (vxlan.vni, vxlan.port, is_v6(vxlan));
+            if state.no_vxlan {
+                return Err(libc::EOPNOTSUPP);
+            }
+            let double = |link: &Link| {
+                let vxlan = link.vxlan.as_ref();
+                link.name == device.name || vxlan.map(key) == Some(key(&device.vxlan))
+            };
+            if state.links.iter().any(double) {
+                return Err(libc::EEXIST);
+            }
+            state.link_mut(device.vxlan.link)?;
+            let index = state.links.iter().map(|link| link.index).max();
+            state.links.push(Link {
+                index: index.unwrap_or(0) + 1,
+                name: device.name.clone(),
+                mtu: u32::from(device.mtu.get()),
+                tx_queue_len: 0,
+                up: false,
+                makes_ipv6_addresses: true,
+                tx_dropped: 0,
+                mac: Some(device.mac),
+                vxlan: Some(device.vxlan),
+            });
+            Ok(())
+        })
+    }
+
+    async fn delete_link(&self, index: u32) -> Result<(), KernelError> {
+        self.change("delete link".to_owned(), |state| {
+            state.remove_link(index);
+            Ok(())
+        })
+    }
+
+    async fn neighbours(&self, index: u32) -> Result<Vec<Neighbour>, KernelError> {
+        let state = self.state();
+        let of_link = state.neighbours.iter().filter(|it| it.link == index);
+        Ok(of_link.copied().collect())
+    }
+
+    async fn forwards(&self, index: u32) -> Result<Vec<Forward>, KernelError> {
+        let state = self.state();
+        let of_link = state.forwards.iter().filter(|it| it.link == index);
+        Ok(of_link.copied().collect())
+    }
+
+    async fn edit(&self, edits: &[Edit]) -> Vec<Result<(), KernelError>> {
+        let one = |edit: &Edit| self.change(edit.to_string(), |state| state.edit(*edit));
+        edits.iter().map(one).collect()
+    }
+
+    fn setting(&self, path: &str) -> Option<String> {
+        let state = self.state();
+        let mut settings = state.settings.iter();
+        let found = settings.find(|(name, _)| *name == path);
+        found.map(|(_, value)| (*value).to_owned())
+    }
+
     async fn set_link(&self, index: u32, change: LinkChange) -> Result<(), KernelError> {
         self.change("set link".to_owned(), |state| {
             let link = state.link_mut(index)?;
@@ -95,6 +235,12 @@ impl Kernel for FakeKernel {
             }
             if let Some(len) = change.tx_queue_len {
                 link.tx_queue_len = len;
+            }
+            if let Some(mac) = change.mac {
+                link.mac = Some(mac);
+            }
+            if let (Some(learning), Some(vxlan)) = (change.learning, &mut link.vxlan) {
+                vxlan.learning = learning;
             }
             link.up |= change.up;
             Ok(())

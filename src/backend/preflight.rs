@@ -1,11 +1,12 @@
 //! Owns the look at the node before anything is changed: what it has that would compete with the overlay.
-//! Pure; never changes anything.
+//! Never changes anything.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::kernel::Route;
+use super::kernel::{Kernel, Route};
+use crate::config::NetworkConfig;
 use crate::iface::Snapshot;
 
 /// Something on the node that competes with the overlay network. Its text names it, the consequence and the
@@ -40,6 +41,24 @@ pub enum Conflict {
         /// This node's subnet.
         own: IpNet,
     },
+    /// The node does not pass on packets of a family.
+    #[error(
+        "{setting} is 0: pods of this node reach no other node over {family} until it is 1 (sysctl -w {setting}=1)"
+    )]
+    Forwarding {
+        /// The setting, as `sysctl` names it.
+        setting: &'static str,
+        /// The family.
+        family: &'static str,
+    },
+    /// IPv6 is switched off.
+    #[error(
+        "EnableIPv6 is true and IPv6 is off on this node ({setting} is 1): switch it on (sysctl -w {setting}=0), or set EnableIPv6 to false"
+    )]
+    NoIpv6 {
+        /// The setting, as `sysctl` names it.
+        setting: &'static str,
+    },
     /// The address other nodes send to lies in the overlay, so packets to it would enter the tunnel again.
     #[error(
         "the public IP {addr} lies inside the overlay network {network}: choose a Network apart from the nodes' own addresses"
@@ -57,11 +76,30 @@ impl Conflict {
     #[must_use]
     pub const fn is_fatal(&self) -> bool {
         match self {
-            Self::PublicIp { .. } => true,
+            Self::PublicIp { .. } | Self::NoIpv6 { .. } => true,
             Self::Route { blocks, .. } => *blocks,
-            Self::Address { .. } => false,
+            Self::Address { .. } | Self::Forwarding { .. } => false,
         }
     }
+}
+
+/// Looks at the kernel's settings that the overlay depends on. One that cannot be read counts as right.
+pub fn settings(kernel: &impl Kernel, config: &NetworkConfig) -> Vec<Conflict> {
+    let is = |path, value| kernel.setting(path).is_some_and(|found| found == value);
+    let mut found = Vec::new();
+    if config.ipv6.is_some() && is("ipv6/conf/all/disable_ipv6", "1") {
+        let setting = "net.ipv6.conf.all.disable_ipv6";
+        found.push(Conflict::NoIpv6 { setting });
+    }
+    if config.ipv4.is_some() && is("ipv4/ip_forward", "0") {
+        let (setting, family) = ("net.ipv4.ip_forward", "IPv4");
+        found.push(Conflict::Forwarding { setting, family });
+    }
+    if config.ipv6.is_some() && is("ipv6/conf/all/forwarding", "0") {
+        let (setting, family) = ("net.ipv6.conf.all.forwarding", "IPv6");
+        found.push(Conflict::Forwarding { setting, family });
+    }
+    found
 }
 
 /// Looks for what competes with `networks`, of which `own` are this node's subnets. The tunnel device does not
@@ -90,7 +128,7 @@ pub fn conflicts(
                 net: route.net,
                 device: device.map_or_else(|| route.link.to_string(), |link| link.name.clone()),
                 network,
-                blocks: route.net == network && is_default_metric(route),
+                blocks: route.net == network && route.has_default_metric(),
             }
         }));
         let Some(&own) = own.iter().find(|own| network.contains(*own)) else {
@@ -108,14 +146,6 @@ pub fn conflicts(
         }
     }
     found
-}
-
-/// Whether the kernel would give a route without a metric this one's; the two cannot exist side by side.
-const fn is_default_metric(route: &Route) -> bool {
-    match (route.net, route.metric) {
-        (IpNet::V4(_), None | Some(0)) | (IpNet::V6(_), None | Some(1024)) => true,
-        (IpNet::V4(_) | IpNet::V6(_), Some(_)) => false,
-    }
 }
 
 #[cfg(test)]
@@ -150,6 +180,7 @@ mod tests {
             net: net(dst),
             link,
             gateway: None,
+            onlink: false,
             metric: None,
             protocol: PROTOCOL_BOOT,
         };

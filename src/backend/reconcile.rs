@@ -1,22 +1,28 @@
-//! Owns the difference between what a tunnel device should look like and what it does: a pure [`plan`], and its
+//! Owns the difference between what a device of ours should look like and what it does: a pure [`plan`], and its
 //! application. Level-triggered: the same plan serves the start, every notification and the periodic look.
 
 use ipnet::IpNet;
 
 use super::kernel::{Kernel, KernelError, Link, LinkChange, PROTOCOL_BOOT, Route};
-use crate::addr::Mtu;
+use crate::addr::{Mac, Mtu};
 
-/// What a tunnel device should look like.
+/// What a device should look like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Desired {
     /// Its MTU.
     pub mtu: Mtu,
     /// Its transmit queue length in packets.
     pub tx_queue_len: u32,
+    /// Its MAC address; `None` for a device that has none.
+    pub mac: Option<Mac>,
+    /// Whether it learns, for a VXLAN device.
+    pub learning: Option<bool>,
     /// Its addresses. Others inside `networks` are removed, those outside are somebody else's.
     pub addrs: Vec<IpNet>,
-    /// The overlay networks that are routed to it.
+    /// The overlay networks.
     pub networks: Vec<IpNet>,
+    /// What is routed to it as a whole.
+    pub routed: Vec<IpNet>,
 }
 
 /// What it looks like.
@@ -53,6 +59,10 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
     let differs = LinkChange {
         mtu: (link.mtu != u32::from(desired.mtu.get())).then_some(desired.mtu),
         tx_queue_len: (link.tx_queue_len != desired.tx_queue_len).then_some(desired.tx_queue_len),
+        mac: desired.mac.filter(|&mac| link.mac != Some(mac)),
+        learning: desired
+            .learning
+            .filter(|&learning| link.vxlan.is_some_and(|vxlan| vxlan.learning != learning)),
         up: !link.up,
     };
     let mut actions = Vec::new();
@@ -73,7 +83,7 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
     let missing = |addr: &&IpNet| !observed.addrs.contains(addr);
     let missing = desired.addrs.iter().filter(missing);
     actions.extend(missing.copied().map(Action::AddAddress));
-    let unrouted = desired.networks.iter().filter(|&&net| {
+    let unrouted = desired.routed.iter().filter(|&&net| {
         let routed =
             |route: &Route| route.net == net && route.link == link.index && route.gateway.is_none();
         !observed.routes.iter().any(routed)
@@ -83,6 +93,7 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
             net,
             link: link.index,
             gateway: None,
+            onlink: false,
             metric: None,
             protocol: PROTOCOL_BOOT,
         })
@@ -115,7 +126,10 @@ pub async fn reconcile(
     let observed = Observed {
         link,
         addrs: kernel.addresses(index).await?,
-        routes: kernel.routes().await?,
+        routes: match desired.routed.is_empty() {
+            true => Vec::new(),
+            false => kernel.routes().await?,
+        },
     };
     let mut actions = plan(desired, &observed);
     for action in &actions {
@@ -151,8 +165,11 @@ mod tests {
         Desired {
             mtu: Mtu::new(1472).unwrap(),
             tx_queue_len: 1000,
+            mac: None,
+            learning: None,
             addrs: vec![net("198.18.3.0/32"), net("fd00:1:0:3::/128")],
             networks: vec![net("198.18.0.0/16"), net("fd00:1::/48")],
+            routed: vec![net("198.18.0.0/16"), net("fd00:1::/48")],
         }
     }
 
@@ -166,6 +183,8 @@ mod tests {
             up: false,
             makes_ipv6_addresses: true,
             tx_dropped: 0,
+            mac: None,
+            vxlan: None,
         }
     }
 
@@ -235,6 +254,7 @@ mod tests {
             net: net("198.18.9.0/24"),
             link: 2,
             gateway: None,
+            onlink: false,
             metric: None,
             protocol: 4,
         };
@@ -253,6 +273,7 @@ mod tests {
             net: net("198.18.0.0/16"),
             link: 2,
             gateway: None,
+            onlink: false,
             metric: None,
             protocol: PROTOCOL_BOOT,
         });

@@ -119,6 +119,7 @@ impl Underlay {
                     routes.extend(nets(&lease.subnets).into_iter().map(|net| PeerRoute {
                         net,
                         addr,
+                        mac: None,
                         ecn: lease.extension.ecn,
                     }))
                 }
@@ -175,11 +176,14 @@ pub fn device(config: &NetworkConfig, underlay: &Underlay, subnets: &Subnets) ->
     Desired {
         mtu: underlay.mtu,
         tx_queue_len: TX_QUEUE_LEN,
+        mac: None,
+        learning: None,
         addrs: nets(subnets)
             .into_iter()
             .map(|net| IpNet::from(net.network()))
             .collect(),
         networks: networks(config),
+        routed: networks(config),
     }
 }
 
@@ -227,7 +231,9 @@ mod tests {
 
     fn underlay(text: &str, choice: &Choice) -> Result<Underlay, MtuTooSmall> {
         let config = config(text);
-        let crate::config::Backend::Udp(backend) = config.backend.clone();
+        let crate::config::Backend::Udp(backend) = config.backend.clone() else {
+            panic!("{text} is of another backend");
+        };
         Underlay::new(&config, &backend, choice)
     }
 
@@ -312,6 +318,7 @@ mod tests {
         let route = |net: &str| PeerRoute {
             net: net.parse().unwrap(),
             addr,
+            mac: None,
             ecn: true,
         };
         assert_eq!(routes, [route("198.18.4.0/24"), route("fd00:1:0:4::/64")]);
@@ -326,6 +333,7 @@ mod tests {
         let texts = |nets: &[IpNet]| -> Vec<String> { nets.iter().map(IpNet::to_string).collect() };
         assert_eq!(texts(&device.addrs), ["198.18.3.0/32", "fd00:1:0:3::/128"]);
         assert_eq!(texts(&device.networks), ["198.18.0.0/16", "fd00:1::/48"]);
+        assert_eq!(device.routed, device.networks);
         assert_eq!(device.mtu.get(), 1472);
     }
 

@@ -94,7 +94,7 @@ impl Picture {
     /// # Errors
     /// [`Error::Status`] if it does not answer, [`Error::Report`] if the answer is not understood.
     pub fn take(socket: &Path, expected: &str) -> Result<Self, Error> {
-        let answer = socket::ask(socket, Request::Status)?;
+        let answer = socket::ask(socket, &Request::Status)?;
         let document: Document = serde_json::from_value(answer).map_err(|error| Error::Report {
             program: "loden status",
             reason: error.to_string(),

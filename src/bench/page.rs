@@ -122,6 +122,11 @@ fn goals(report: &Report, blocks: &mut Vec<Block>) {
             .to_vec(),
         rows: report.verdicts.iter().map(row).collect(),
     });
+    blocks.push(Block::Paragraph(
+        "Where no original daemon was given, the portable engine stands for it. P8 (lookups) and P9 (memory) are \
+         measured by the micro-benchmarks and the tests, and P11 by the record of each change."
+            .to_owned(),
+    ));
 }
 
 /// A caption, the number that is drawn, and the loads that are drawn together.

@@ -99,7 +99,7 @@ impl System {
         let program = || programs.others.get(self).cloned();
         match self {
             Self::Veth | Self::Plain => spec.backend = Backend::Plain,
-            Self::Vxlan => spec.backend = Backend::Vxlan,
+            Self::Vxlan => spec.backend = Backend::ByHand,
             Self::WireguardGo => {
                 spec.backend = Backend::WireguardGo;
                 spec.daemon = program();
@@ -131,11 +131,7 @@ impl System {
                 to: Member::Node(2),
                 addr: plan::underlay_v4(2),
             },
-            (_, Ends::Pods) => Path {
-                from: Member::Pod(1, 1),
-                to: Member::Pod(2, 1),
-                addr: lab.pod_addr(2, 1)?,
-            },
+            (_, Ends::Pods) => Path::of_pods(lab, 1, 2)?,
             (_, Ends::Hosts) => Path {
                 from: Member::Node(1),
                 to: Member::Node(2),
@@ -154,6 +150,20 @@ pub struct Path {
     pub to: Member,
     /// The receiver's address.
     pub addr: std::net::Ipv4Addr,
+}
+
+impl Path {
+    /// From the first pod of node `from` to that of node `to`.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if the lab lacks the latter.
+    pub fn of_pods(lab: &Lab, from: u8, to: u8) -> Result<Self, Error> {
+        Ok(Self {
+            from: Member::Pod(from, 1),
+            to: Member::Pod(to, 1),
+            addr: lab.pod_addr(to, 1)?,
+        })
+    }
 }
 
 impl fmt::Display for System {

@@ -1,8 +1,10 @@
 //! Owns the translation of Go's flag syntax and of `FLANNELD_*` into what clap reads; flannel specification
 //! sections 1.1 to 1.3. Never interprets a value.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
 
 use super::daemon::values::go_bool;
 
@@ -92,7 +94,11 @@ pub(super) fn rewrite(
             out.version = asked;
             continue;
         }
-        let name = if flag.name == "h" { "help" } else { flag.name };
+        let name = if flag.name == "h" {
+            "help"
+        } else {
+            &*flag.name
+        };
         seen.insert(name.to_owned());
         let takes_next = flag.value.is_none() && valued.contains(name);
         let mut rewritten = OsString::from(format!("--{name}"));
@@ -123,28 +129,26 @@ fn variable(flag: &str) -> String {
 
 /// One argument that is a flag.
 struct Flag<'a> {
-    name: &'a str,
+    /// One that is no UTF-8 is no flag's name, as it is shown here or otherwise.
+    name: Cow<'a, str>,
     value: Option<&'a OsStr>,
 }
 
 impl<'a> Flag<'a> {
     /// `None` for what Go takes for the first positional argument: no dash, or a lone one.
     fn split(arg: &'a OsStr) -> Option<Self> {
-        let text = arg.to_str()?;
-        let body = text.strip_prefix('-')?;
-        let body = body.strip_prefix('-').unwrap_or(body);
+        let body = arg.as_bytes().strip_prefix(b"-")?;
+        let body = body.strip_prefix(b"-").unwrap_or(body);
         if body.is_empty() {
             return None;
         }
-        Some(match body.split_once('=') {
-            Some((name, value)) => Self {
-                name,
-                value: Some(OsStr::new(value)),
-            },
-            None => Self {
-                name: body,
-                value: None,
-            },
+        let (name, value) = match body.iter().position(|&byte| byte == b'=') {
+            Some(at) => (&body[..at], Some(OsStr::from_bytes(&body[at + 1..]))),
+            None => (body, None),
+        };
+        Some(Self {
+            name: String::from_utf8_lossy(name),
+            value,
         })
     }
 

@@ -2,11 +2,15 @@
 //! Never touches the system before the whole line is valid; never decides an exit code (`main` does).
 
 pub mod bench;
+mod capture;
 mod cleanup;
 mod daemon;
+mod docker_opts;
 mod go_flags;
+mod install_conf;
 pub mod lab;
 mod status;
+mod top;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -16,8 +20,10 @@ use anyhow::Context as _;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+pub use capture::CaptureArgs;
 pub use daemon::DaemonArgs;
 pub use status::StatusArgs;
+pub use top::TopArgs;
 
 use daemon::{Understood, understood};
 use go_flags::Rewritten;
@@ -27,6 +33,12 @@ const FLANNELD: &str = "flanneld";
 
 /// The subcommand that is `flanneld`.
 const DAEMON: &str = "daemon";
+
+/// Names under which the program takes the place of others of flannel's, each with its subcommand.
+const HELPERS: [(&str, &str); 2] = [
+    ("mk-docker-opts.sh", "docker-opts"),
+    ("install-conf", "install-conf"),
+];
 
 /// A parsed command line.
 #[derive(Debug)]
@@ -53,8 +65,16 @@ enum Command {
     Daemon(Box<DaemonArgs>),
     /// Show what a running daemon does and why
     Status(StatusArgs),
+    /// Show packets of the overlay and what becomes of them
+    Capture(Box<CaptureArgs>),
+    /// Show rates, peers and drops as they happen
+    Top(TopArgs),
     /// Remove the traffic rules that a daemon has left on this node
     Cleanup,
+    /// Write what Docker has to be started with; what `mk-docker-opts.sh` is
+    DockerOpts(docker_opts::DockerOptsArgs),
+    /// Copy a file in one step; what flannel's image calls `install-conf`
+    InstallConf(install_conf::InstallConfArgs),
     /// What `flanneld --version` asks for
     #[command(skip)]
     Version,
@@ -73,14 +93,25 @@ pub fn parse() -> Result<Invocation, clap::Error> {
     parse_from(std::env::args_os().collect(), |name| std::env::var_os(name))
 }
 
-fn parse_from(
+/// Likewise from given arguments, the program's name first, and variables.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_from(
     mut args: Vec<OsString>,
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Invocation, clap::Error> {
     let called = args.first().map(|arg| Path::new(arg).file_name());
-    let as_flanneld = called.flatten() == Some(OsStr::new(FLANNELD));
+    let called = called.flatten();
+    let as_flanneld = called == Some(OsStr::new(FLANNELD));
+    let helper = HELPERS
+        .into_iter()
+        .find(|(name, _)| called == Some(OsStr::new(name)));
     if as_flanneld {
         args.insert(1, DAEMON.into());
+    } else if let Some((_, subcommand)) = helper {
+        args.insert(1, subcommand.into());
     }
     let mut invocation = Invocation {
         command: Command::Version,
@@ -138,7 +169,11 @@ impl Invocation {
         match &self.command {
             Command::Daemon(args) => args.verbosity,
             Command::Status(_)
+            | Command::Capture(_)
+            | Command::Top(_)
             | Command::Cleanup
+            | Command::DockerOpts(_)
+            | Command::InstallConf(_)
             | Command::Version
             | Command::Lab(_)
             | Command::Bench(_) => 0,
@@ -157,7 +192,11 @@ impl Invocation {
         match self.command {
             Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
+            Command::Capture(args) => capture::run(&args),
+            Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
+            Command::DockerOpts(args) => docker_opts::run(&args),
+            Command::InstallConf(args) => install_conf::run(&args),
             Command::Version => version(),
             Command::Lab(args) => lab::run(args),
             Command::Bench(args) => bench::run(args),

@@ -23,6 +23,13 @@ pub struct StatusArgs {
     #[arg(long)]
     json: bool,
 
+    #[command(flatten)]
+    at: SocketArgs,
+}
+
+/// Which daemon is asked.
+#[derive(Debug, Args)]
+pub(super) struct SocketArgs {
     /// The daemon's status socket [default: the one beside the subnet file]
     #[arg(long, value_name = "PATH", value_parser = socket_path, conflicts_with = "subnet_file")]
     socket: Option<PathBuf>,
@@ -32,12 +39,18 @@ pub struct StatusArgs {
     subnet_file: PathBuf,
 }
 
+impl SocketArgs {
+    /// Its socket.
+    pub(super) fn path(&self) -> PathBuf {
+        match &self.socket {
+            Some(path) => path.clone(),
+            None => socket::beside(&self.subnet_file),
+        }
+    }
+}
+
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
-    let path = match &args.socket {
-        Some(path) => path.clone(),
-        None => socket::beside(&args.subnet_file),
-    };
-    let answer = socket::ask(&path, Request::Status)?;
+    let answer = socket::ask(&args.at.path(), &Request::Status)?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&answer)?)
     } else {
@@ -98,20 +111,49 @@ fn render(answer: &Value) -> String {
             text("/subnet_file"),
         ),
     );
-    let device = at("/device");
-    let device = if device.is_null() {
-        "none".to_owned()
-    } else {
-        format!(
-            "{} {}, MTU {}, queue {} packets, {} dropped by the kernel because the queue was full",
+    for device in list(at("/devices")) {
+        let text = format!(
+            "{} {}, MTU {}, queue {} packets, {} dropped by the kernel on the way out",
             plain(&device["name"]),
             if device["up"] == true { "up" } else { "DOWN" },
             plain(&device["mtu"]),
             plain(&device["tx_queue_len"]),
             plain(&device["tx_dropped"]),
-        )
-    };
-    page.section("device", &device);
+        );
+        page.section("device", &text);
+    }
+    let own = at("/backend") == "udp";
+    if own {
+        data_plane(&mut page, answer);
+        page.blank();
+        traffic(&mut page, answer);
+    } else {
+        page.section("backend", &format!("{}, by the kernel", text("/backend")));
+        page.blank();
+    }
+    peers(&mut page, at("/peers"), own);
+    if own {
+        drops(&mut page, at("/drops"));
+    }
+    for (title, entries) in [("refused", at("/refused")), ("conflicts", at("/conflicts"))] {
+        if list(entries).next().is_some() {
+            page.blank();
+        }
+        for (nth, entry) in list(entries).enumerate() {
+            let line = match entry.as_str() {
+                Some(line) => clean(line),
+                None => format!("{}: {}", plain(&entry["what"]), plain(&entry["why"])),
+            };
+            page.section(if nth == 0 { title } else { "" }, &line);
+        }
+    }
+    page.text
+}
+
+/// Our own data plane's engine, and what it uses.
+fn data_plane(page: &mut Page, answer: &Value) {
+    let at = |path: &str| answer.pointer(path).unwrap_or(&Value::Null);
+    let text = |path: &str| plain(at(path));
     let workers = list(at("/datapath/workers")).count();
     page.section(
         "engine",
@@ -134,23 +176,6 @@ fn render(answer: &Value) -> String {
         .map(|(name, value)| format!("{} {}", clean(name), plain(value)))
         .collect();
     page.section("limits", &limits.join(", "));
-    page.blank();
-    traffic(&mut page, answer);
-    peers(&mut page, at("/peers"));
-    drops(&mut page, at("/drops"));
-    for (title, entries) in [("refused", at("/refused")), ("conflicts", at("/conflicts"))] {
-        if list(entries).next().is_some() {
-            page.blank();
-        }
-        for (nth, entry) in list(entries).enumerate() {
-            let line = match entry.as_str() {
-                Some(line) => clean(line),
-                None => format!("{}: {}", plain(&entry["what"]), plain(&entry["why"])),
-            };
-            page.section(if nth == 0 { title } else { "" }, &line);
-        }
-    }
-    page.text
 }
 
 fn traffic(page: &mut Page, answer: &Value) {
@@ -187,19 +212,29 @@ fn traffic(page: &mut Page, answer: &Value) {
     page.blank();
 }
 
-fn peers(page: &mut Page, peers: &Value) {
-    page.row([
-        "peers", "endpoint", "sent", "received", "dropped", "path MTU",
-    ]);
+/// Only our own data plane counts by peer.
+fn peers(page: &mut Page, peers: &Value, counted: bool) {
+    let or = |value: &Value, none: &str| match value.is_null() {
+        true => none.to_owned(),
+        false => plain(value),
+    };
+    page.row(match counted {
+        true => [
+            "peers", "endpoint", "sent", "received", "dropped", "path MTU",
+        ],
+        false => ["peers", "public IP", "by", "", "", ""],
+    });
     for peer in list(peers) {
-        let or = |value: &Value, none: &str| match value.is_null() {
-            true => none.to_owned(),
-            false => plain(value),
-        };
+        let subnets = plain(&peer["subnets"]);
+        if !counted {
+            let (public, by) = (or(&peer["public"], "-"), or(&peer["transport"], "nothing"));
+            page.row([&subnets, &public, &by, "", "", ""]);
+            continue;
+        }
         let path_mtu = or(&peer["path_mtu"], "-");
         let endpoint = or(&peer["endpoint"], "unreachable");
         page.row([
-            &plain(&peer["subnets"]),
+            &subnets,
             &endpoint,
             &plain(&peer["sent"]),
             &plain(&peer["received"]),
@@ -220,6 +255,7 @@ fn drops(page: &mut Page, drops: &Value) {
     }
     page.blank();
     let mut title = "drops";
+    let any = !happened.is_empty();
     for drop in happened {
         let line = format!(
             "{}: {} encap, {} decap: {}",
@@ -232,6 +268,9 @@ fn drops(page: &mut Page, drops: &Value) {
     }
     let not: Vec<String> = not.iter().map(|drop| plain(&drop["reason"])).collect();
     page.section(title, &format!("none by {}", not.join(", ")));
+    if any {
+        page.section("", "each is explained under its name in docs/debugging.md");
+    }
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -332,10 +371,11 @@ mod tests {
                 {"name": "eth0", "chosen": true, "why": "it was named"},
                 {"name": "lo", "chosen": false, "why": "no usable IPv4 address (127.0.0.1 is loopback)"},
             ],
+            "backend": "udp",
             "bind": "192.0.2.1:8285",
             "lease": {"subnets": ["198.18.3.0/24"], "networks": ["198.18.0.0/16"],
                       "public": "192.0.2.1", "expires_in_seconds": 86_300},
-            "device": {"name": "flannel0", "up": true, "mtu": 1472, "tx_queue_len": 1000, "tx_dropped": 7},
+            "devices": [{"name": "flannel0", "up": true, "mtu": 1472, "tx_queue_len": 1000, "tx_dropped": 7}],
             "peers": [{"subnets": ["198.18.4.0/24"], "endpoint": "192.0.2.2:8285", "sent": 18_446_744_073_u64,
                        "received": 2, "dropped": 0, "path_mtu": 1400, "gso_withdrawn": "EIO"}],
             "refused": [{"what": "lease \u{1b}[31m", "why": "it overlaps our own"}],
@@ -371,6 +411,7 @@ mod tests {
             "18446744073",
             "UDP GSO given up: EIO",
             "no_route: 3 encap, 0 decap: check that a lease exists",
+            "explained under its name in docs/debugging.md",
             "it overlaps our own",
             "route 198.18.9.0/24 on eth1",
         ] {
@@ -379,6 +420,32 @@ mod tests {
         for line in text.lines() {
             assert!(line.chars().count() <= WIDTH, "too wide: {line}");
         }
+    }
+
+    #[test]
+    fn kernels_backends_show_their_devices_and_how_each_peer_is_reached_and_no_counters() {
+        let mut answer = answer();
+        answer["backend"] = "vxlan".into();
+        answer["devices"] = json!([{"name": "flannel.1"}, {"name": "flannel-v6.1"}]);
+        answer["peers"][0]["public"] = "192.0.2.2".into();
+        answer["peers"][0]["transport"] = "route".into();
+        let text = render(&answer);
+        for fact in [
+            "vxlan, by the kernel",
+            "flannel.1",
+            "flannel-v6.1",
+            "192.0.2.2",
+        ] {
+            assert!(text.contains(fact), "{fact:?} is missing in:\n{text}");
+        }
+        assert!(
+            text.lines()
+                .any(|line| line.starts_with("198.18.4.0/24") && line.ends_with("route"))
+        );
+        assert!(
+            !text.contains("read bytes") && !text.contains("workers"),
+            "{text}"
+        );
     }
 
     #[test]

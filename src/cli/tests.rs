@@ -188,12 +188,12 @@ fn store_is_etcd_for_flanneld_and_with_any_flag_of_etcd_and_a_directory_otherwis
         (
             "flanneld -kube-subnet-mgr",
             &[],
-            "--kube-subnet-mgr is not available",
+            "POD_NAME and POD_NAMESPACE must be set",
         ),
         (
             "flanneld",
             &[("FLANNELD_KUBE_SUBNET_MGR", "t")],
-            "not available",
+            "or NODE_NAME",
         ),
         ("flanneld -kube-subnet-mgr=false", &[], default),
     ] {

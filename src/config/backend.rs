@@ -5,12 +5,10 @@ use crate::addr::Mtu;
 use crate::config::Null;
 
 /// The backends that can be chosen.
-pub(super) const AVAILABLE: &[&str] = &["udp"];
+pub(super) const AVAILABLE: &[&str] = &["udp", "vxlan", "host-gw"];
 
 /// The backends of flannel that cannot be chosen yet.
 const UNAVAILABLE: &[&str] = &[
-    "vxlan",
-    "host-gw",
     "ipip",
     "wireguard",
     "ipsec",
@@ -29,9 +27,29 @@ const PORT: &str = "Port";
 const MTU: &str = "MTU";
 const SOURCE_PORT: &str = "SourcePort";
 const SOURCE_CHECK: &str = "SourceCheck";
+const VNI: &str = "VNI";
+const GBP: &str = "GBP";
+const LEARNING: &str = "Learning";
+const DIRECT_ROUTING: &str = "DirectRouting";
 
 /// The keys of a `udp` backend.
-pub(super) const UDP_KEYS: &[&str] = &[TYPE, PORT, MTU, SOURCE_PORT, SOURCE_CHECK];
+const UDP_KEYS: &[&str] = &[TYPE, PORT, MTU, SOURCE_PORT, SOURCE_CHECK];
+
+/// The keys of a `vxlan` backend. The last two mean something on Windows only, and nothing here.
+const VXLAN_KEYS: &[&str] = &[
+    TYPE,
+    VNI,
+    PORT,
+    MTU,
+    GBP,
+    LEARNING,
+    DIRECT_ROUTING,
+    "MacPrefix",
+    "Name",
+];
+
+/// The keys of a `host-gw` backend.
+const HOST_GW_KEYS: &[&str] = &[TYPE];
 
 /// How packets cross the underlay.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +57,10 @@ pub(super) const UDP_KEYS: &[&str] = &[TYPE, PORT, MTU, SOURCE_PORT, SOURCE_CHEC
 pub enum Backend {
     /// Raw IP in UDP, by the data path of this program.
     Udp(UdpBackend),
+    /// Ethernet in VXLAN, by the kernel's device.
+    Vxlan(VxlanBackend),
+    /// Plain routes through the peers, which are on the link of the external interface.
+    HostGw,
 }
 
 /// Options of the `udp` backend.
@@ -53,6 +75,41 @@ pub struct UdpBackend {
     pub source_port: SourcePort,
     /// Which packets are accepted from the underlay.
     pub source_check: SourceCheck,
+}
+
+/// Options of the `vxlan` backend; specification section 8.2.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VxlanBackend {
+    /// The VXLAN network identifier, 24 bits, and the number in the device's name.
+    pub vni: u32,
+    /// The UDP port every node of the network receives on; never 0.
+    pub port: u16,
+    /// The MTU of the underlay, before the encap overhead is subtracted; `None`: that of the external
+    /// interface.
+    pub mtu: Option<Mtu>,
+    /// Group Based Policy: the packet mark travels in the VXLAN header.
+    pub gbp: bool,
+    /// The device learns from what it receives which VTEP has which MAC address.
+    pub learning: bool,
+    /// Peers that are on a link of this node are reached by a plain route.
+    pub direct_routing: bool,
+}
+
+/// The port that Linux uses for VXLAN where none is given (`drivers/net/vxlan`, module parameter `udp_port`);
+/// IANA's is 4789.
+pub const VXLAN_PORT: u16 = 8472;
+
+impl Default for VxlanBackend {
+    fn default() -> Self {
+        Self {
+            vni: 1,
+            port: VXLAN_PORT,
+            mtu: None,
+            gbp: false,
+            learning: false,
+            direct_routing: false,
+        }
+    }
 }
 
 /// `SourcePort`: which UDP port packets are sent from.
@@ -87,12 +144,33 @@ impl Default for UdpBackend {
 }
 
 impl Backend {
+    /// The backend's name, as it is written in the configuration.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Udp(_) => "udp",
+            Self::Vxlan(_) => "vxlan",
+            Self::HostGw => "host-gw",
+        }
+    }
+
+    /// The keys that mean something to this backend.
+    pub(super) const fn keys(&self) -> &'static [&'static str] {
+        match self {
+            Self::Udp(_) => UDP_KEYS,
+            Self::Vxlan(_) => VXLAN_KEYS,
+            Self::HostGw => HOST_GW_KEYS,
+        }
+    }
+
     /// Reads a `Backend` object.
     pub(super) fn read(object: &Object) -> Result<Self, ConfigError> {
         let name: String = object.plain(TYPE, "a backend's name")?.unwrap_or_default();
         let name = name.to_lowercase();
         match name.as_str() {
             "udp" => UdpBackend::read(object).map(Self::Udp),
+            "vxlan" => VxlanBackend::read(object).map(Self::Vxlan),
+            "host-gw" => Ok(Self::HostGw),
             known if UNAVAILABLE.contains(&known) => Err(ConfigError::BackendUnavailable { name }),
             _ => Err(ConfigError::BackendUnknown {
                 name: name.chars().take(48).collect(),
@@ -101,26 +179,42 @@ impl Backend {
     }
 }
 
+/// A whole number that `accept` takes; `None` if the key is not there.
+fn number<T>(
+    object: &Object,
+    key: &'static str,
+    expected: &'static str,
+    accept: impl FnOnce(i64) -> Option<T>,
+) -> Result<Option<T>, ConfigError> {
+    match object.plain::<i64>(key, expected)? {
+        None => Ok(None),
+        Some(given) => match accept(given) {
+            Some(value) => Ok(Some(value)),
+            None => Err(object.refuse(key, expected, &given.to_string()).into()),
+        },
+    }
+}
+
+/// `MTU`; what flannel's vxlan takes for "not given" is 0.
+fn mtu(object: &Object) -> Result<Option<Mtu>, ConfigError> {
+    let given = number(
+        object,
+        MTU,
+        "a number of bytes from 68 to 65535",
+        |given| match given {
+            0 => Some(None),
+            _ => u32::try_from(given).ok().and_then(Mtu::new).map(Some),
+        },
+    )?;
+    Ok(given.flatten())
+}
+
 impl UdpBackend {
     fn read(object: &Object) -> Result<Self, ConfigError> {
-        const PORT_RANGE: &str = "a UDP port from 1 to 65535";
-        const MTU_RANGE: &str = "a number of bytes from 68 to 65535";
         let defaults = Self::default();
-        let port = match object.plain::<i64>(PORT, PORT_RANGE)? {
-            None => defaults.port,
-            Some(given) => u16::try_from(given)
-                .ok()
-                .filter(|&port| port != 0)
-                .ok_or_else(|| object.refuse(PORT, PORT_RANGE, &given.to_string()))?,
-        };
-        let mtu = match object.plain::<i64>(MTU, MTU_RANGE)? {
-            // What flannel's vxlan takes for "not given".
-            None | Some(0) => None,
-            Some(given) => {
-                let mtu = u32::try_from(given).ok().and_then(Mtu::new);
-                Some(mtu.ok_or_else(|| object.refuse(MTU, MTU_RANGE, &given.to_string()))?)
-            }
-        };
+        let port = number(object, PORT, "a UDP port from 1 to 65535", |given| {
+            u16::try_from(given).ok().filter(|&port| port != 0)
+        })?;
         let source_port = object
             .text(
                 SOURCE_PORT,
@@ -146,10 +240,39 @@ impl UdpBackend {
             )?
             .unwrap_or_default();
         Ok(Self {
-            port,
-            mtu,
+            port: port.unwrap_or(defaults.port),
+            mtu: mtu(object)?,
             source_port,
             source_check,
+        })
+    }
+}
+
+impl VxlanBackend {
+    fn read(object: &Object) -> Result<Self, ConfigError> {
+        let defaults = Self::default();
+        let flag = |key| object.plain::<bool>(key, "true or false");
+        // The number is part of the device's name, which the kernel limits to 15 characters; `flannel.` and
+        // `flannel-v6.` leave 7 and 4 of them, and 24 bits have up to 8 digits.
+        let vni = number(
+            object,
+            VNI,
+            "a VXLAN network identifier from 0 to 9999999",
+            |given| u32::try_from(given).ok().filter(|&vni| vni <= 9_999_999),
+        )?;
+        let port = number(
+            object,
+            PORT,
+            "a UDP port from 1 to 65535, or 0 for 8472",
+            |given| u16::try_from(given).ok(),
+        )?;
+        Ok(Self {
+            vni: vni.unwrap_or(defaults.vni),
+            port: port.filter(|&port| port != 0).unwrap_or(defaults.port),
+            mtu: mtu(object)?,
+            gbp: flag(GBP)?.unwrap_or(defaults.gbp),
+            learning: flag(LEARNING)?.unwrap_or(defaults.learning),
+            direct_routing: flag(DIRECT_ROUTING)?.unwrap_or(defaults.direct_routing),
         })
     }
 }

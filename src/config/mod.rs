@@ -7,7 +7,7 @@ mod pool;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-pub use backend::{Backend, SourceCheck, SourcePort, UdpBackend};
+pub use backend::{Backend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT, VxlanBackend};
 pub use go_json::FieldError;
 pub(crate) use go_json::{Null, Object};
 pub use pool::{PoolError, SubnetPool};
@@ -85,6 +85,14 @@ pub enum ConfigError {
         /// The type, lower-cased.
         name: String,
     },
+    /// The IPv6 device's name would be too long.
+    #[error(
+        "Backend.VNI {vni} has no room in the name of the device flannel-v6.{vni}: with EnableIPv6 use one from 0 to 9999"
+    )]
+    VniTooLong {
+        /// The number given.
+        vni: u32,
+    },
     /// `Backend.Type` names no backend, or is missing from a `Backend` that is there.
     #[error("unknown backend type {name:?} in Backend.Type: use one of {}", backend::known().join(", "))]
     BackendUnknown {
@@ -100,6 +108,20 @@ impl NetworkConfig {
     ///
     /// The first key that is wrong, by name.
     pub fn parse(text: &[u8]) -> Result<Self, ConfigError> {
+        Self::read(text, false)
+    }
+
+    /// Likewise for a network whose subnets somebody else assigns: whatever lies in the network, whatever its
+    /// length. The keys about subnets are of no account.
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`](Self::parse).
+    pub fn parse_assigned(text: &[u8]) -> Result<Self, ConfigError> {
+        Self::read(text, true)
+    }
+
+    fn read(text: &[u8], assigned: bool) -> Result<Self, ConfigError> {
         if text.len() > MAX_CONFIG_LEN {
             return Err(ConfigError::TooLarge { len: text.len() });
         }
@@ -109,11 +131,11 @@ impl NetworkConfig {
         let ipv6 = pool::Draft::<Ipv6Net>::read(&document)?;
         let ipv4 = flag(ENABLE_IPV4)?
             .unwrap_or(true)
-            .then(|| ipv4.validate())
+            .then(|| ipv4.pool(assigned))
             .transpose()?;
         let ipv6 = flag(ENABLE_IPV6)?
             .unwrap_or(false)
-            .then(|| ipv6.validate())
+            .then(|| ipv6.pool(assigned))
             .transpose()?;
         if ipv4.is_none() && ipv6.is_none() {
             return Err(ConfigError::NoFamily);
@@ -129,11 +151,17 @@ impl NetworkConfig {
                 });
             }
             Some(raw) => {
-                let backend = object(raw.get().as_bytes(), "Backend.")?;
-                unknown_keys.extend(backend.unknown(backend::UDP_KEYS));
-                (Backend::read(&backend)?, false)
+                let object = object(raw.get().as_bytes(), "Backend.")?;
+                let backend = Backend::read(&object)?;
+                unknown_keys.extend(object.unknown(backend.keys()));
+                (backend, false)
             }
         };
+        if let (Backend::Vxlan(vxlan), Some(_)) = (&backend, &ipv6)
+            && vxlan.vni > 9999
+        {
+            return Err(ConfigError::VniTooLong { vni: vxlan.vni });
+        }
         Ok(Self {
             ipv4,
             ipv6,

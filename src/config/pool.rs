@@ -231,11 +231,23 @@ impl<N: PoolRules> Draft<N> {
         })
     }
 
-    /// Applies the checks and defaults of section 2.2.
-    pub(super) fn validate(self) -> Result<SubnetPool<N>, PoolError> {
+    /// The pool; if its subnets are `assigned` by somebody else, the whole network stands for each of them.
+    pub(super) fn pool(self, assigned: bool) -> Result<SubnetPool<N>, PoolError> {
         let network = self
             .network
             .ok_or(PoolError::NoNetwork { key: N::NETWORK })?;
+        if assigned {
+            return Ok(SubnetPool {
+                network,
+                first: network,
+                last: network,
+            });
+        }
+        self.validate(network)
+    }
+
+    /// Applies the checks and defaults of section 2.2.
+    fn validate(self, network: N) -> Result<SubnetPool<N>, PoolError> {
         let len = subnet_len(network, self.subnet_len)?;
         // The first subnet of the network is left out unless asked for, as flannel always did.
         let size = 1u128 << (N::BITS - len);

@@ -237,6 +237,51 @@ fn no_backend_is_flannels_udp_and_says_so() {
 }
 
 #[test]
+fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told() {
+    let read = |backend: &str| {
+        parse(&format!(
+            r#"{{"Network":"10.9.0.0/16","Backend":{backend}}}"#
+        ))
+    };
+    let defaults = VxlanBackend {
+        vni: 1,
+        port: 8472,
+        mtu: None,
+        gbp: false,
+        learning: false,
+        direct_routing: false,
+    };
+    for text in [
+        r#"{"Type":"VXLAN"}"#,
+        r#"{"type":"vxlan","PORT":0,"Mtu":0,"gbp":false}"#,
+    ] {
+        assert_eq!(
+            read(text).backend,
+            Backend::Vxlan(defaults.clone()),
+            "{text}"
+        );
+    }
+    let all = read(
+        r#"{"Type":"vxlan","vni":9999999,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true,"MacPrefix":"0E-2A","Name":"n","SourcePort":"x"}"#,
+    );
+    let expected = VxlanBackend {
+        vni: 9_999_999,
+        port: 4789,
+        mtu: Mtu::new(1400),
+        gbp: true,
+        learning: true,
+        direct_routing: true,
+    };
+    assert_eq!(all.backend, Backend::Vxlan(expected));
+    assert_eq!(all.unknown_keys, ["Backend.SourcePort"]);
+    let host_gw = read(r#"{"Type":"host-gw","VNI":1}"#);
+    assert_eq!(host_gw.backend, Backend::HostGw);
+    assert_eq!(host_gw.unknown_keys, ["Backend.VNI"]);
+    let v6 = r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan","VNI":10000}}"#;
+    assert!(refusal(v6).contains("Backend.VNI 10000"), "{}", refusal(v6));
+}
+
+#[test]
 fn backends_are_read_typed_or_refused_by_name() {
     let backend = |text: &str| format!(r#"{{"Network":"10.9.0.0/16","backend":{text}}}"#);
     let config = parse(&backend(
@@ -258,10 +303,17 @@ fn backends_are_read_typed_or_refused_by_name() {
             r#"{"Type":"quic"}"#,
             "use one of udp, vxlan, host-gw, ipip, wireguard",
         ),
+        (r#"{"Type":"VXLAN","VNI":-1}"#, "Backend.VNI: expected"),
+        (r#"{"Type":"vxlan","VNI":16777215}"#, "from 0 to 9999999"),
+        (r#"{"Type":"vxlan","Port":65536}"#, "Backend.Port: expected"),
+        (r#"{"Type":"vxlan","GBP":1}"#, "Backend.GBP: expected"),
+        (r#"{"Type":"vxlan","Learning":"yes"}"#, "Backend.Learning:"),
         (
-            r#"{"Type":"VXLAN","VNI":1}"#,
-            "\"vxlan\" is not available yet",
+            r#"{"Type":"vxlan","DirectRouting":0}"#,
+            "Backend.DirectRouting:",
         ),
+        (r#"{"Type":"vxlan","MTU":-1}"#, "Backend.MTU: expected"),
+        (r#"{"Type":"IPIP"}"#, "\"ipip\" is not available yet"),
         (
             r#"{"Type":"tencent-vpc"}"#,
             "\"tencent-vpc\" is not available yet",

@@ -46,7 +46,7 @@ fn holder(pid: &str) -> String {
 pub(super) struct SubnetLock {
     path: PathBuf,
     /// Held, and removed while held, so that nobody locks a file that is about to vanish.
-    _file: Flock<File>,
+    file: Flock<File>,
 }
 
 impl SubnetLock {
@@ -87,7 +87,7 @@ impl SubnetLock {
                 .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
                 .open(&path)
                 .map_err(failed(&path, "create the lock file"))?;
-            let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => file,
                 Err((mut file, Errno::EWOULDBLOCK)) => {
                     let mut pid = String::new();
@@ -108,11 +108,15 @@ impl SubnetLock {
             if !there.is_ok_and(|meta| (meta.dev(), meta.ino()) == (opened.dev(), opened.ino())) {
                 continue;
             }
-            file.set_len(0)
+            // From here on it goes with the value, also if it cannot be written.
+            let mut lock = Self { path, file };
+            let file = &mut lock.file;
+            let written = file
+                .set_len(0)
                 .and_then(|()| file.rewind())
-                .and_then(|()| writeln!(file, "{}", std::process::id()))
-                .map_err(failed(&path, "write the lock file"))?;
-            return Ok(Self { path, _file: file });
+                .and_then(|()| writeln!(file, "{}", std::process::id()));
+            written.map_err(failed(&lock.path, "write the lock file"))?;
+            return Ok(lock);
         }
     }
 }

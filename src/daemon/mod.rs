@@ -4,7 +4,8 @@
 //! 1. signals, lock on the subnet file
 //! 2. answers about health
 //! 3. store, network configuration (waited for), external interface, lease
-//! 4. data plane opened, device configured, routes published, workers started
+//! 4. data plane opened, device configured, routes published, workers started; or the kernel programmed, where it
+//!    is what carries the packets
 //! 5. traffic rules
 //! 6. `subnet.env`, status socket, readiness
 //! 7. the run loop, until the lease is lost or a signal comes
@@ -13,6 +14,7 @@
 //! may arrive anywhere.
 
 mod backoff;
+mod carrier;
 mod hold;
 mod lock;
 mod news;
@@ -32,19 +34,22 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 
+use crate::backend::device::DeviceError;
 use crate::backend::kernel::{Change, Kernel, KernelError};
+use crate::backend::plan::PlanError;
 use crate::backend::preflight::Conflict;
-use crate::backend::udp::MtuTooSmall;
 use crate::config::NetworkConfig;
 use crate::datapath::{EngineKind, OpenError};
 use crate::debug::socket::{Asked, Server};
+use crate::file::FileError;
 use crate::firewall::ResyncInterval;
 use crate::iface::{NoInterface, Wanted};
 use crate::netlink::Netlink;
 use crate::shutdown::Shutdown;
-use crate::store::env_file::{EnvFileError, PreviousEnv};
+use crate::store::env_file::PreviousEnv;
 use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
-use crate::store::{EtcdStore, LeaseStore, LocalStore, StoreError};
+use crate::store::kube::{KubeSettings, KubeSettingsError};
+use crate::store::{EtcdStore, KubeStore, LeaseStore, LocalStore, StoreError};
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 
 use session::Ended;
@@ -67,6 +72,8 @@ pub enum StoreOptions {
     Local(PathBuf),
     /// In etcd.
     Etcd(EtcdSettings),
+    /// In the Node objects of Kubernetes.
+    Kube(KubeSettings),
 }
 
 /// The node's traffic rules, as far as the command line decides.
@@ -134,6 +141,9 @@ pub enum DaemonError {
     /// The options for etcd contradict each other, or name files that cannot be read.
     #[error(transparent)]
     Etcd(#[from] EtcdSettingsError),
+    /// The options for Kubernetes, or the credentials for it, cannot be used.
+    #[error(transparent)]
+    Kube(#[from] KubeSettingsError),
     /// The traffic rules that were asked for cannot be put in place.
     #[error("traffic rules: {0}")]
     Firewall(String),
@@ -150,9 +160,12 @@ pub enum DaemonError {
     /// There is no external interface.
     #[error(transparent)]
     Interface(#[from] NoInterface),
-    /// The underlay's MTU is too small.
+    /// The backend cannot be run on this node.
     #[error(transparent)]
-    Mtu(#[from] MtuTooSmall),
+    Plan(#[from] PlanError),
+    /// A device that the backend needs cannot be had.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Something on the node rules the overlay out.
     #[error("{0}")]
     Conflict(Conflict),
@@ -166,8 +179,10 @@ pub enum DaemonError {
     #[error("cannot start the workers: {0}: raise the limit on threads (ulimit -u, pids.max)")]
     Workers(io::Error),
     /// `subnet.env` cannot be written or read.
-    #[error("{0}: make it a writable regular file, or give another --subnet-file")]
-    EnvFile(#[from] EnvFileError),
+    #[error(
+        "{0}: make it a writable regular file, with room to write it, or give another --subnet-file"
+    )]
+    EnvFile(#[from] FileError),
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -216,6 +231,7 @@ pub fn network_config(options: &Options) -> Result<NetworkConfig, DaemonError> {
         Ok(match &options.store {
             StoreOptions::Local(dir) => ask(LocalStore::new(dir)).await?,
             StoreOptions::Etcd(settings) => ask(EtcdStore::new(settings.clone())?).await?,
+            StoreOptions::Kube(settings) => ask(KubeStore::new(settings.clone()).await?).await?,
         })
     });
     runtime.shutdown_background();
@@ -244,6 +260,9 @@ async fn serve(options: &Options) -> Result<(), DaemonError> {
         StoreOptions::Local(dir) => serve_with(options, LocalStore::new(dir)).await,
         StoreOptions::Etcd(settings) => {
             serve_with(options, EtcdStore::new(settings.clone())?).await
+        }
+        StoreOptions::Kube(settings) => {
+            serve_with(options, KubeStore::new(settings.clone()).await?).await
         }
     }
 }

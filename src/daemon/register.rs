@@ -1,16 +1,19 @@
 //! Owns what comes before the tunnel: network configuration, external interface, conflicts, lease. Waits where
 //! waiting helps, fails where an operator has to act.
 
+use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 
 use super::DaemonError;
-use crate::backend::kernel::{Kernel, KernelError};
+use crate::backend::device::{self, DeviceError};
+use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
+use crate::backend::plan::{self, Ends, Plan};
 use crate::backend::preflight::{self, Conflict};
-use crate::backend::udp::{self, Underlay};
-use crate::config::{Backend, NetworkConfig, UdpBackend};
-use crate::iface::{self, Candidate, Choice, Selector, Snapshot, Wanted};
+use crate::backend::udp;
+use crate::config::NetworkConfig;
+use crate::iface::{Candidate, Choice, Selector, Snapshot, Wanted};
 use crate::lease::{Lease, Subnets};
 use crate::store::{AcquireRequest, LeaseStore, StoreError};
 
@@ -19,13 +22,21 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a node is, for as long as it holds its lease.
 pub(super) struct Registration {
+    /// What the command line says of the external interface, and the store where that says nothing.
+    pub(super) wanted: Wanted,
     pub(super) config: NetworkConfig,
-    pub(super) backend: UdpBackend,
-    pub(super) choice: Choice,
+    pub(super) plan: Plan,
+    pub(super) ends: Ends,
     pub(super) candidates: Vec<Candidate>,
-    pub(super) underlay: Underlay,
     pub(super) lease: Lease,
     pub(super) conflicts: Vec<Conflict>,
+}
+
+impl Registration {
+    /// The external interface.
+    pub(super) const fn choice(&self) -> &Choice {
+        self.ends.primary()
+    }
 }
 
 /// Registers this node; `previous` are the subnets to ask for.
@@ -37,12 +48,21 @@ pub(super) async fn register(
 ) -> Result<Registration, DaemonError> {
     let config = patiently("network configuration", || store.network_config()).await?;
     warn_about(&config);
-    let Backend::Udp(backend) = config.backend.clone();
-    let snapshot = look(kernel, wanted).await?;
-    let (choice, candidates) = choose(&snapshot, wanted, &config)?;
-    let underlay = Underlay::new(&config, &backend, &choice)?;
+    let set = patiently("node's public IPs", || store.public_ips()).await?;
+    let wanted = Wanted {
+        public_ip: wanted.public_ip.or(set.0),
+        public_ipv6: wanted.public_ipv6.or(set.1),
+        ..wanted.clone()
+    };
+    let snapshot = look(kernel, &wanted).await?;
+    let (ends, candidates) = choose(&snapshot, &wanted, &config)?;
+    // Somebody may change them later, so the status does not tell of them.
+    warn_or_fail(&preflight::settings(kernel, &config))?;
+    let ours = ours(kernel, &snapshot).await?;
+    let mut plan = Plan::new(&config, ends.clone())?;
+    prepare(kernel, &mut plan).await?;
     let request = AcquireRequest {
-        attrs: underlay.attrs.clone(),
+        attrs: plan.attrs(),
         previous,
         extension: udp::EXTENSION,
     };
@@ -51,27 +71,37 @@ pub(super) async fn register(
     tracing::info!(
         "leased {} for public IP {}, {}",
         text(&own),
-        choice.public,
+        ends.primary().public,
         time_left(&lease)
     );
-    let networks = udp::networks(&config);
     let routes = kernel.routes().await?;
-    let conflicts = preflight::conflicts(&snapshot, &routes, &networks, &own, choice.public);
-    for conflict in &conflicts {
+    let (networks, public) = (udp::networks(&config), ends.primary().public);
+    let foreign =
+        |route: &&Route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link));
+    let foreign: Vec<Route> = routes.iter().filter(foreign).copied().collect();
+    let mut seen = snapshot;
+    seen.links.retain(|link| !ours.contains(&link.index));
+    let conflicts = preflight::conflicts(&seen, &foreign, &networks, &own, public);
+    warn_or_fail(&conflicts)?;
+    Ok(Registration {
+        wanted,
+        config,
+        plan,
+        ends,
+        candidates,
+        lease,
+        conflicts,
+    })
+}
+
+fn warn_or_fail(conflicts: &[Conflict]) -> Result<(), DaemonError> {
+    for conflict in conflicts {
         if conflict.is_fatal() {
             return Err(DaemonError::Conflict(conflict.clone()));
         }
         tracing::warn!("{conflict}");
     }
-    Ok(Registration {
-        config,
-        backend,
-        choice,
-        candidates,
-        underlay,
-        lease,
-        conflicts,
-    })
+    Ok(())
 }
 
 fn text(nets: &[IpNet]) -> String {
@@ -115,23 +145,61 @@ fn choose(
     snapshot: &Snapshot,
     wanted: &Wanted,
     config: &NetworkConfig,
-) -> Result<(Choice, Vec<Candidate>), DaemonError> {
-    let decision = iface::choose(snapshot, wanted, udp::stack(config, wanted));
-    for failed in &decision.failed {
+) -> Result<(Ends, Vec<Candidate>), DaemonError> {
+    let search = plan::search(snapshot, wanted, config);
+    for failed in &search.failed {
         tracing::info!("no external interface by {failed}");
     }
-    let choice = decision.choice?;
-    for candidate in &decision.candidates {
+    let ends = search.ends?;
+    for candidate in &search.candidates {
         tracing::debug!("{candidate}");
     }
-    tracing::info!(
-        "external interface {} with {} and MTU {}: {}",
-        choice.name,
-        choice.addr,
-        choice.mtu,
-        choice.reason
-    );
-    Ok((choice, decision.candidates))
+    for choice in ends.iter() {
+        tracing::info!(
+            "external interface {} with {} and MTU {}: {}",
+            choice.name,
+            choice.addr,
+            choice.mtu,
+            choice.reason
+        );
+    }
+    Ok((ends, search.candidates))
+}
+
+/// Makes the devices whose MAC addresses the lease publishes, as the original does. What this cannot do is found
+/// out before anything else is changed.
+pub(super) async fn prepare(kernel: &impl Kernel, plan: &mut Plan) -> Result<(), DeviceError> {
+    let Plan::Vxlan(vxlan) = plan else {
+        return Ok(());
+    };
+    for wanted in vxlan.devices(None) {
+        let there = kernel.link(&wanted.name).await?;
+        if let Some(link) = there {
+            vxlan.adopt_mac(&wanted.name, &link);
+        }
+    }
+    for wanted in vxlan.devices(None) {
+        device::ensure(kernel, &wanted).await?;
+    }
+    Ok(())
+}
+
+/// The numbers of the devices that are the original's or ours, of whichever run: the first look at the kernel puts
+/// them and what leads through them right.
+async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>, KernelError> {
+    let mut ours = HashSet::new();
+    for named in snapshot
+        .links
+        .iter()
+        .filter(|link| device::is_name(&link.name))
+    {
+        let link = kernel.link_at(named.index).await?;
+        ours.extend(
+            link.filter(|link| link.vxlan.is_some())
+                .map(|link| link.index),
+        );
+    }
+    Ok(ours)
 }
 
 /// Asks until the store answers. One line per new complaint, none per attempt.

@@ -11,9 +11,11 @@ use super::register::{patiently, time_left};
 use crate::lease::{Lease, LeaseAttrs, Subnets};
 use crate::store::{AcquireRequest, LeaseStore, LostTo, RenewError};
 
-/// The wall clock is looked at this often, so that a stepped clock moves the renewal; also the wait after a
-/// renewal that failed.
-const RENEW_CHECK: Duration = Duration::from_secs(60);
+/// The wall clock is looked at this often, so that a stepped clock moves the renewal.
+const CLOCK_CHECK: Duration = Duration::from_secs(10);
+
+/// The wait after a renewal, also one that failed; specification section 5.5.
+const RENEW_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// Wait after the configuration turned out to be invalid while registering again.
 const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
@@ -126,6 +128,7 @@ async fn publish(
     held: &Held,
 ) -> Option<LostTo> {
     lease.attrs = attrs;
+    let mut said = String::new();
     loop {
         match store.renew(lease).await {
             Ok(renewed) => {
@@ -140,7 +143,11 @@ async fn publish(
             }
             Err(RenewError::Lost { to, .. }) => return Some(to),
             Err(RenewError::Store(error)) => {
-                tracing::warn!("lease not updated, trying again: {error}");
+                let text = error.to_string();
+                if text != said {
+                    tracing::warn!("lease not updated, trying again: {text}");
+                    said = text;
+                }
             }
         }
         tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
@@ -172,11 +179,11 @@ async fn renewed_until_lost(
             Err(RenewError::Lost { to, .. }) => return to,
             Err(RenewError::Store(error)) => {
                 held.failures.set(held.failures.get() + 1);
-                tracing::warn!("lease not renewed, trying again in {RENEW_CHECK:?}: {error}");
+                tracing::warn!("lease not renewed, trying again in {RENEW_AGAIN_AFTER:?}: {error}");
             }
         }
         // Never in a tight loop, whatever the store makes of the expiry.
-        tokio::time::sleep(RENEW_CHECK).await;
+        tokio::time::sleep(RENEW_AGAIN_AFTER).await;
     }
 }
 
@@ -188,7 +195,7 @@ fn until_renewal(
 ) -> Option<Duration> {
     let due = expires?.checked_sub(margin);
     let left = due.and_then(|due| due.duration_since(now).ok());
-    Some(left.unwrap_or_default().min(RENEW_CHECK))
+    Some(left.unwrap_or_default().min(CLOCK_CHECK))
 }
 
 #[cfg(test)]
@@ -202,13 +209,13 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let end = |secs| Some(now + Duration::from_secs(secs));
         let wait = |expires, margin| until_renewal(expires, margin, now);
-        assert_eq!(wait(end(24 * 3600), HOUR), Some(RENEW_CHECK));
+        assert_eq!(wait(end(24 * 3600), HOUR), Some(CLOCK_CHECK));
         assert_eq!(wait(end(3600 + 7), HOUR), Some(Duration::from_secs(7)));
         assert_eq!(wait(end(3600), HOUR), Some(Duration::ZERO));
         assert_eq!(wait(end(5), HOUR), Some(Duration::ZERO));
         assert_eq!(wait(end(67), HOUR / 60), Some(Duration::from_secs(7)));
         let longest = Duration::from_secs(1439 * 60);
-        assert_eq!(wait(end(24 * 3600), longest), Some(RENEW_CHECK));
+        assert_eq!(wait(end(24 * 3600), longest), Some(CLOCK_CHECK));
         let past = Some(now - Duration::from_secs(1));
         assert_eq!(wait(past, HOUR), Some(Duration::ZERO));
         assert_eq!(

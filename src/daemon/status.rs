@@ -8,13 +8,17 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Daemon;
+use super::carrier::Carrier;
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
 use super::tunnel::Tunnel;
 use crate::backend::kernel::{Kernel, Link};
 use crate::backend::udp;
+use crate::datapath::tap::filter::Filter;
+use crate::datapath::tap::{MAX_SNAP_LEN, Wanted};
 use crate::datapath::{self, DropReason};
+use crate::debug::socket::{Answer, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
 use crate::telemetry::metrics::Snapshot;
@@ -28,15 +32,17 @@ struct Document<'a> {
     ready: bool,
     /// Why not.
     down: Option<&'a str>,
-    /// How often the data plane was opened again.
+    /// What carries the packets.
+    backend: &'static str,
+    /// How often it was opened again.
     reopened: u64,
     subnet_file: String,
     interface: &'a Choice,
     candidates: &'a [Candidate],
-    /// Where the tunnel is bound.
-    bind: SocketAddr,
+    /// Where datagrams of peers arrive, for the backends that have any.
+    bind: Option<SocketAddr>,
     lease: LeaseDocument,
-    device: Option<DeviceDocument>,
+    devices: Vec<DeviceDocument>,
     peers: Vec<PeerDocument>,
     /// Leases and files that are not used, and why.
     refused: Vec<RefusedDocument>,
@@ -71,6 +77,8 @@ struct PeerDocument {
     subnets: Vec<IpNet>,
     public: Option<IpAddr>,
     endpoint: Option<SocketAddr>,
+    /// How packets reach it; none if they do not.
+    transport: Option<&'static str>,
     ecn: bool,
     sent: u64,
     received: u64,
@@ -91,41 +99,98 @@ struct DropDocument {
     encap: u64,
     decap: u64,
     remedy: &'static str,
+    /// Where it is explained.
+    document: &'static str,
+}
+
+/// What a client of the status socket gets.
+pub(super) async fn answer<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+    request: Request,
+) -> Answer {
+    match request {
+        Request::Status => Answer::Document(document(daemon, session, held.expires.get()).await),
+        Request::Capture {
+            filter,
+            snap_len,
+            segments,
+        } => {
+            let begun = capture(session, &filter, snap_len, segments);
+            begun.unwrap_or_else(|why| Answer::error(&why))
+        }
+    }
+}
+
+/// Begins a capture on the data plane that is open now; it ends with it.
+fn capture(
+    session: &Session,
+    filter: &str,
+    snap_len: usize,
+    segments: bool,
+) -> Result<Answer, String> {
+    let plan = &session.registration.plan;
+    let carrier = session.carrier.as_ref().ok_or_else(|| {
+        let why = session.down.as_deref().unwrap_or("not opened yet");
+        format!("the tunnel is down, so there is nothing to capture: {why}")
+    })?;
+    let tunnel = carrier.tunnel.as_ref().ok_or_else(|| {
+        format!(
+            "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
+            plan.name()
+        )
+    })?;
+    let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+    let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
+    let wanted = Wanted {
+        filter,
+        snap_len: snap_len.min(MAX_SNAP_LEN),
+        segments,
+    };
+    let capture = taps.capture(wanted).map_err(|e| e.to_string())?;
+    let origin = serde_json::json!({
+        "device": tunnel.device,
+        "bind": plan.bind(),
+    });
+    Ok(Answer::Capture(origin, capture))
 }
 
 /// The daemon at this moment.
-pub(super) async fn document<S: LeaseStore, K: Kernel>(
+async fn document<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     expires: Option<SystemTime>,
 ) -> Value {
     let registration = &session.registration;
-    let tunnel = session.tunnel.as_ref();
-    let datapath = tunnel.map(|tunnel| tunnel.status()).unwrap_or_default();
-    let link = match tunnel {
-        Some(tunnel) => daemon.kernel.link_at(tunnel.index).await.ok().flatten(),
-        None => None,
-    };
+    let carrier = session.carrier.as_ref();
+    let datapath = datapath_of(session);
+    let mut devices = Vec::new();
+    for index in carrier.into_iter().flat_map(Carrier::devices) {
+        let link = daemon.kernel.link_at(index).await.ok().flatten();
+        devices.extend(link.map(device));
+    }
     let left = |end: SystemTime| end.duration_since(SystemTime::now()).unwrap_or_default();
     let document = Document {
         version: env!("CARGO_PKG_VERSION"),
         pid: std::process::id(),
         uptime_seconds: daemon.started.elapsed().as_secs(),
-        ready: tunnel.is_some(),
+        ready: carrier.is_some(),
+        backend: registration.plan.name(),
         down: session.down.as_deref(),
         reopened: daemon.reopened,
         subnet_file: daemon.options.subnet_file.display().to_string(),
-        interface: &registration.choice,
+        interface: registration.choice(),
         candidates: &registration.candidates,
-        bind: registration.underlay.bind,
+        bind: registration.plan.bind(),
         lease: LeaseDocument {
             subnets: udp::nets(&registration.lease.subnets),
             networks: udp::networks(&registration.config),
-            public: registration.choice.public,
-            mtu: registration.underlay.mtu.get(),
+            public: registration.choice().public,
+            mtu: registration.plan.mtu().get(),
             expires_in_seconds: expires.map(|end| left(end).as_secs()),
         },
-        device: link.map(device),
+        devices,
         peers: peers(session, &datapath),
         refused: refused(session),
         conflicts: registration
@@ -133,6 +198,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
             .iter()
             .map(ToString::to_string)
             .chain(session.moved.clone())
+            .chain(session.env_behind.clone())
             .collect(),
         drops: drops(&datapath.total),
         datapath,
@@ -173,12 +239,14 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
         device_repairs: counts.repairs,
         rules_looks: rules.looks,
         rules_repairs: rules.repairs,
-        datapath: session
-            .tunnel
-            .as_ref()
-            .map(Tunnel::status)
-            .unwrap_or_default(),
+        datapath: datapath_of(session),
     }
+}
+
+fn datapath_of(session: &Session) -> datapath::Status {
+    let carrier = session.carrier.as_ref();
+    let tunnel = carrier.and_then(|carrier| carrier.tunnel.as_ref());
+    tunnel.map(Tunnel::status).unwrap_or_default()
 }
 
 fn device(link: Link) -> DeviceDocument {
@@ -199,12 +267,13 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
         .collect();
     let leases = session.peers.leases();
     let peer = |lease: &crate::lease::Lease| {
-        let endpoint = session.registration.underlay.endpoint_of(&lease.attrs);
+        let endpoint = session.registration.plan.endpoint_of(&lease.attrs);
         let seen = endpoint.and_then(|addr| counters.get(&addr));
         PeerDocument {
             subnets: udp::nets(&lease.subnets),
             public: lease.attrs.node(),
             endpoint,
+            transport: session.transport_of(&lease.subnets),
             ecn: lease.extension.ecn,
             sent: seen.map_or(0, |peer| peer.sent),
             received: seen.map_or(0, |peer| peer.received),
@@ -217,20 +286,19 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
 }
 
 fn refused(session: &Session) -> Vec<RefusedDocument> {
-    let family = session.registration.underlay.bind.ip();
     let leases = session.peers.refused().map(|refused| RefusedDocument {
         what: format!("lease {}", refused.lease.subnets),
         why: refused.reason.to_string(),
     });
-    let unreachable = session.unreachable.iter().map(|lease| RefusedDocument {
-        what: format!("lease {}", lease.subnets),
-        why: format!("it publishes no address of the family of {family}"),
+    let unserved = session.unserved().map(|refused| RefusedDocument {
+        what: format!("lease {}", refused.lease),
+        why: refused.why.clone(),
     });
     let files = session.problems.iter().map(|problem| RefusedDocument {
         what: problem.subject.clone(),
         why: problem.cause.to_string(),
     });
-    leases.chain(unreachable).chain(files).collect()
+    leases.chain(unserved).chain(files).collect()
 }
 
 fn drops(total: &datapath::status::Worker) -> Vec<DropDocument> {
@@ -242,6 +310,7 @@ fn drops(total: &datapath::status::Worker) -> Vec<DropDocument> {
         encap: count(&total.encap, reason),
         decap: count(&total.decap, reason),
         remedy: reason.remedy(),
+        document: reason.document(),
     };
     DropReason::ALL.iter().map(drop).collect()
 }

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use super::register::Registration;
 use super::{DaemonError, TrafficOptions};
 use crate::addr::OverlayPrefix;
+use crate::backend::plan::Plan;
 use crate::config::{NetworkConfig, SourcePort, SubnetPool};
 use crate::firewall::{
     Admission, Error, Family, FamilyRules, Firewall, Keeper, KeeperStatus, Masquerade, Mode,
@@ -67,12 +68,13 @@ pub(super) async fn prepare(
     let mut admission = Admission::Open;
     match &firewall {
         Ok(firewall) => {
-            let choice = &registration.choice;
-            let port = registration.backend.port;
-            match firewall.admission(port, &choice.name, choice.addr).await {
-                Ok(found) => admission = found,
-                Err(error) => {
-                    tracing::warn!("cannot read the host's own firewall: {error}");
+            let choice = registration.choice();
+            if let Some(port) = registration.plan.port() {
+                match firewall.admission(port, &choice.name, choice.addr).await {
+                    Ok(found) => admission = found,
+                    Err(error) => {
+                        tracing::warn!("cannot read the host's own firewall: {error}");
+                    }
                 }
             }
         }
@@ -83,29 +85,44 @@ pub(super) async fn prepare(
         Err(error) if options.forward => tracing::warn!("no forward rules: {error}"),
         Err(error) => tracing::debug!("no traffic rules: {error}"),
     }
-    if let Some(refusal) = admission.refusal() {
-        let port = registration.backend.port;
-        match &admission {
-            Admission::Open => {}
-            Admission::Tracked(_) => tracing::info!(
-                "the host's firewall admits UDP port {port} only with connection tracking, which stays on: {refusal}"
-            ),
-            Admission::Established(_) => tracing::warn!(
-                "the host's firewall admits UDP port {port} only as an established connection: source ports stay \
-                 fixed and tracking stays on; accept the port to lift both: {refusal}"
-            ),
-            Admission::Closed(_) => tracing::error!(
-                "the host's firewall does not admit the tunnel: accept UDP port {port}: {refusal}"
-            ),
-        }
-    }
-    if !admission.varying_source_ports() {
-        registration.backend.source_port = SourcePort::Fixed;
-    }
+    report(&admission, &mut registration.plan);
     Ok(Prepared {
         firewall,
         admission,
     })
+}
+
+/// Tells how the host's own firewall treats the tunnel, and yields to it where we can.
+fn report(admission: &Admission, plan: &mut Plan) {
+    let (Some(refusal), Some(port)) = (admission.refusal(), plan.port()) else {
+        return;
+    };
+    let backend = match plan {
+        Plan::Udp { backend, .. } => Some(backend),
+        Plan::Vxlan(_) | Plan::HostGw(_) => None,
+    };
+    match (admission, &backend) {
+        (Admission::Open, _) => {}
+        (Admission::Tracked(_), Some(_)) => tracing::info!(
+            "the host's firewall admits UDP port {port} only with connection tracking, which stays on: {refusal}"
+        ),
+        (Admission::Tracked(_), None) => tracing::info!(
+            "the host's firewall admits UDP port {port} only with connection tracking: {refusal}"
+        ),
+        (Admission::Established(_), Some(_)) => tracing::warn!(
+            "the host's firewall admits UDP port {port} only as an established connection: source ports stay \
+             fixed and tracking stays on; accept the port to lift both: {refusal}"
+        ),
+        // The kernel's VXLAN varies its source ports, so no connection is ever established.
+        (Admission::Established(_), None) | (Admission::Closed(_), _) => tracing::error!(
+            "the host's firewall does not admit the tunnel: accept UDP port {port}: {refusal}"
+        ),
+    }
+    if let Some(backend) = backend
+        && !admission.varying_source_ports()
+    {
+        backend.source_port = SourcePort::Fixed;
+    }
 }
 
 const fn program(mode: Mode) -> &'static str {
@@ -197,13 +214,15 @@ fn rules(
         return Ok(Rules::none());
     }
     let mut rules = families(options, &registration.config, &registration.lease.subnets)?;
-    if admission.untracked() {
-        let family = match registration.underlay.bind {
+    if let Plan::Udp { backend, underlay } = &registration.plan
+        && admission.untracked()
+    {
+        let family = match underlay.bind {
             std::net::SocketAddr::V4(_) => Family::V4,
             std::net::SocketAddr::V6(_) => Family::V6,
         };
         rules = rules.with_notrack(Notrack {
-            port: registration.backend.port,
+            port: backend.port,
             underlay: Underlay::Only(family),
         });
     }

@@ -9,8 +9,10 @@ use super::register::Registration;
 use super::{DaemonError, Options};
 use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::reconcile::{self, Outcome, reconcile};
-use crate::backend::udp;
-use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
+use crate::backend::udp::{self, Underlay};
+use crate::config::UdpBackend;
+use crate::datapath::tap::Taps;
+use crate::datapath::{Datapath, Encapsulation, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
 const EVENTS: usize = 1024;
@@ -39,6 +41,7 @@ impl Tunnel {
     pub(super) async fn open(
         options: &Options,
         registration: &Registration,
+        (backend, underlay): (&UdpBackend, &Underlay),
         kernel: &impl Kernel,
         routes: &[PeerRoute],
     ) -> Result<Self, DaemonError> {
@@ -50,11 +53,12 @@ impl Tunnel {
             workers: options.workers,
             pin: options.pin,
             device: udp::DEVICE.to_owned(),
-            bind: registration.underlay.bind,
-            mtu: registration.underlay.mtu,
-            source_check: udp::source_check(&registration.backend),
-            source_port: udp::source_port(&registration.backend),
-            local: udp::local(subnets, &registration.choice),
+            encapsulation: Encapsulation::Plain,
+            bind: underlay.bind,
+            mtu: underlay.mtu,
+            source_check: udp::source_check(backend),
+            source_port: udp::source_port(backend),
+            local: udp::local(subnets, registration.choice()),
             on_event,
         })?;
         let device = datapath.device().to_owned();
@@ -63,7 +67,7 @@ impl Tunnel {
         let mut tunnel = Self {
             datapath: Some(datapath),
             index: link.index,
-            desired: udp::device(&registration.config, &registration.underlay, subnets),
+            desired: udp::device(&registration.config, underlay, subnets),
             events,
             device,
         };
@@ -83,8 +87,8 @@ impl Tunnel {
         tracing::info!(
             "tunnel {} is up: bound to {}, MTU {}, {} peer routes, after {:?}",
             tunnel.device,
-            registration.underlay.bind,
-            registration.underlay.mtu,
+            underlay.bind,
+            underlay.mtu,
             routes.len(),
             begun.elapsed()
         );
@@ -100,6 +104,10 @@ impl Tunnel {
         if let Some(datapath) = &self.datapath {
             datapath.publish(routes);
         }
+    }
+
+    pub(super) fn taps(&self) -> Option<&Taps> {
+        self.datapath.as_ref().map(Datapath::taps)
     }
 
     pub(super) fn status(&self) -> Status {

@@ -2,9 +2,10 @@
 //!
 //! One burst of one worker:
 //! 1. *Receive* a burst of datagrams, each possibly a GRO buffer of many inner packets.
-//! 2. *Validate* each inner packet's IP header.
+//! 2. *Validate* what the encapsulation puts in front of each inner packet, and the packet's IP header.
 //! 3. *Decide* (`forward`): outer source is a known peer, inner source lies in its lease, destination is ours,
 //!    TTL, ECN; or an answer; or a drop.
+//!    What a kernel on this machine left unfinished is finished (`encapsulation`).
 //! 4. *Coalesce* neighbours of one flow over the whole burst (`offload::coalesce`).
 //! 5. *Write* each superpacket or packet to the TUN, as scatter/gather over the receive buffers.
 //!
@@ -14,20 +15,22 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Event;
 use super::drop::DropReason;
-use super::forward::DecapVerdict;
+use super::encapsulation::Inner;
+use super::forward::{DecapVerdict, Outer};
 use super::outbox::Outbox;
 use super::report::Reporter;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::{Context, Progress};
+use super::{Event, Settings};
 use crate::offload::coalesce::{Coalescer, HEAD_LEN, Limits, PacketRef, Superpacket, Write};
-use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN};
+use crate::offload::split::{MAX_HEADER_LEN, Split};
+use crate::offload::vnet_hdr::{Gso, VNET_HDR_LEN, VnetHdr};
 use crate::sys::iov::Gather;
 use crate::sys::mmsg::{Received, RecvBatch};
-use crate::wire::ip;
 
 /// Entries in one burst. With GRO each may hold 64 KiB; without, this many packets are coalesced at most.
 const BURST: usize = 64;
@@ -88,14 +91,30 @@ impl Decap {
         for &packet in accepted.iter() {
             // As many fit as were accepted: both have the same capacity.
             if coalescer.push(packet, bytes_of).is_err() {
-                counts.drop(DropReason::NoMemory, 1);
+                let received = receive.entry(packet.buf);
+                refuse(
+                    cx,
+                    counts,
+                    (DropReason::NoMemory, 1),
+                    received,
+                    [bytes_of(packet), &[]],
+                );
             }
         }
         for write in coalescer.writes() {
             match write {
-                Write::Packet(packet) => write_packet(gather, cx, bytes_of(packet), counts),
+                Write::Packet(packet) => {
+                    let bytes = bytes_of(packet);
+                    let received = receive.entry(packet.buf);
+                    match received.and_then(|received| unfinished(cx, bytes, received)) {
+                        None => write_packet(gather, cx, received, [bytes, &[]], counts),
+                        Some(what) => write_unfinished(gather, cx, received, bytes, &what, counts),
+                    }
+                }
                 Write::Superpacket(superpacket) => {
-                    write_superpacket(gather, cx, superpacket, bytes_of, counts);
+                    let first = superpacket.packets().next();
+                    let received = first.and_then(|packet| receive.entry(packet.buf));
+                    write_superpacket(gather, cx, received, superpacket, bytes_of, counts);
                 }
             }
         }
@@ -109,34 +128,61 @@ impl Decap {
     /// Steps 2 and 3 for every packet of the burst.
     fn accept(&mut self, cx: &Context<'_>, outbox: &mut Outbox, counts: &mut Counts) {
         self.accepted.clear();
+        let header_len = cx.encapsulation().header_len();
         for (buf, (received, bytes)) in (0_u16..).zip(self.receive.entries()) {
             if received.truncated {
                 counts.read += 1;
-                counts.drop(DropReason::Truncated, 1);
+                refuse(
+                    cx,
+                    counts,
+                    (DropReason::Truncated, 1),
+                    Some(&received),
+                    [inner_of(cx, bytes), &[]],
+                );
                 continue;
             }
-            counts.read_bytes += bytes.len() as u64;
             counts.read_superpackets += u64::from(received.stride < received.len);
             if bytes.is_empty() {
                 counts.read += 1;
-                counts.drop(DropReason::TooShort, 1);
+                refuse(
+                    cx,
+                    counts,
+                    (DropReason::TooShort, 1),
+                    Some(&received),
+                    [bytes, &[]],
+                );
             }
-            let stride = received.stride.max(1);
+            let stride = if cx.encapsulation().is_one(bytes, received.stride) {
+                bytes.len()
+            } else {
+                received.stride.max(1)
+            };
+            let headers = header_len * bytes.len().div_ceil(stride);
+            counts.read_bytes += bytes.len().saturating_sub(headers) as u64;
             let (mut accepted, mut from) = (0, None);
-            for (i, packet) in bytes.chunks_mut(stride).enumerate() {
+            for (i, datagram) in bytes.chunks_mut(stride).enumerate() {
                 counts.read += 1;
-                let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, packet);
-                let Some((peer, len)) = verdict else { continue };
+                let verdict = decide(cx, outbox, counts, &mut self.reporter, &received, datagram);
+                let Some((peer, len, packets)) = verdict else {
+                    continue;
+                };
                 if self.accepted.len() == self.accepted.capacity() {
-                    counts.drop(DropReason::NoMemory, 1);
+                    let packet = datagram.get(header_len..).unwrap_or_default();
+                    refuse(
+                        cx,
+                        counts,
+                        (DropReason::NoMemory, packets),
+                        Some(&received),
+                        [packet, &[]],
+                    );
                     continue;
                 }
-                accepted += 1;
+                accepted += packets;
                 from = Some(peer);
                 let fit = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 self.accepted.push(PacketRef {
                     buf,
-                    off: fit(i * stride),
+                    off: fit(i * stride + header_len),
                     len: fit(len),
                 });
             }
@@ -147,7 +193,8 @@ impl Decap {
     }
 }
 
-/// Steps 2 and 3 for one packet: the peer it came from and its length, if it goes on.
+/// Steps 2 and 3 for one datagram: the peer it came from, its packet's length, and how many packets that is, if
+/// it goes on.
 #[inline]
 fn decide<'t>(
     cx: &Context<'t>,
@@ -155,29 +202,59 @@ fn decide<'t>(
     counts: &mut Counts,
     reporter: &mut Reporter,
     received: &Received,
-    packet: &mut [u8],
-) -> Option<(&'t Arc<Peer>, usize)> {
-    let outer = received.source;
-    let Ok(meta) = ip::parse(packet) else {
-        let reason = DropReason::of_unparsed(packet.len());
-        counts.drop(reason, 1);
-        reporter.first_drop(cx.shared, cx.table, reason, outer, None);
-        return None;
+    datagram: &mut [u8],
+) -> Option<(&'t Arc<Peer>, usize, u64)> {
+    let source = received.source;
+    let Inner {
+        packet,
+        meta,
+        sender,
+    } = match cx.encapsulation().open(datagram) {
+        Ok(inner) => inner,
+        Err(reason) => {
+            refuse(
+                cx,
+                counts,
+                (reason, 1),
+                Some(received),
+                [inner_of(cx, datagram), &[]],
+            );
+            reporter.first_drop(cx.shared, cx.table, reason, source, None);
+            return None;
+        }
     };
-    match cx
-        .rules
-        .decap(cx.table, packet, &meta, outer.ip(), received.tos)
-    {
-        DecapVerdict::Deliver(peer) => Some((peer, meta.total_len())),
+    let outer = Outer {
+        addr: source.ip(),
+        tos: received.tos,
+        mac: sender,
+    };
+    match cx.rules.decap(cx.table, packet, &meta, outer) {
+        DecapVerdict::Deliver(peer) => {
+            let len = meta.total_len();
+            let packet = packet.get_mut(..len).unwrap_or_default();
+            let settings = &cx.shared.settings;
+            settings
+                .encapsulation
+                .finish(packet, settings.mtu, cx.shared.sum);
+            let packets =
+                unfinished(cx, packet, received).map_or(1, |(_, split)| split.count() as u64);
+            counts.read += packets - 1;
+            Some((peer, len, packets))
+        }
         DecapVerdict::Answer(peer, kind, reason) => {
-            outbox
-                .slow
-                .answer_remotely(cx, counts, (kind, reason), packet, &meta, peer);
+            outbox.slow.answer_remotely(
+                cx,
+                counts,
+                (kind, reason),
+                packet,
+                &meta,
+                (peer, received.tos),
+            );
             None
         }
         DecapVerdict::Drop(reason) => {
-            counts.drop(reason, 1);
-            reporter.first_drop(cx.shared, cx.table, reason, outer, Some(meta.src()));
+            refuse(cx, counts, (reason, 1), Some(received), [packet, &[]]);
+            reporter.first_drop(cx.shared, cx.table, reason, source, Some(meta.src()));
             None
         }
     }
@@ -193,20 +270,137 @@ fn limits(shared: &Shared) -> Limits {
     }
 }
 
-/// Writes one packet as it came.
-fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &mut Counts) {
+/// How to cut a packet that is an unfinished superpacket, which `received` may tell more about.
+#[inline]
+fn unfinished(cx: &Context<'_>, packet: &[u8], received: &Received) -> Option<(VnetHdr, Split)> {
+    let Settings {
+        encapsulation, mtu, ..
+    } = cx.shared.settings;
+    if packet.len() <= usize::from(mtu.get()) {
+        return None;
+    }
+    let segment_len = (received.stride < received.len)
+        .then(|| u16::try_from(received.stride).ok())
+        .flatten();
+    encapsulation.superpacket(packet, mtu, segment_len)
+}
+
+/// Writes an unfinished superpacket: as one where the device takes it, else in segments.
+#[cold]
+fn write_unfinished(
+    gather: &mut Gather,
+    cx: &Context<'_>,
+    received: Option<&Received>,
+    packet: &[u8],
+    (vnet, split): &(VnetHdr, Split),
+    counts: &mut Counts,
+) {
+    let packets = split.count() as u64;
+    let note = |verdict| {
+        cx.tap.note(Form::Any, || {
+            (seen(cx, received, verdict, packets), [packet])
+        });
+    };
+    let takes = limits(cx.shared);
+    let whole = match vnet.gso {
+        Gso::TcpV4 { .. } | Gso::TcpV6 { .. } => takes.tcp,
+        Gso::UdpL4 => takes.udp,
+        Gso::None => false,
+    };
+    if whole {
+        let head = vnet.encode();
+        let mut gathered = gather.start();
+        gathered.push(&head);
+        gathered.push(packet);
+        counts.send_calls += 1;
+        match cx.queue.write(gathered) {
+            Ok(_) => {
+                counts.sent += packets;
+                counts.sent_bytes += packet.len() as u64;
+                counts.sent_superpackets += 1;
+                return note(Verdict::Delivered);
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                withdraw(cx.shared, vnet.gso, &error);
+                counts.replays += 1;
+            }
+            Err(error) => {
+                let reason = DropReason::of_tun_write(&error);
+                return refuse(cx, counts, (reason, packets), received, [packet, &[]]);
+            }
+        }
+    }
+    for i in 0..split.count() {
+        let mut header = [0; MAX_HEADER_LEN];
+        let header_len = split.write_header(packet, i, cx.shared.sum, &mut header);
+        let header = header.get(..header_len).unwrap_or_default();
+        let payload = packet.get(split.payload(i)).unwrap_or_default();
+        write_packet(gather, cx, received, [header, payload], counts);
+    }
+}
+
+/// Writes one packet, which may be in two parts.
+fn write_packet(
+    gather: &mut Gather,
+    cx: &Context<'_>,
+    received: Option<&Received>,
+    [header, payload]: [&[u8]; 2],
+    counts: &mut Counts,
+) {
     let mut gathered = gather.start();
     if cx.shared.tun_caps.vnet_hdr {
         gathered.push(&[0; VNET_HDR_LEN]);
     }
-    gathered.push(packet);
+    gathered.push(header);
+    if !payload.is_empty() {
+        gathered.push(payload);
+    }
     counts.send_calls += 1;
     match cx.queue.write(gathered) {
         Ok(_) => {
             counts.sent += 1;
-            counts.sent_bytes += packet.len() as u64;
+            counts.sent_bytes += (header.len() + payload.len()) as u64;
+            cx.tap.note(Form::Any, || {
+                (seen(cx, received, Verdict::Delivered, 1), [header, payload])
+            });
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), 1),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            refuse(cx, counts, (reason, 1), received, [header, payload]);
+        }
+    }
+}
+
+/// Drops packets that are in one place, which may have two parts.
+fn refuse(
+    cx: &Context<'_>,
+    counts: &mut Counts,
+    (reason, packets): (DropReason, u64),
+    received: Option<&Received>,
+    parts: [&[u8]; 2],
+) {
+    counts.drop(reason, packets);
+    cx.tap.note(Form::Any, || {
+        let verdict = Verdict::Dropped(reason);
+        (seen(cx, received, verdict, packets), parts)
+    });
+}
+
+/// What a datagram that cannot be opened has in a packet's place.
+fn inner_of<'b>(cx: &Context<'_>, datagram: &'b [u8]) -> &'b [u8] {
+    let header_len = cx.encapsulation().header_len();
+    datagram.get(header_len..).unwrap_or_default()
+}
+
+/// What a capture learns of packets that came with `received`.
+fn seen(cx: &Context<'_>, received: Option<&Received>, verdict: Verdict, packets: u64) -> Seen {
+    Seen {
+        direction: Direction::Decap,
+        verdict,
+        outer: received.map(|received| received.source),
+        local_port: cx.shared.bind().port(),
+        tos: received.map_or(0, |received| received.tos),
+        packets,
     }
 }
 
@@ -214,6 +408,7 @@ fn write_packet(gather: &mut Gather, cx: &Context<'_>, packet: &[u8], counts: &m
 fn write_superpacket<'b>(
     gather: &mut Gather,
     cx: &Context<'_>,
+    received: Option<&Received>,
     superpacket: Superpacket<'_>,
     bytes_of: impl Fn(PacketRef) -> &'b [u8],
     counts: &mut Counts,
@@ -228,20 +423,42 @@ fn write_superpacket<'b>(
         gathered.push(bytes_of(payload));
     }
     counts.send_calls += 1;
+    let tap = |verdict| {
+        let seen = |packets| seen(cx, received, verdict, packets);
+        cx.tap.note(Form::Whole, || {
+            let head = head.get(VNET_HDR_LEN..head_len).unwrap_or_default();
+            let payloads = superpacket
+                .payloads()
+                .map(|payload| -> &[u8] { bytes_of(payload) });
+            (seen(packets), std::iter::once(head).chain(payloads))
+        });
+        for packet in superpacket.packets() {
+            cx.tap.note(Form::Segment, || (seen(1), [bytes_of(packet)]));
+        }
+    };
     match cx.queue.write(gathered) {
         Ok(_) => {
             counts.sent += packets;
             counts.sent_bytes += superpacket.packet_len() as u64;
             counts.sent_superpackets += 1;
+            if cx.tap.is_on() {
+                tap(Verdict::Delivered);
+            }
         }
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             withdraw(cx.shared, superpacket.vnet_hdr().gso, &error);
             counts.replays += 1;
             for packet in superpacket.packets() {
-                write_packet(gather, cx, bytes_of(packet), counts);
+                write_packet(gather, cx, received, [bytes_of(packet), &[]], counts);
             }
         }
-        Err(error) => counts.drop(DropReason::of_tun_write(&error), packets),
+        Err(error) => {
+            let reason = DropReason::of_tun_write(&error);
+            counts.drop(reason, packets);
+            if cx.tap.is_on() {
+                tap(Verdict::Dropped(reason));
+            }
+        }
     }
 }
 

@@ -24,6 +24,12 @@ macro_rules! drop_reasons {
                 match self { $(Self::$variant => $name,)* }
             }
 
+            /// Where it is explained: a heading that keeps its name.
+            #[must_use]
+            pub const fn document(self) -> &'static str {
+                match self { $(Self::$variant => concat!("docs/debugging.md#", $name),)* }
+            }
+
             /// One line: what an operator does about it.
             #[must_use]
             pub const fn remedy(self) -> &'static str {
@@ -50,6 +56,18 @@ drop_reasons! {
     Truncated => "truncated", "a peer sends more than 65535 bytes: check who sends to the tunnel port";
     /// Shorter than an IP header: not a tunnelled packet.
     TooShort => "too_short", "something that is not an overlay peer sends to the tunnel port";
+    /// The datagram carries no VXLAN header with a valid network number.
+    NotVxlan => "not_vxlan", "something that speaks no VXLAN sends to the tunnel port: check the peer's backend type";
+    /// The VXLAN network number is another one.
+    WrongVni => "wrong_vni", "give all nodes the same Backend.VNI, or each VXLAN network a port of its own";
+    /// The Ethernet frame carries no IP packet.
+    NotIp => "not_ip", "the peer sends ARP or another protocol: its neighbour entry for this node is not permanent";
+    /// The Ethernet frame is for another VTEP.
+    WrongMac => "wrong_mac", "the peer knows an old MAC of this node: its entry for our lease is stale";
+    /// The Ethernet frame's sender is not the VTEP of the peer whose address it uses.
+    SpoofedMac => "spoofed_mac", "the sender's VTEP has another MAC than its lease says: restart its daemon, or a forged packet";
+    /// The peer's VTEP MAC is not known.
+    NoMac => "no_mac", "the peer's lease lacks a valid VtepMAC: check that its backend type is vxlan";
     /// The outer source is no known peer.
     UnknownPeer => "unknown_peer", "check that the sender has a lease with this public IP, or set SourceCheck to loose behind NAT";
     /// The inner source lies outside the lease of the peer that sent it.

@@ -4,7 +4,7 @@
 //! 1. *Read* superpackets from the TUN queue, each into its own slot, until it is drained or the burst is full.
 //! 2. *Validate* the virtio-net header and the IP header.
 //! 3. *Decide* (`forward`): peer by longest-prefix match, TTL, path MTU; or an answer; or a drop.
-//! 4. *Describe* segments: one header each in the outbox, payload by reference into the slot.
+//! 4. *Describe* segments: one header each in the outbox, behind the encapsulation's, payload by reference into the slot.
 //! 5. *Group* segments into runs of one source socket, next hop, size and outer TOS (`offload::gso`).
 //! 6. *Send* the runs, one `sendmmsg` per source socket (`outbox`).
 //!
@@ -17,6 +17,7 @@ use super::portable::after_tun_read;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::{Direction, Form, Seen};
 use super::worker::{Context, Progress};
 use crate::addr::Mtu;
 use crate::offload::split::{MAX_HEADER_LEN, Split, finish_checksum};
@@ -125,7 +126,7 @@ impl Encap {
         let read = self.slots.buffer(slot).get_mut(..len).unwrap_or_default();
         let Some((header, packet)) = read.split_at_mut_checked(header_len) else {
             counts.read += 1;
-            return counts.drop(DropReason::BadVnetHeader, 1);
+            return refuse(cx, counts, DropReason::BadVnetHeader, 1, &[]);
         };
         let described = if header.is_empty() {
             Split::new(&VnetHdr::default(), packet)
@@ -138,14 +139,14 @@ impl Encap {
         };
         let Some((vnet, split)) = described else {
             counts.read += 1;
-            return counts.drop(DropReason::BadVnetHeader, 1);
+            return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
         };
         let packets = split.count() as u64;
         counts.read += packets;
         counts.read_bytes += packet.len() as u64;
         counts.read_superpackets += u64::from(packets > 1);
         let Ok(meta) = ip::parse(packet) else {
-            return counts.drop(DropReason::Malformed, packets);
+            return refuse(cx, counts, DropReason::Malformed, packets, packet);
         };
         let whole = packet.len().min(meta.total_len());
         let longest = if packets > 1 {
@@ -155,34 +156,34 @@ impl Encap {
         };
         match cx.rules.encap(cx.table, packet, &meta, longest) {
             EncapVerdict::Send { hop, peer, tos } => {
-                let to = destination(cx, &meta, packet, hop, peer, tos);
+                let to = destination(cx, &meta, packet, (hop, peer), tos);
                 if packets > 1 {
                     // Described again: its sums were over the header before the TTL changed.
                     let Ok(split) = Split::new(&vnet, packet) else {
-                        return counts.drop(DropReason::BadVnetHeader, packets);
+                        return refuse(cx, counts, DropReason::BadVnetHeader, packets, packet);
                     };
                     outbox.push_split(cx, &self.slots, counts, to, (slot, &split));
                 } else if finish_checksum(&vnet, packet, cx.shared.sum).is_ok() {
                     outbox.push_whole(cx, &self.slots, counts, to, (slot, whole));
                 } else {
-                    counts.drop(DropReason::BadVnetHeader, 1);
+                    refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
                 }
             }
             EncapVerdict::Fragment { hop, peer, max_len } => {
-                let to = destination(cx, &meta, packet, hop, peer, 0);
+                let to = destination(cx, &meta, packet, (hop, peer), 0);
                 if packets == 1 && finish_checksum(&vnet, packet, cx.shared.sum).is_err() {
-                    return counts.drop(DropReason::BadVnetHeader, 1);
+                    return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
                 }
                 // What is collected may be of the same flow: it goes first.
                 outbox.flush(cx, &self.slots, counts);
-                self.fragment(cx, outbox, counts, (peer, to, max_len), (slot, len, &vnet));
+                self.fragment(cx, outbox, counts, (to, max_len), (slot, len, &vnet));
             }
             EncapVerdict::Answer(kind, reason) => {
                 outbox
                     .slow
                     .answer_locally(cx, counts, (kind, reason), packet, &meta, packets);
             }
-            EncapVerdict::Drop(reason) => counts.drop(reason, packets),
+            EncapVerdict::Drop(reason) => refuse(cx, counts, reason, packets, packet),
         }
     }
 
@@ -192,7 +193,7 @@ impl Encap {
         cx: &Context<'_>,
         outbox: &mut Outbox,
         counts: &mut Counts,
-        (peer, to, max_len): (&Peer, Destination, Mtu),
+        (to, max_len): (Destination<'_>, Mtu),
         (slot, len, vnet): (usize, usize, &VnetHdr),
     ) {
         let packet = self
@@ -201,10 +202,10 @@ impl Encap {
             .get(..len - self.slots.header_len)
             .unwrap_or_default();
         let Ok(split) = Split::new(vnet, packet) else {
-            return counts.drop(DropReason::BadVnetHeader, 1);
+            return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
         };
         if split.count() == 1 {
-            return outbox.slow.fragment(cx, counts, peer, to, packet, max_len);
+            return outbox.slow.fragment(cx, counts, to, packet, max_len);
         }
         for i in 0..split.count() {
             let mut header = [0; MAX_HEADER_LEN];
@@ -214,23 +215,29 @@ impl Encap {
                 .extend_from_slice(header.get(..header_len).unwrap_or_default());
             self.scratch
                 .extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
-            outbox
-                .slow
-                .fragment(cx, counts, peer, to, &self.scratch, max_len);
+            outbox.slow.fragment(cx, counts, to, &self.scratch, max_len);
         }
     }
 }
 
+/// Drops what was read as one.
+fn refuse(cx: &Context<'_>, counts: &mut Counts, reason: DropReason, packets: u64, packet: &[u8]) {
+    counts.drop(reason, packets);
+    cx.tap.note(Form::Any, || {
+        (Seen::dropped(Direction::Encap, reason, packets), [packet])
+    });
+}
+
 /// Completes the verdict with what the flow and the peer say.
-fn destination(
+fn destination<'t>(
     cx: &Context<'_>,
     meta: &IpMeta,
     packet: &[u8],
-    hop: u32,
-    peer: &Peer,
+    (hop, peer): (u32, &'t Peer),
     tos: u8,
-) -> Destination {
+) -> Destination<'t> {
     Destination {
+        peer,
         hop,
         tos,
         gso: cx.shared.may_send_runs(peer),

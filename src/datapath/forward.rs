@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::drop::DropReason;
 use super::table::{Clock, Peer, Table};
-use super::{Local, SourceCheck};
-use crate::addr::Mtu;
+use super::{Encapsulation, Local, Settings, SourceCheck};
+use crate::addr::{Mac, Mtu};
 use crate::wire::ecn::{self, Ecn, EcnMode};
 use crate::wire::icmp_error::IcmpError;
 use crate::wire::ip::{self, IpMeta, Version};
@@ -52,16 +52,29 @@ pub enum DecapVerdict<'t> {
 pub struct Rules {
     local: Local,
     check: SourceCheck,
+    encapsulation: Encapsulation,
     clock: Clock,
+}
+
+/// What is known of a received packet but the packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Outer {
+    /// Whose datagram it came in.
+    pub addr: IpAddr,
+    /// The datagram's TOS byte.
+    pub tos: u8,
+    /// The sender's MAC address, where the encapsulation tells.
+    pub mac: Option<Mac>,
 }
 
 impl Rules {
     /// Rules for one node.
     #[must_use]
-    pub const fn new(local: Local, check: SourceCheck, clock: Clock) -> Self {
+    pub fn new(settings: &Settings, clock: Clock) -> Self {
         Self {
-            local,
-            check,
+            local: settings.local.clone(),
+            check: settings.source_check,
+            encapsulation: settings.encapsulation,
             clock,
         }
     }
@@ -83,6 +96,9 @@ impl Rules {
             }
             return EncapVerdict::Answer(IcmpError::NetUnreachable, DropReason::NoRoute);
         };
+        if self.encapsulation.needs_mac() && peer.mac.is_none() {
+            return EncapVerdict::Drop(DropReason::NoMac);
+        }
         if meta.ttl() <= 1 {
             return EncapVerdict::Answer(IcmpError::TimeExceeded, DropReason::TtlExpired);
         }
@@ -109,16 +125,14 @@ impl Rules {
         EncapVerdict::Send { hop, peer, tos }
     }
 
-    /// Decides about a packet that `outer` sent with outer TOS byte `tos`. `packet` is changed only when it
-    /// is delivered.
+    /// Decides about a packet that came in `outer`. `packet` is changed only when it is delivered.
     #[inline]
     pub fn decap<'t>(
         &self,
         table: &'t Table,
         packet: &mut [u8],
         meta: &IpMeta,
-        outer: IpAddr,
-        tos: u8,
+        outer: Outer,
     ) -> DecapVerdict<'t> {
         let peer = match self.sender(table, meta.src(), outer) {
             Ok(peer) => peer,
@@ -134,7 +148,7 @@ impl Rules {
         if meta.ttl() <= 1 {
             return DecapVerdict::Answer(peer, IcmpError::TimeExceeded, DropReason::TtlExpired);
         }
-        let Ok(ecn) = ecn::decap(meta.ecn(), Ecn::of(tos)) else {
+        let Ok(ecn) = ecn::decap(meta.ecn(), Ecn::of(outer.tos)) else {
             return DecapVerdict::Drop(DropReason::EcnInvalid);
         };
         if ecn != meta.ecn() && ip::set_ecn(packet, ecn).is_err() {
@@ -152,19 +166,20 @@ impl Rules {
         &self,
         table: &'t Table,
         inner: IpAddr,
-        outer: IpAddr,
+        outer: Outer,
     ) -> Result<&'t Arc<Peer>, DropReason> {
-        match table.fib.lookup(inner) {
-            Some((_, peer)) if peer.addr.ip() == outer || self.check == SourceCheck::Loose => {
-                Ok(peer)
+        let peer = match table.fib.lookup(inner) {
+            Some((_, peer)) if peer.addr.ip() == outer.addr || self.check == SourceCheck::Loose => {
+                Some(peer).filter(|peer| peer.may_be(outer.mac))
             }
-            _ => match table.peer_by_ip(outer) {
+            _ => match table.peers_by_ip(outer.addr) {
+                [] => return Err(DropReason::UnknownPeer),
                 // A packet of the peer's own, sent from its underlay address.
-                Some(peer) if inner == outer => Ok(peer),
-                Some(_) => Err(DropReason::SpoofedSource),
-                None => Err(DropReason::UnknownPeer),
+                peers if inner == outer.addr => peers.iter().find(|peer| peer.may_be(outer.mac)),
+                _ => return Err(DropReason::SpoofedSource),
             },
-        }
+        };
+        peer.ok_or(DropReason::SpoofedMac)
     }
 
     #[inline]

@@ -5,6 +5,7 @@ pub mod answer;
 pub mod decap;
 pub mod drop;
 pub mod encap;
+pub mod encapsulation;
 pub mod forward;
 pub mod limiter;
 pub mod lock;
@@ -17,6 +18,7 @@ pub mod slow_path;
 pub mod stats;
 pub mod status;
 pub mod table;
+pub mod tap;
 pub mod worker;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -26,10 +28,11 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use drop::DropReason;
+pub use encapsulation::Encapsulation;
 pub use plane::Datapath;
 pub use status::Status;
 
-use crate::addr::Mtu;
+use crate::addr::{Mac, Mtu};
 
 /// Which implementation of the packet path runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -85,6 +88,8 @@ pub struct Settings {
     pub pin: bool,
     /// TUN name template as `TUNSETIFF` takes it, `flannel%d`.
     pub device: String,
+    /// How packets stand in datagrams; the same on all nodes of a network.
+    pub encapsulation: Encapsulation,
     /// Where peers reach us: the external interface's address and the tunnel port.
     pub bind: SocketAddr,
     /// MTU of the overlay, the TUN's.
@@ -106,6 +111,8 @@ pub struct PeerRoute {
     pub net: IpNet,
     /// Where its datagrams go.
     pub addr: SocketAddr,
+    /// Its VTEP's address; without one nothing can be sent to it in VXLAN, and none is checked of what comes.
+    pub mac: Option<Mac>,
     /// The peer decapsulates with RFC 6040 normal mode, so the outer ECN field may carry the inner one.
     pub ecn: bool,
 }

@@ -1,8 +1,8 @@
 //! Owns what goes out on the underlay: collects described segments, groups them into runs, sends the runs, and
 //! decides what every refusal of the kernel means. Never decides where a packet goes.
 //!
-//! A segment's payload stays where the TUN read put it; its header, if it was cut from a superpacket, is in
-//! the outbox. Both are handed to the kernel as scatter/gather.
+//! A segment's payload stays where the TUN read put it; in the outbox is what precedes it: the encapsulation's
+//! header, and the inner one if it was cut from a superpacket. Both are handed to the kernel as scatter/gather.
 //!
 //! What the kernel's errors mean here:
 //! - `EAGAIN`: the socket's buffer is full; what is left for it is dropped as `socket_full`.
@@ -16,14 +16,17 @@
 use std::io;
 
 use super::drop::DropReason;
-use super::slow_path::{SlowPath, sent};
+use super::encapsulation;
+use super::slow_path::{SlowPath, note, sent};
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::run::Piece;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::Context;
 use crate::offload::gso::{Planner, Run, RunKey, RunLimits};
 use crate::offload::split::{MAX_HEADER_LEN, Split};
 use crate::sys::mmsg::{Entry, SendBatch};
-use crate::underlay::{SOURCE_PORTS, UdpCaps};
+use crate::underlay::{SOURCE_PORTS, UdpCaps, UnderlaySocket};
 
 /// Segments held before a flush: four 64 KiB superpackets of 1400-byte segments, five times over.
 const MAX_SEGMENTS: usize = 1024;
@@ -37,12 +40,12 @@ const MAX_ENTRIES: usize = 64;
 /// Slices of one `sendmmsg`: a header and a payload for every segment.
 const MAX_SLICES: usize = 2 * MAX_SEGMENTS;
 /// Room for one header; whole cache lines.
-const HEADER_STRIDE: usize = MAX_HEADER_LEN.next_multiple_of(64);
+const HEADER_STRIDE: usize = (encapsulation::MAX_HEADER_LEN + MAX_HEADER_LEN).next_multiple_of(64);
 
 /// One inner packet that goes out.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
-    /// Length of its header in the outbox; 0 when the payload is the whole packet.
+    /// Bytes of it in the outbox; 0 when the payload is the whole packet and nothing precedes that.
     header_len: usize,
     /// The slot its payload is in.
     slot: usize,
@@ -60,7 +63,9 @@ pub trait Slots {
 
 /// Where a packet goes: what `forward` and the flow hash decided.
 #[derive(Clone, Copy)]
-pub struct Destination {
+pub struct Destination<'t> {
+    /// The peer.
+    pub peer: &'t Peer,
     /// The peer's index in the table of this burst.
     pub hop: u32,
     /// Whether runs may be used towards it.
@@ -93,7 +98,7 @@ impl Pending {
     }
 
     /// `false` when the planner refuses, which it does for an unknown source socket or beyond its capacity.
-    fn push(&mut self, to: Destination, segment: Segment) -> bool {
+    fn push(&mut self, to: Destination<'_>, segment: Segment) -> bool {
         let key = RunKey {
             source: to.socket,
             next_hop: to.hop,
@@ -109,6 +114,14 @@ impl Pending {
             self.segments.push(segment);
         }
         planned
+    }
+
+    /// Room for what precedes the payload of the segment that is pushed next.
+    fn next_header(&mut self) -> &mut [u8] {
+        let at = self.segments.len() * HEADER_STRIDE;
+        self.headers
+            .get_mut(at..at + HEADER_STRIDE)
+            .unwrap_or_default()
     }
 
     const fn is_full(&self) -> bool {
@@ -150,21 +163,19 @@ impl Outbox {
         cx: &Context<'_>,
         slots: &impl Slots,
         counts: &mut Counts,
-        to: Destination,
+        to: Destination<'_>,
         (slot, split): (usize, &Split),
     ) {
+        let packet = slots.slot(slot);
         for i in 0..split.count() {
             if self.pending.is_full() {
                 self.flush(cx, slots, counts);
             }
             let payload = split.payload(i);
-            let at = self.pending.segments.len() * HEADER_STRIDE;
-            let header = self
-                .pending
-                .headers
-                .get_mut(at..at + HEADER_STRIDE)
-                .unwrap_or_default();
-            let header_len = split.write_header(slots.slot(slot), i, cx.shared.sum, header);
+            let header = self.pending.next_header();
+            let mut header_len = cx.encapsulation().write_header(to.peer.mac, packet, header);
+            let inner = header.get_mut(header_len..).unwrap_or_default();
+            header_len += split.write_header(packet, i, cx.shared.sum, inner);
             let segment = Segment {
                 header_len,
                 slot,
@@ -173,6 +184,11 @@ impl Outbox {
             };
             if !self.pending.push(to, segment) {
                 counts.drop(DropReason::NoMemory, 1);
+                let payload = slots.slot(slot).get(payload).unwrap_or_default();
+                cx.tap.note(Form::Any, || {
+                    let no_memory = Seen::dropped(Direction::Encap, DropReason::NoMemory, 1);
+                    (no_memory, [payload])
+                });
             }
         }
     }
@@ -183,22 +199,31 @@ impl Outbox {
         cx: &Context<'_>,
         slots: &impl Slots,
         counts: &mut Counts,
-        to: Destination,
+        to: Destination<'_>,
         (slot, len): (usize, usize),
     ) {
         if self.pending.is_full() {
             self.flush(cx, slots, counts);
         }
+        let header = self.pending.next_header();
+        let header_len = cx
+            .encapsulation()
+            .write_header(to.peer.mac, slots.slot(slot), header);
         if !self.pending.push(
             to,
             Segment {
-                header_len: 0,
+                header_len,
                 slot,
                 at: 0,
                 len,
             },
         ) {
             counts.drop(DropReason::NoMemory, 1);
+            let packet = slots.slot(slot).get(..len).unwrap_or_default();
+            cx.tap.note(Form::Any, || {
+                let no_memory = Seen::dropped(Direction::Encap, DropReason::NoMemory, 1);
+                (no_memory, [packet])
+            });
         }
     }
 
@@ -264,16 +289,21 @@ fn send_runs(
             match sending.send(fd.fd(), from) {
                 Ok(count) => {
                     for (run, peer) in entries.iter().skip(from).take(count).flatten() {
-                        sent(peer, run.count() as u64, run.bytes() as usize, counts);
+                        let headers = run.count() * cx.encapsulation().header_len();
+                        let bytes = run.bytes() as usize - headers;
+                        sent(peer, run.count() as u64, bytes, counts);
                         counts.sent_superpackets += u64::from(run.count() > 1);
+                        note_run(pending, cx, slots, (run, peer, fd), Verdict::Sent);
                     }
                     from += count;
                     retried = false;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    for (run, _) in entries.iter().skip(from).flatten() {
-                        counts.drop(DropReason::SocketFull, run.count() as u64);
+                    let full = DropReason::SocketFull;
+                    for (run, peer) in entries.iter().skip(from).flatten() {
+                        counts.drop(full, run.count() as u64);
+                        note_run(pending, cx, slots, (run, peer, fd), Verdict::Dropped(full));
                     }
                     break;
                 }
@@ -291,6 +321,42 @@ fn send_runs(
     }
 }
 
+/// Shows a run to captures: segment by segment, and as what the segments were cut from.
+#[inline]
+fn note_run(
+    pending: &Pending,
+    cx: &Context<'_>,
+    slots: &impl Slots,
+    (run, peer, socket): (&Run, &Peer, &UnderlaySocket),
+    verdict: Verdict,
+) {
+    if !cx.tap.is_on() {
+        return;
+    }
+    let seen = |packets| Seen {
+        direction: Direction::Encap,
+        verdict,
+        outer: Some(peer.addr),
+        local_port: socket.addr().port(),
+        tos: run.key().tos,
+        packets,
+    };
+    let segments = pending.planner.segments(run);
+    let header_len = cx.encapsulation().header_len();
+    let pieces = segments.filter_map(|idx| {
+        let [header, payload] = pending.parts(slots, usize::from(idx));
+        let header = header.get(header_len..).unwrap_or_default();
+        let Segment { slot, at, .. } = *pending.segments.get(usize::from(idx))?;
+        Some(Piece {
+            slot,
+            at,
+            header,
+            payload,
+        })
+    });
+    cx.tap.note_run(seen, pieces);
+}
+
 /// Finds a final outcome for each packet of a run the kernel refused.
 fn settle(
     slow: &mut SlowPath,
@@ -304,30 +370,38 @@ fn settle(
     let gso = run.count() > 1;
     counts.replays += u64::from(gso);
     let to = Destination {
+        peer,
         hop: run.key().next_hop,
         gso: false,
         tos: run.key().tos,
         socket: run.key().source,
     };
     let (mut went, mut too_big) = (false, false);
+    let header_len = cx.encapsulation().header_len();
     for idx in pending.planner.segments(run) {
         let parts = pending.parts(slots, usize::from(idx));
+        let packet = [parts[0].get(header_len..).unwrap_or_default(), parts[1]];
         // A single datagram was refused twice already; only a run is worth another try.
         let outcome = if gso {
-            slow.send(cx, counts, peer, to, parts)
+            slow.send(cx, counts, to, parts)
         } else {
             Err(copy(refusal))
         };
         match outcome {
             Ok(()) => {
-                sent(peer, 1, parts[0].len() + parts[1].len(), counts);
+                sent(peer, 1, packet[0].len() + packet[1].len(), counts);
+                note(cx, to, Verdict::Sent, packet);
                 went = true;
             }
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                slow.oversize(cx, counts, peer, to, parts);
+                slow.oversize(cx, counts, to, packet);
                 too_big = true;
             }
-            Err(error) => counts.drop(DropReason::of_send(&error), 1),
+            Err(error) => {
+                let reason = DropReason::of_send(&error);
+                counts.drop(reason, 1);
+                note(cx, to, Verdict::Dropped(reason), packet);
+            }
         }
     }
     // Singles that went where the run did not: the run was the problem, not its size.

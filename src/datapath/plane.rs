@@ -15,6 +15,7 @@ use super::shared::{Shared, Withdrawable, WorkerCounts};
 use super::stats::Counts;
 use super::status::{self, Status};
 use super::table::{Clock, Table};
+use super::tap::Taps;
 use super::worker::Worker;
 use super::{EngineKind, Event, OpenError, PeerRoute, Settings, SourcePort};
 use crate::route::Publisher;
@@ -180,7 +181,11 @@ impl Datapath {
             .publisher
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let table = Table::build(routes, &publisher.current());
+        let table = Table::build(
+            routes,
+            self.shared.settings.encapsulation,
+            &publisher.current(),
+        );
         publisher.publish(table);
     }
 
@@ -250,6 +255,12 @@ impl Datapath {
         }
     }
 
+    /// Where captures begin.
+    #[must_use]
+    pub fn taps(&self) -> &Taps {
+        &self.shared.taps
+    }
+
     /// Stops the workers after they finish the burst in hand, joins them, closes everything.
     pub fn stop(self) {
         drop(self);
@@ -308,6 +319,7 @@ impl Shared {
             tun_udp: Withdrawable::default(),
             udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
+            taps: Arc::new(Taps::new(workers)),
             answers_as_self: AtomicBool::new(false),
             device_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),

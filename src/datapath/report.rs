@@ -36,7 +36,7 @@ impl Reporter {
         outer: SocketAddr,
         inner: Option<IpAddr>,
     ) {
-        let news = match table.peer_by_ip(outer.ip()) {
+        let news = match table.peers_by_ip(outer.ip()).first() {
             Some(peer) => {
                 peer.dropped
                     .fetch_add(1, std::sync::atomic::Ordering::Relaxed);

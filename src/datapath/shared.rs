@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::stats::SharedCounts;
 use super::table::{Clock, Peer, RETRY_AFTER_MS};
+use super::tap::Taps;
 use super::{Event, Settings, status};
 use crate::sys::mmsg::QueuedError;
 use crate::tun::TunCaps;
@@ -100,6 +102,8 @@ pub struct Shared {
     pub udp_gso_withdrawals: AtomicU64,
     /// One entry per worker.
     pub counts: Vec<WorkerCounts>,
+    /// Where captures reach the workers.
+    pub taps: Arc<Taps>,
     /// The kernel takes IPv4 packets from the device that come from an address of this node, so our answers
     /// to local senders may name us (`accept_local`, Documentation/networking/ip-sysctl.rst).
     pub answers_as_self: AtomicBool,

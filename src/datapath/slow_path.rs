@@ -6,9 +6,11 @@ use std::sync::atomic::Ordering;
 
 use super::answer::Answerer;
 use super::drop::DropReason;
+use super::encapsulation::MAX_HEADER_LEN;
 use super::outbox::Destination;
 use super::stats::Counts;
 use super::table::Peer;
+use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::Context;
 use crate::addr::Mtu;
 use crate::offload::vnet_hdr::VNET_HDR_LEN;
@@ -65,9 +67,18 @@ impl SlowPath {
             gathered.push(answer);
             cx.queue.write(gathered).is_ok()
         });
+        let verdict = if answered {
+            Verdict::Answered(reason)
+        } else {
+            Verdict::Dropped(reason)
+        };
         let answered = u64::from(answered);
         counts.answered += answered;
         counts.drop(reason, packets - answered);
+        cx.tap.note(Form::Any, || {
+            let seen = Seen::dropped(Direction::Encap, reason, packets);
+            (Seen { verdict, ..seen }, [packet])
+        });
     }
 
     /// Tells the remote sender of `packet`, through `peer`, why it does not go on.
@@ -78,29 +89,47 @@ impl SlowPath {
         (kind, reason): (IcmpError, DropReason),
         packet: &[u8],
         meta: &IpMeta,
-        peer: &Peer,
+        (peer, tos): (&Peer, u8),
     ) {
+        let note = |verdict| {
+            cx.tap.note(Form::Any, || {
+                let seen = Seen {
+                    direction: Direction::Decap,
+                    verdict,
+                    outer: Some(peer.addr),
+                    local_port: cx.shared.bind().port(),
+                    tos,
+                    packets: 1,
+                };
+                (seen, [packet])
+            });
+        };
         let Some(answer) = self
             .answerer
             .build_remote(cx.shared, cx.rules, kind, packet, meta)
         else {
+            note(Verdict::Dropped(reason));
             return counts.drop(reason, 1);
         };
+        let mut header = [0; MAX_HEADER_LEN];
+        let header_len = cx
+            .encapsulation()
+            .write_header(peer.mac, answer, &mut header);
+        let parts = [header.get(..header_len).unwrap_or_default(), answer];
         let socket = cx.shared.socket(0, cx.socket);
-        match send(
-            &mut self.single,
-            cx,
-            socket,
-            (peer, 0),
-            [answer, &[]],
-            counts,
-        ) {
-            Ok(()) => counts.answered += 1,
-            Err(_) => counts.drop(reason, 1),
+        match send(&mut self.single, cx, socket, (peer, 0), parts, counts) {
+            Ok(()) => {
+                counts.answered += 1;
+                note(Verdict::Answered(reason));
+            }
+            Err(_) => {
+                counts.drop(reason, 1);
+                note(Verdict::Dropped(reason));
+            }
         }
     }
 
-    /// Sends one packet made of a header and a payload.
+    /// Sends one datagram made of what precedes a payload and the payload.
     ///
     /// # Errors
     /// The kernel's, after one retry.
@@ -108,12 +137,18 @@ impl SlowPath {
         &mut self,
         cx: &Context<'_>,
         counts: &mut Counts,
-        peer: &Peer,
-        to: Destination,
+        to: Destination<'_>,
         parts: [&[u8]; 2],
     ) -> io::Result<()> {
         let socket = cx.shared.socket(to.socket, cx.socket);
-        send(&mut self.single, cx, socket, (peer, to.tos), parts, counts)
+        send(
+            &mut self.single,
+            cx,
+            socket,
+            (to.peer, to.tos),
+            parts,
+            counts,
+        )
     }
 
     /// Finds an outcome for a packet that proved too big for the path: an answer, fragments, or a drop.
@@ -121,16 +156,17 @@ impl SlowPath {
         &mut self,
         cx: &Context<'_>,
         counts: &mut Counts,
-        peer: &Peer,
-        to: Destination,
+        to: Destination<'_>,
         [header, payload]: [&[u8]; 2],
     ) {
         let (Some(mtu), Some(packet)) = (
-            peer.max_inner(cx.shared.clock),
+            to.peer.max_inner(cx.shared.clock),
             self.scratch.get_mut(..header.len() + payload.len()),
         ) else {
             // The kernel said "too big" and not for what size: nothing can be told.
-            return counts.drop(DropReason::TooBig, 1);
+            counts.drop(DropReason::TooBig, 1);
+            let verdict = Verdict::Dropped(DropReason::TooBig);
+            return note(cx, to, verdict, [header, payload]);
         };
         let (front, back) = packet.split_at_mut(header.len());
         front.copy_from_slice(header);
@@ -141,13 +177,17 @@ impl SlowPath {
             .unwrap_or_default();
         match ip::parse(packet) {
             Ok(meta) if meta.version() == Version::V4 && !meta.dont_fragment() => {
-                self.fragment(cx, counts, peer, to, packet, mtu);
+                self.fragment(cx, counts, to, packet, mtu);
             }
             Ok(meta) => {
                 let kind = IcmpError::PacketTooBig { mtu };
                 self.answer_locally(cx, counts, (kind, DropReason::TooBig), packet, &meta, 1);
             }
-            Err(_) => counts.drop(DropReason::Malformed, 1),
+            Err(_) => {
+                counts.drop(DropReason::Malformed, 1);
+                let verdict = Verdict::Dropped(DropReason::Malformed);
+                note(cx, to, verdict, [header, payload]);
+            }
         }
         self.scratch = scratch;
     }
@@ -157,27 +197,39 @@ impl SlowPath {
         &mut self,
         cx: &Context<'_>,
         counts: &mut Counts,
-        peer: &Peer,
-        to: Destination,
+        to: Destination<'_>,
         packet: &[u8],
         max_len: Mtu,
     ) {
         let Ok(fragments) = Fragments::plan(packet, max_len) else {
-            return counts.drop(DropReason::TooBig, 1);
+            counts.drop(DropReason::TooBig, 1);
+            let verdict = Verdict::Dropped(DropReason::TooBig);
+            return note(cx, to, verdict, [packet, &[]]);
         };
+        let mut head = [0; MAX_HEADER_LEN + ipv4::MAX_HEADER_LEN];
+        let header_len = cx
+            .encapsulation()
+            .write_header(to.peer.mac, packet, &mut head);
         let mut header = [0; ipv4::MAX_HEADER_LEN];
         for i in 0..fragments.count() {
             let Some(piece) = fragments.piece(i, &mut header) else {
                 break;
             };
-            let head = header.get(..piece.header_len).unwrap_or_default();
+            let head_len = header_len + piece.header_len;
+            if let Some(inner) = head.get_mut(header_len..head_len) {
+                inner.copy_from_slice(header.get(..piece.header_len).unwrap_or_default());
+            }
+            let head = head.get(..head_len).unwrap_or_default();
             let body = packet.get(piece.payload).unwrap_or_default();
-            if let Err(error) = self.send(cx, counts, peer, to, [head, body]) {
-                return counts.drop(DropReason::of_send(&error), 1);
+            if let Err(error) = self.send(cx, counts, to, [head, body]) {
+                let reason = DropReason::of_send(&error);
+                counts.drop(reason, 1);
+                return note(cx, to, Verdict::Dropped(reason), [packet, &[]]);
             }
             counts.fragments += 1;
         }
-        sent(peer, 1, packet.len(), counts);
+        sent(to.peer, 1, packet.len(), counts);
+        note(cx, to, Verdict::Fragmented, [packet, &[]]);
     }
 }
 
@@ -185,6 +237,21 @@ impl Default for SlowPath {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Shows one packet on its way to captures.
+pub fn note(cx: &Context<'_>, to: Destination<'_>, verdict: Verdict, parts: [&[u8]; 2]) {
+    cx.tap.note(Form::Any, || {
+        let seen = Seen {
+            direction: Direction::Encap,
+            verdict,
+            outer: Some(to.peer.addr),
+            local_port: cx.shared.socket(to.socket, cx.socket).addr().port(),
+            tos: to.tos,
+            packets: 1,
+        };
+        (seen, parts)
+    });
 }
 
 /// Counts packets of `bytes` inner bytes that went to `peer`.

@@ -11,8 +11,8 @@ use ipnet::IpNet;
 use socket2::SockAddr;
 
 use super::shared::Withdrawable;
-use super::{DropReason, PeerRoute, status};
-use crate::addr::{Mtu, udp_overhead};
+use super::{DropReason, Encapsulation, PeerRoute, status};
+use crate::addr::{Mac, Mtu};
 use crate::route::Fib;
 
 /// How long a learned path MTU or a withdrawn offload is believed before it is tried again
@@ -43,14 +43,40 @@ impl Clock {
     }
 }
 
+/// What makes two next hops one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PeerKey {
+    /// Where its datagrams go.
+    pub addr: SocketAddr,
+    /// Its VTEP's MAC address. A node that took a new lease with a new MAC is two next hops until the old lease
+    /// expires.
+    pub mac: Option<Mac>,
+    /// It decapsulates with RFC 6040 normal mode.
+    pub ecn: bool,
+}
+
+impl From<&PeerRoute> for PeerKey {
+    fn from(route: &PeerRoute) -> Self {
+        Self {
+            addr: route.addr,
+            mac: route.mac,
+            ecn: route.ecn,
+        }
+    }
+}
+
 /// A next hop and what was learned about the path to it. Shared by all workers; survives publications.
 pub struct Peer {
     /// Where its datagrams go.
     pub addr: SocketAddr,
     /// The same as the kernel takes it.
     pub name: SockAddr,
+    /// Its VTEP's MAC address, where it is known.
+    pub mac: Option<Mac>,
     /// It decapsulates with RFC 6040 normal mode.
     pub ecn: bool,
+    /// Bytes of a datagram in front of the inner packet.
+    overhead: u16,
     /// Largest inner packet the path carries; 0 when nothing was learned.
     max_inner: AtomicU32,
     /// When that is forgotten, by [`Clock`].
@@ -72,11 +98,13 @@ pub struct Peer {
 impl Peer {
     /// A peer of whom nothing is known yet.
     #[must_use]
-    pub fn new(addr: SocketAddr, ecn: bool) -> Self {
+    pub fn new(PeerKey { addr, mac, ecn }: PeerKey, encapsulation: Encapsulation) -> Self {
         Self {
             addr,
             name: SockAddr::from(addr),
+            mac,
             ecn,
+            overhead: encapsulation.overhead(addr.ip()),
             max_inner: AtomicU32::new(0),
             max_inner_until: AtomicU64::new(0),
             gso: Withdrawable::default(),
@@ -86,6 +114,21 @@ impl Peer {
             received: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
         }
+    }
+
+    const fn key(&self) -> PeerKey {
+        PeerKey {
+            addr: self.addr,
+            mac: self.mac,
+            ecn: self.ecn,
+        }
+    }
+
+    /// Whether what comes from a VTEP with this address can be the peer's; nothing known contradicts nothing.
+    #[inline]
+    #[must_use]
+    pub fn may_be(&self, mac: Option<Mac>) -> bool {
+        mac.is_none() || self.mac.is_none() || mac == self.mac
     }
 
     /// The largest inner packet that fits the path, where that was learned. One relaxed load where it was not.
@@ -109,7 +152,7 @@ impl Peer {
             u32::from(Mtu::MIN_V6.get())
         };
         let mtu = Mtu::new(mtu.max(floor))?;
-        let max = u32::from(mtu.get()) - u32::from(udp_overhead(self.addr.ip()));
+        let max = u32::from(mtu.get()) - u32::from(self.overhead);
         self.max_inner_until
             .store(clock.now_ms() + RETRY_AFTER_MS, Ordering::Relaxed);
         (self.max_inner.swap(max, Ordering::Relaxed) != max).then_some(mtu)
@@ -133,14 +176,13 @@ impl Peer {
 
     fn to_status(&self, nets: Vec<IpNet>) -> status::Peer {
         let max = Mtu::new(self.max_inner.load(Ordering::Relaxed));
-        let overhead = udp_overhead(self.addr.ip());
         status::Peer {
             addr: self.addr,
             nets,
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),
             dropped: self.dropped.load(Ordering::Relaxed),
-            path_mtu: max.map(|mtu| mtu.get() + overhead),
+            path_mtu: max.map(|mtu| mtu.get() + self.overhead),
             gso_withdrawn: self
                 .gso
                 .is_withdrawn()
@@ -154,33 +196,37 @@ impl Peer {
 pub struct Table {
     /// Longest-prefix match.
     pub fib: Fib<Arc<Peer>>,
-    by_addr: HashMap<IpAddr, u32>,
+    /// The next hops at an address, which stand one after the other: the first and the number.
+    by_addr: HashMap<IpAddr, (usize, usize)>,
     nets: Vec<(IpNet, usize)>,
 }
 
 impl Table {
-    /// Builds a table from routes; a peer that `previous` knows under the same address keeps its state.
+    /// Builds a table from routes; a peer that `previous` knows under the same key keeps its state.
     #[must_use]
-    pub fn build(routes: &[PeerRoute], previous: &Self) -> Self {
-        let mut peers: Vec<Arc<Peer>> = Vec::new();
-        let mut by_name: HashMap<SocketAddr, usize> = HashMap::new();
-        let mut nets = Vec::with_capacity(routes.len());
-        for route in routes {
-            let idx = *by_name.entry(route.addr).or_insert_with(|| {
-                let known = previous
-                    .peer_at(route.addr)
-                    .filter(|peer| peer.ecn == route.ecn);
-                peers.push(
-                    known.map_or_else(|| Arc::new(Peer::new(route.addr, route.ecn)), Arc::clone),
-                );
-                peers.len() - 1
-            });
-            nets.push((route.net, idx));
-        }
-        let by_addr = peers
+    pub fn build(routes: &[PeerRoute], encapsulation: Encapsulation, previous: &Self) -> Self {
+        let mut keys: Vec<PeerKey> = routes.iter().map(PeerKey::from).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let nets = routes
             .iter()
-            .zip(0_u32..)
-            .map(|(peer, idx)| (peer.addr.ip(), idx))
+            .filter_map(|route| {
+                let idx = keys.binary_search(&PeerKey::from(route)).ok()?;
+                Some((route.net, idx))
+            })
+            .collect::<Vec<_>>();
+        let mut by_addr: HashMap<IpAddr, (usize, usize)> = HashMap::with_capacity(keys.len());
+        for (idx, key) in keys.iter().enumerate() {
+            by_addr.entry(key.addr.ip()).or_insert((idx, 0)).1 += 1;
+        }
+        let peers = keys
+            .into_iter()
+            .map(|key| {
+                let mut known = previous.peers_by_ip(key.addr.ip()).iter();
+                known
+                    .find(|peer| peer.key() == key)
+                    .map_or_else(|| Arc::new(Peer::new(key, encapsulation)), Arc::clone)
+            })
             .collect();
         Self {
             fib: Fib::build(nets.iter().copied(), peers),
@@ -189,14 +235,13 @@ impl Table {
         }
     }
 
-    /// The peer whose datagrams come from this underlay address.
+    /// The peers whose datagrams come from this underlay address: one, but while a node changes.
     #[must_use]
-    pub fn peer_by_ip(&self, addr: IpAddr) -> Option<&Arc<Peer>> {
-        self.by_addr.get(&addr).and_then(|&idx| self.fib.hop(idx))
-    }
-
-    fn peer_at(&self, addr: SocketAddr) -> Option<&Arc<Peer>> {
-        self.peer_by_ip(addr.ip()).filter(|peer| peer.addr == addr)
+    pub fn peers_by_ip(&self, addr: IpAddr) -> &[Arc<Peer>] {
+        self.by_addr
+            .get(&addr)
+            .and_then(|&(first, count)| self.fib.hops().get(first..first + count))
+            .unwrap_or_default()
     }
 
     /// As `status` shows the peers.
@@ -225,24 +270,36 @@ mod tests {
         PeerRoute {
             net: net.parse().unwrap(),
             addr: addr.parse().unwrap(),
+            mac: None,
             ecn,
         }
+    }
+
+    fn build(routes: &[PeerRoute], previous: &Table) -> Table {
+        Table::build(routes, Encapsulation::Plain, previous)
+    }
+
+    fn peer(addr: &str, encapsulation: Encapsulation) -> Peer {
+        Peer::new(
+            PeerKey::from(&route("198.18.1.0/24", addr, false)),
+            encapsulation,
+        )
     }
 
     #[test]
     fn a_peer_keeps_its_state_over_publications_and_loses_it_with_its_address() {
         let clock = Clock::start();
-        let first = Table::build(
+        let first = build(
             &[route("198.18.1.0/24", "192.0.2.1:8285", false)],
             &Table::default(),
         );
-        let peer = Arc::clone(first.peer_by_ip("192.0.2.1".parse().unwrap()).unwrap());
+        let peer = Arc::clone(&first.peers_by_ip("192.0.2.1".parse().unwrap())[0]);
         assert_eq!(peer.learn_path_mtu(1400, clock), Mtu::new(1400));
         assert_eq!(peer.learn_path_mtu(1400, clock), None, "no news");
-        let same = Table::build(&[route("198.18.9.0/24", "192.0.2.1:8285", false)], &first);
+        let same = build(&[route("198.18.9.0/24", "192.0.2.1:8285", false)], &first);
         let (_, kept) = same.fib.lookup("198.18.9.1".parse().unwrap()).unwrap();
         assert_eq!(kept.max_inner(clock), Mtu::new(1372));
-        let moved = Table::build(&[route("198.18.9.0/24", "192.0.2.2:8285", false)], &same);
+        let moved = build(&[route("198.18.9.0/24", "192.0.2.2:8285", false)], &same);
         let (_, fresh) = moved.fib.lookup("198.18.9.1".parse().unwrap()).unwrap();
         assert_eq!(fresh.max_inner(clock), None);
     }
@@ -250,11 +307,44 @@ mod tests {
     #[test]
     fn a_forged_tiny_path_mtu_is_raised_to_what_every_path_carries() {
         let clock = Clock::start();
-        let v4 = Peer::new("192.0.2.1:8285".parse().unwrap(), false);
+        let vxlan = Encapsulation::Vxlan {
+            vni: crate::addr::Vni::new(1).unwrap(),
+            mac: Mac::local(2),
+        };
+        let plain = Encapsulation::Plain;
+        let v4 = peer("192.0.2.1:8285", plain);
         assert_eq!(v4.learn_path_mtu(0, clock), Mtu::new(552));
-        let v6 = Peer::new("[2001:db8::1]:8285".parse().unwrap(), false);
-        assert_eq!(v6.learn_path_mtu(68, clock), Mtu::new(1280));
-        assert_eq!(v6.max_inner(clock), Mtu::new(1232));
+        for (addr, encapsulation, learned, inner) in [
+            ("[2001:db8::1]:8285", plain, 1280, 1232),
+            ("[2001:db8::1]:8472", vxlan, 1280, 1210),
+            ("192.0.2.1:8472", vxlan, 552, 502),
+        ] {
+            let peer = peer(addr, encapsulation);
+            assert_eq!(peer.learn_path_mtu(68, clock), Mtu::new(learned));
+            assert_eq!(peer.max_inner(clock), Mtu::new(inner), "{addr}");
+        }
+    }
+
+    #[test]
+    fn a_node_with_an_old_and_a_new_mac_is_two_peers_at_one_address() {
+        let with = |net: &str, mac: u64| PeerRoute {
+            mac: Some(Mac::local(mac)),
+            ..route(net, "192.0.2.1:8472", false)
+        };
+        let routes = [with("198.18.1.0/24", 2), with("198.18.2.0/24", 6)];
+        let table = build(&routes, &Table::default());
+        let at = table.peers_by_ip("192.0.2.1".parse().unwrap());
+        assert_eq!(at.len(), 2);
+        for (net, mac) in [("198.18.1.9", 2), ("198.18.2.9", 6)] {
+            let (_, peer) = table.fib.lookup(net.parse().unwrap()).unwrap();
+            assert_eq!(peer.mac, Some(Mac::local(mac)));
+        }
+        assert!(table.peers_by_ip("192.0.2.2".parse().unwrap()).is_empty());
+        let kept = build(&routes[1..], &table);
+        assert!(Arc::ptr_eq(
+            &kept.peers_by_ip("192.0.2.1".parse().unwrap())[0],
+            &at[1]
+        ));
     }
 
     #[test]
@@ -263,7 +353,7 @@ mod tests {
             route("198.18.1.0/24", "192.0.2.1:8285", true),
             route("fd00:1::/64", "192.0.2.1:8285", true),
         ];
-        let table = Table::build(&routes, &Table::default());
+        let table = build(&routes, &Table::default());
         assert_eq!(table.fib.hops().len(), 1);
         assert_eq!(table.to_status()[0].nets.len(), 2);
     }

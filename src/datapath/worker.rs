@@ -19,7 +19,8 @@ use super::outbox::Outbox;
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Table;
-use super::{Event, forward::Rules};
+use super::tap::Tap;
+use super::{Encapsulation, Event, forward::Rules};
 use crate::route::Reader;
 use crate::sys::mmsg;
 use crate::tun::TunQueue;
@@ -54,9 +55,17 @@ pub struct Context<'a> {
     pub rules: &'a Rules,
     /// What all workers share.
     pub shared: &'a Shared,
+    /// Where captures see what becomes of the packets.
+    pub tap: &'a Tap,
 }
 
 impl Context<'_> {
+    /// How packets stand in datagrams.
+    #[inline]
+    pub const fn encapsulation(&self) -> Encapsulation {
+        self.shared.settings.encapsulation
+    }
+
     /// Most errors taken off one queue at a time; the rest raise another event.
     const MAX_ERRORS: usize = 64;
 
@@ -66,7 +75,7 @@ impl Context<'_> {
             let Ok(Some(error)) = mmsg::take_error(socket.fd()) else {
                 return;
             };
-            if let Some(peer) = self.table.peer_by_ip(error.destination.ip()) {
+            for peer in self.table.peers_by_ip(error.destination.ip()) {
                 self.shared.on_queued_error(&error, peer);
             }
         }
@@ -136,14 +145,11 @@ impl Worker {
             mut reader,
             mut poll,
         } = self;
-        let rules = Rules::new(
-            shared.settings.local.clone(),
-            shared.settings.source_check,
-            shared.clock,
-        );
+        let rules = Rules::new(&shared.settings, shared.clock);
         let mut outbox = Outbox::new(&shared.udp_caps);
         let mut encap = Encap::new(&shared);
         let mut decap = Decap::new(&shared);
+        let tap = Tap::new(&shared.taps, idx);
         let (mut encap_counts, mut decap_counts) = (Counts::default(), Counts::default());
         let mut events = Events::with_capacity(16);
         let (mut tun_ready, mut socket_ready) = (true, true);
@@ -162,12 +168,14 @@ impl Worker {
                 _ => {}
             }
             let table: &Table = reader.load();
+            tap.begin();
             let context = Context {
                 queue: &queue,
                 socket: &socket,
                 table,
                 rules: &rules,
                 shared: &shared,
+                tap: &tap,
             };
             for event in &events {
                 match event.token() {

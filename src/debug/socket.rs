@@ -1,9 +1,12 @@
 //! Owns the status socket: one line of JSON in, one line of JSON out. Never answers anybody but root and the
 //! daemon's own user, and never waits for a client longer than [`PATIENCE`].
 
+use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream as BlockingStream;
@@ -11,12 +14,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::{MsgFlags, recv};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
+
+use super::stream;
+use crate::datapath::tap::Capture;
 
 /// The longest path a socket may have: `sun_path` of unix(7), less the final zero.
 pub const MAX_PATH: usize = 107;
@@ -28,17 +35,38 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 const MAX_REQUEST: u64 = 4096;
 
 /// The longest answer a client reads: 5000 peers at about 400 bytes, with room to spare.
-const MAX_ANSWER: u64 = 16 << 20;
+const MAX_ANSWER: usize = 16 << 20;
 
-/// Clients served at a time; further ones are turned away.
+/// Clients served at a time. A further one takes the place of the oldest that has not asked anything yet.
 const MAX_CLIENTS: usize = 8;
 
+/// How long a client waits for such a place.
+const MAKE_ROOM: Duration = Duration::from_millis(500);
+
 /// What a client may ask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "query", rename_all = "kebab-case")]
 pub enum Request {
     /// Everything there is to know.
     Status,
+    /// Packets and what becomes of them. The answer's line is followed by [`stream`] frames.
+    Capture {
+        /// An expression of [`Filter`](crate::datapath::tap::filter::Filter).
+        filter: String,
+        /// Bytes of each packet.
+        snap_len: usize,
+        /// Superpackets as segments.
+        segments: bool,
+    },
+}
+
+/// What the daemon answers.
+#[derive(Debug)]
+pub enum Answer {
+    /// One document.
+    Document(Value),
+    /// A document, and what is captured from now on.
+    Capture(Value, Capture),
 }
 
 /// A request with the place for its answer.
@@ -47,7 +75,7 @@ pub struct Asked {
     /// What is asked.
     pub request: Request,
     /// Where the answer goes.
-    pub answer: oneshot::Sender<Value>,
+    pub answer: oneshot::Sender<Answer>,
 }
 
 /// Why there is no status socket, or no answer from it.
@@ -182,6 +210,8 @@ impl Drop for Server {
 
 async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
     let slots = Arc::new(Semaphore::new(MAX_CLIENTS));
+    // Clients that have not asked yet, oldest first.
+    let mut silent: VecDeque<oneshot::Sender<Infallible>> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -192,12 +222,21 @@ async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
                 continue;
             }
         };
-        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+        silent.retain(|client| !client.is_closed());
+        if slots.available_permits() == 0 {
+            // Dropping its end sends the client away.
+            drop(silent.pop_front());
+        }
+        let slot = Arc::clone(&slots).acquire_owned();
+        // Everybody asks something that takes its time.
+        let Ok(Ok(slot)) = timeout(MAKE_ROOM, slot).await else {
             continue;
         };
+        let (patience, evicted) = oneshot::channel();
+        silent.push_back(patience);
         let asked = asked.clone();
         tokio::spawn(async move {
-            if let Err(error) = converse(stream, &asked).await {
+            if let Err(error) = converse(stream, &asked, evicted).await {
                 tracing::debug!(%error, "status client went away");
             }
             drop(slot);
@@ -205,16 +244,24 @@ async fn serve(listener: UnixListener, asked: mpsc::Sender<Asked>) {
     }
 }
 
-async fn converse(mut stream: UnixStream, asked: &mpsc::Sender<Asked>) -> io::Result<()> {
+async fn converse(
+    mut stream: UnixStream,
+    asked: &mpsc::Sender<Asked>,
+    evicted: oneshot::Receiver<Infallible>,
+) -> io::Result<()> {
     let peer = stream.peer_cred()?.uid();
     if peer != 0 && peer != nix::unistd::geteuid().as_raw() {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    let (reader, mut writer) = stream.split();
+    let (mut reader, mut writer) = stream.split();
     let mut line = String::new();
-    let mut reader = tokio::io::BufReader::new(reader.take(MAX_REQUEST));
-    timeout(PATIENCE, reader.read_line(&mut line)).await??;
-    let mut answer = match serde_json::from_str(&line) {
+    let mut limited = tokio::io::BufReader::new((&mut reader).take(MAX_REQUEST));
+    tokio::select! {
+        read = timeout(PATIENCE, limited.read_line(&mut line)) => read??,
+        _ = evicted => return Err(io::ErrorKind::TimedOut.into()),
+    };
+    drop(limited);
+    let answer = match serde_json::from_str(&line) {
         Ok(request) => {
             let (answer, answered) = oneshot::channel();
             let waited = async {
@@ -222,19 +269,32 @@ async fn converse(mut stream: UnixStream, asked: &mpsc::Sender<Asked>) -> io::Re
                 answered.await.ok()
             };
             let answer = timeout(PATIENCE, waited).await.ok().flatten();
-            answer.unwrap_or_else(|| error("the daemon is busy, or has no lease: try again"))
+            answer
+                .unwrap_or_else(|| Answer::error("the daemon is busy, or has no lease: try again"))
         }
-        Err(e) => error(&format!(
+        Err(e) => Answer::error(&format!(
             "no request I know: {e}: send {{\"query\":\"status\"}}"
         )),
+    };
+    let (document, capture) = match answer {
+        Answer::Document(document) => (document, None),
+        Answer::Capture(document, capture) => (document, Some(capture)),
+    };
+    let mut text = document.to_string();
+    text.push('\n');
+    timeout(PATIENCE, writer.write_all(text.as_bytes())).await??;
+    match capture {
+        Some(capture) => stream::serve(capture, reader, writer).await,
+        None => Ok(()),
     }
-    .to_string();
-    answer.push('\n');
-    timeout(PATIENCE, writer.write_all(answer.as_bytes())).await?
 }
 
-fn error(text: &str) -> Value {
-    serde_json::json!({ "error": text })
+impl Answer {
+    /// Why there is no other answer.
+    #[must_use]
+    pub fn error(text: &str) -> Self {
+        Self::Document(serde_json::json!({ "error": text }))
+    }
 }
 
 /// Asks the daemon at `path`.
@@ -242,7 +302,16 @@ fn error(text: &str) -> Value {
 /// # Errors
 ///
 /// [`SocketError`]; also if the daemon answers with an error.
-pub fn ask(path: &Path, request: Request) -> Result<Value, SocketError> {
+pub fn ask(path: &Path, request: &Request) -> Result<Value, SocketError> {
+    open(path, request).map(|(answer, _)| answer)
+}
+
+/// Asks the daemon at `path`, and keeps the connection for what follows the answer.
+///
+/// # Errors
+///
+/// [`SocketError`]; also if the daemon answers with an error.
+pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), SocketError> {
     check_path(path)?;
     let failed = |action| {
         move |source| SocketError::Io {
@@ -265,15 +334,12 @@ pub fn ask(path: &Path, request: Request) -> Result<Value, SocketError> {
         .set_read_timeout(patience)
         .and_then(|()| stream.set_write_timeout(patience))
         .map_err(failed("limit the wait for it"))?;
-    let mut line = serde_json::to_string(&request).map_err(|e| bad(e.to_string()))?;
+    let mut line = serde_json::to_string(request).map_err(|e| bad(e.to_string()))?;
     line.push('\n');
     stream
         .write_all(line.as_bytes())
         .map_err(failed("send the request"))?;
-    let mut answer = String::new();
-    BufReader::new(stream.take(MAX_ANSWER))
-        .read_line(&mut answer)
-        .map_err(failed("read the answer"))?;
+    let answer = read_line(&mut stream).map_err(failed("read the answer"))?;
     let answer: Value = serde_json::from_str(&answer).map_err(|e| {
         bad(if answer.is_empty() {
             "it hung up: only root and its own user are answered, a few at a time".to_owned()
@@ -283,7 +349,24 @@ pub fn ask(path: &Path, request: Request) -> Result<Value, SocketError> {
     })?;
     match answer.get("error").and_then(Value::as_str) {
         Some(error) => Err(bad(error.to_owned())),
-        None => Ok(answer),
+        None => Ok((answer, stream)),
+    }
+}
+
+/// Reads up to the first line's end and not a byte further: what follows may not be text.
+fn read_line(stream: &mut BlockingStream) -> io::Result<String> {
+    let (mut line, mut buffer) = (Vec::new(), [0; 1 << 14]);
+    loop {
+        let count = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK)?;
+        let seen = buffer.get(..count).unwrap_or_default();
+        let end = seen.iter().position(|&byte| byte == b'\n');
+        let wanted = buffer.get_mut(..end.map_or(count, |end| end + 1));
+        let wanted = wanted.unwrap_or_default();
+        stream.read_exact(wanted)?;
+        line.extend_from_slice(wanted);
+        if count == 0 || end.is_some() || line.len() > MAX_ANSWER {
+            return String::from_utf8(line).map_err(io::Error::other);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Owns the daemons of a `udp` lab: the store they share, their command lines, and waiting for what they
+//! Owns the daemons of a lab: the store they share, their command lines, and waiting for what they
 //! promise. Never attaches pods.
 
 use std::fs;
@@ -21,12 +21,13 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 /// [`Error::Io`] names the file.
-pub(crate) fn create_store(lab_dir: &Path) -> Result<(), Error> {
+pub(crate) fn create_store(spec: &Spec, lab_dir: &Path) -> Result<(), Error> {
     let store = store_dir(lab_dir);
     let subnets = store.join("subnets");
     fs::create_dir_all(&subnets).map_err(Error::io("create", subnets.display().to_string()))?;
     let config = store.join("config");
-    let text = serde_json::json!({ "Network": plan::NETWORK, "Backend": { "Type": "udp" } });
+    let backend = spec.backend.daemons();
+    let text = serde_json::json!({ "Network": plan::NETWORK, "Backend": { "Type": backend } });
     fs::write(&config, format!("{text}\n"))
         .map_err(Error::io("write", config.display().to_string()))
 }
@@ -76,7 +77,7 @@ pub(crate) fn start_etcd(
     let config = serde_json::json!({
         "Network": plan::NETWORK,
         "EnableNFTables": true,
-        "Backend": { "Type": "udp" },
+        "Backend": { "Type": spec.backend.daemons() },
     });
     etcdctl(&["put", "/coreos.com/network/config", &config.to_string()])?;
     Ok(server)
@@ -94,7 +95,7 @@ pub(crate) fn start(spec: &Spec, lab_dir: &Path, node: u8) -> Result<Tracked, Er
     let program = spec.daemon.as_deref().ok_or(Error::Invalid {
         what: "the daemon's program",
         given: String::new(),
-        rule: "given when the backend is udp",
+        rule: "given when the backend is one of daemons",
     })?;
     Tracked::spawn(
         &netns,

@@ -78,7 +78,7 @@ impl Lab {
                 self.on_every_node("ip", plan::plain_routes)?;
                 self.chosen_nets(0)
             }
-            Backend::Vxlan => {
+            Backend::ByHand => {
                 self.on_every_node("ip", plan::vxlan_links)?;
                 self.on_every_node("bridge", plan::vxlan_fdb)?;
                 self.chosen_nets(plan::VXLAN_OVERHEAD)
@@ -87,7 +87,7 @@ impl Lab {
                 self.start_wireguard()?;
                 self.chosen_nets(wireguard::OVERHEAD)
             }
-            Backend::Udp => self.start_daemons()?,
+            Backend::Udp | Backend::Vxlan | Backend::HostGw => self.start_daemons()?,
         };
         for (node, net) in (1..).zip(&nets) {
             self.attach_pods(node, net)?;
@@ -142,7 +142,7 @@ impl Lab {
     /// Starts them all before waiting for any: they take their leases side by side, as real nodes do.
     fn start_daemons(&mut self) -> Result<Vec<PodNet>, Error> {
         match self.spec().store {
-            Store::Local => agent::create_store(&self.dir)?,
+            Store::Local => agent::create_store(&self.layout.spec, &self.dir)?,
             Store::Etcd => {
                 let (member, _) = plan::store(self.spec());
                 let netns = self.netns(member);

@@ -229,7 +229,7 @@ fn vtep_mac(node: u8) -> String {
     format!("02:00:00:00:00:{node:02x}")
 }
 
-/// Inside a node of a `vxlan` lab, for `ip`: the device `flannel.1` and, per peer, its neighbour entry and
+/// Inside a node of a `by-hand` lab, for `ip`: the device `flannel.1` and, per peer, its neighbour entry and
 /// on-link route, as flannel's vxlan backend sets them: VNI 1, the kernel's port 8472, no learning, a
 /// transmit queue of 0, the subnet's first address as /32, and the peer's as the next hop.
 #[must_use]
@@ -256,7 +256,7 @@ pub fn vxlan_links(spec: &Spec, node: u8) -> Vec<String> {
     lines
 }
 
-/// Inside a node of a `vxlan` lab, for `bridge`: one forwarding entry per peer.
+/// Inside a node of a `by-hand` lab, for `bridge`: one forwarding entry per peer.
 #[must_use]
 pub fn vxlan_fdb(spec: &Spec, node: u8) -> Vec<String> {
     others(spec, node)

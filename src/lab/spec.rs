@@ -183,26 +183,43 @@ pub enum Backend {
     None,
     /// Plain routes over the underlay: the upper bound, as `host-gw` does it.
     Plain,
-    /// The kernel's VXLAN, configured exactly as flannel does.
-    Vxlan,
-    /// One `loden daemon` per node, on one shared local store.
+    /// The kernel's VXLAN without a daemon, configured by hand exactly as flannel does.
+    ByHand,
+    /// One `loden daemon` per node, on one shared store, with raw IP in UDP.
     Udp,
+    /// Likewise, with the kernel's VXLAN.
+    Vxlan,
+    /// Likewise, with routes.
+    HostGw,
     /// One `wireguard-go` per node; two nodes at most.
     WireguardGo,
 }
 
-/// Where a `udp` lab's daemons keep their leases.
+impl Backend {
+    /// The backend's type in the network configuration, where daemons make it.
+    #[must_use]
+    pub const fn daemons(self) -> Option<&'static str> {
+        match self {
+            Self::None | Self::Plain | Self::ByHand | Self::WireguardGo => None,
+            Self::Udp => Some("udp"),
+            Self::Vxlan => Some("vxlan"),
+            Self::HostGw => Some("host-gw"),
+        }
+    }
+}
+
+/// Where the daemons keep their leases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Store {
     /// In a directory that all of them share.
     #[default]
     Local,
-    /// In an etcd on the underlay's bridge, as flannel keeps them.
+    /// In an etcd on the underlay, as flannel keeps them.
     Etcd,
 }
 
-/// The data-plane engine that a `udp` lab's daemons are told to use.
+/// The data-plane engine that daemons with the `udp` backend are told to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {
@@ -246,14 +263,14 @@ pub struct Spec {
     pub underlay_mtu: u16,
     /// What joins the pods.
     pub backend: Backend,
-    /// Where the daemons keep their leases; for [`Backend::Udp`] alone.
+    /// Where the daemons keep their leases.
     #[serde(default)]
     pub store: Store,
     /// The daemons' engine; `None` leaves the choice to the daemon.
     pub engine: Option<Engine>,
     /// The daemons' worker threads; `None` leaves the choice to the daemon.
     pub workers: Option<u8>,
-    /// The program to start as the daemon; needed by [`Backend::Udp`] and [`Backend::WireguardGo`] alone.
+    /// The program to start as the daemon, for the backends that have one.
     pub daemon: Option<PathBuf>,
     /// Whose arguments it understands.
     #[serde(default)]
@@ -289,7 +306,7 @@ impl Spec {
         }
     }
 
-    /// Checks the numbers, and that a `udp` lab knows its daemon.
+    /// Checks the numbers, and that a lab of daemons knows their program.
     ///
     /// # Errors
     /// [`Error::Invalid`] names the field.
@@ -305,12 +322,13 @@ impl Spec {
                 "0 to 250",
             );
         }
+        let daemons = self.backend.daemons().is_some();
         let wireguard = self.backend == Backend::WireguardGo;
-        if (self.backend == Backend::Udp || wireguard) && self.daemon.is_none() {
+        if (daemons || wireguard) && self.daemon.is_none() {
             return invalid(
                 "the daemon's program",
                 String::new(),
-                "given when the backend is udp or wireguard-go",
+                "given when the backend is one of daemons",
             );
         }
         if wireguard && self.nodes > 2 {
@@ -321,11 +339,11 @@ impl Spec {
             );
         }
         let etcd = self.store == Store::Etcd;
-        if etcd && self.backend != Backend::Udp {
+        if etcd && !daemons {
             return invalid(
                 "the store",
                 "etcd".to_owned(),
-                "local, unless the backend is udp",
+                "local, unless the backend is one of daemons",
             );
         }
         if self.dialect == Dialect::Flanneld && !etcd {

@@ -7,13 +7,19 @@ use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVxlan, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
+    RouteType, RouteVia,
 };
 
-use crate::backend::kernel::{Link, Route};
+use crate::addr::Mac;
+use crate::backend::kernel::{Forward, Link, Neighbour, Route, VxlanLink};
 use crate::iface::{self, DefaultRoute, Family, Reach, Snapshot};
 
 /// A link; `None` without a name.
@@ -26,6 +32,8 @@ pub(super) fn link(message: &LinkMessage) -> Option<Link> {
         up: message.header.flags.contains(LinkFlags::Up),
         makes_ipv6_addresses: false,
         tx_dropped: 0,
+        mac: None,
+        vxlan: None,
     };
     for attribute in &message.attributes {
         if let LinkAttribute::IfName(name) = attribute {
@@ -38,9 +46,100 @@ pub(super) fn link(message: &LinkMessage) -> Option<Link> {
             link.tx_dropped = stats.tx_dropped;
         } else if let LinkAttribute::AfSpecUnspec(families) = attribute {
             link.makes_ipv6_addresses = families.iter().any(makes_ipv6_addresses);
+        } else if let LinkAttribute::Address(bytes) = attribute {
+            link.mac = mac(bytes);
+        } else if let LinkAttribute::LinkInfo(infos) = attribute {
+            link.vxlan = infos.iter().find_map(vxlan);
         }
     }
     (!link.name.is_empty()).then_some(link)
+}
+
+fn mac(bytes: &[u8]) -> Option<Mac> {
+    Mac::new(bytes.try_into().ok()?)
+}
+
+/// What a link is as a VXLAN device.
+fn vxlan(info: &LinkInfo) -> Option<VxlanLink> {
+    let LinkInfo::Data(InfoData::Vxlan(attributes)) = info else {
+        return None;
+    };
+    let mut vxlan = VxlanLink {
+        vni: 0,
+        port: 0,
+        link: 0,
+        local: None,
+        learning: false,
+        gbp: false,
+        extras: false,
+    };
+    for attribute in attributes {
+        #[expect(clippy::wildcard_enum_match_arm, reason = "decides nothing")]
+        match attribute {
+            InfoVxlan::Id(vni) => vxlan.vni = *vni,
+            InfoVxlan::Port(port) => vxlan.port = *port,
+            InfoVxlan::Link(link) => vxlan.link = *link,
+            InfoVxlan::Local(ip) => vxlan.local = Some((*ip).into()),
+            InfoVxlan::Local6(ip) => vxlan.local = Some((*ip).into()),
+            InfoVxlan::Learning(learning) => vxlan.learning = *learning,
+            InfoVxlan::Gbp => vxlan.gbp = true,
+            InfoVxlan::Group(_) | InfoVxlan::Group6(_) | InfoVxlan::Gpe => vxlan.extras = true,
+            InfoVxlan::Proxy(on)
+            | InfoVxlan::Rsc(on)
+            | InfoVxlan::L2Miss(on)
+            | InfoVxlan::L3Miss(on)
+            | InfoVxlan::CollectMetadata(on)
+            | InfoVxlan::Vnifilter(on) => vxlan.extras |= *on,
+            _ => {}
+        }
+    }
+    Some(vxlan)
+}
+
+/// A permanent neighbour or forwarding entry; `None` for others, and for what is no single station.
+fn permanent(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
+    let header = &message.header;
+    let state = u16::from(header.state);
+    if state & u16::from(NeighbourState::Permanent) == 0
+        || header.flags.contains(NeighbourFlags::ExtLearned)
+    {
+        return None;
+    }
+    let mut ip = None;
+    let mut mac = None;
+    for attribute in &message.attributes {
+        if let NeighbourAttribute::Destination(to) = attribute {
+            ip = match to {
+                NeighbourAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+                NeighbourAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+                NeighbourAddress::Other(bytes) => plain_ip(bytes),
+                _ => None,
+            };
+        } else if let NeighbourAttribute::LinkLayerAddress(bytes) = attribute {
+            mac = self::mac(bytes);
+        }
+    }
+    Some((header.ifindex, ip?, mac?))
+}
+
+/// An address by the number of its bytes: of a forwarding entry the message does not say the family.
+fn plain_ip(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}
+
+/// A permanent neighbour of an address.
+pub(super) fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
+    let (link, ip, mac) = permanent(message)?;
+    Some(Neighbour { link, ip, mac })
+}
+
+/// A permanent entry of a VXLAN device's own forwarding table.
+pub(super) fn forward(message: &NeighbourMessage) -> Option<Forward> {
+    let own = message.header.flags.contains(NeighbourFlags::Own);
+    let (link, to, mac) = permanent(message).filter(|_| own)?;
+    Some(Forward { link, mac, to })
 }
 
 fn makes_ipv6_addresses(family: &AfSpecUnspec) -> bool {
@@ -98,6 +197,8 @@ pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
             link = *index;
         } else if let RouteAttribute::Gateway(via) = attribute {
             gateway = ip(via);
+        } else if let RouteAttribute::Via(RouteVia::Inet6(via)) = attribute {
+            gateway = Some(IpAddr::V6(*via));
         } else if let RouteAttribute::Priority(value) = attribute {
             metric = Some(*value);
         } else if let RouteAttribute::Destination(to) = attribute {
@@ -107,12 +208,16 @@ pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
             hops.extend(next_hops.iter().map(|hop| {
                 let mut attributes = hop.attributes.iter();
                 let via = attributes.find_map(|attribute| {
-                    let RouteAttribute::Gateway(via) = attribute else {
-                        return None;
-                    };
-                    ip(via)
+                    if let RouteAttribute::Gateway(via) = attribute {
+                        ip(via)
+                    } else if let RouteAttribute::Via(RouteVia::Inet6(via)) = attribute {
+                        Some(IpAddr::V6(*via))
+                    } else {
+                        None
+                    }
                 });
-                (hop.interface_index, via)
+                let onlink = hop.flags.contains(RouteNextHopFlags::Onlink);
+                (hop.interface_index, via, onlink)
             }));
         }
     }
@@ -124,12 +229,14 @@ pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
         return Vec::new();
     };
     if hops.is_empty() {
-        hops.push((link, gateway));
+        let onlink = header.flags.contains(RouteFlags::Onlink);
+        hops.push((link, gateway, onlink));
     }
-    let route = |(link, gateway)| Route {
+    let route = |(link, gateway, onlink)| Route {
         net,
         link,
         gateway,
+        onlink,
         metric,
         protocol: header.protocol.into(),
     };

@@ -2,25 +2,34 @@
 //! [`Kernel`]. Never decides what the configuration should be.
 
 mod decode;
+mod encode;
 mod monitor;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures_util::{Stream, TryStreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
 };
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage};
 use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteType};
-use rtnetlink::{AddressMessageBuilder, Handle, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{AddressMessageBuilder, Handle, RouteMessageBuilder};
 use tokio::sync::mpsc;
 
-use crate::backend::kernel::{Change, Kernel, KernelError, Link, LinkChange, Route};
+use crate::backend::kernel::{
+    Change, Edit, Forward, Kernel, KernelError, Link, LinkChange, Neighbour, NewVxlan, Route,
+};
 use crate::iface::{Reach, Snapshot};
 
 /// The longest name a link may have, `IFNAMSIZ` less the final zero.
 const MAX_LINK_NAME: usize = 15;
+
+/// Requests whose answers are waited for at the same time. An answer takes less than a kilobyte of the socket's
+/// receive buffer, which has 200 of them by default.
+const EDITS_AT_ONCE: usize = 64;
 
 /// The kernel of the network namespace in which this was made.
 #[derive(Debug, Clone)]
@@ -58,6 +67,64 @@ impl Netlink {
         }
     }
 
+    /// Neighbours, or forwarding entries for [`AddressFamily::Bridge`]. Those of other links may be among them:
+    /// older kernels do not select.
+    async fn entries(
+        &self,
+        family: AddressFamily,
+        index: u32,
+        operation: &str,
+    ) -> Result<Vec<NeighbourMessage>, KernelError> {
+        let mut request = self.handle.neighbours().get().set_address_family(family);
+        if family != AddressFamily::Bridge {
+            let only = NeighbourAttribute::IfIndex(index);
+            request.message_mut().attributes.push(only);
+        }
+        collect(request.execute(), operation).await
+    }
+
+    async fn edit_one(&self, edit: Edit) -> Result<(), KernelError> {
+        let handle = &self.handle;
+        let (gone, done) = match edit {
+            Edit::AddRoute(route) => {
+                let request = handle.route().add(encode::route(&route)?);
+                (None, request.execute().await)
+            }
+            Edit::ReplaceRoute(route) => {
+                let request = handle.route().add(encode::route(&route)?).replace();
+                (None, request.execute().await)
+            }
+            Edit::DeleteRoute(route) => {
+                let request = handle.route().del(encode::route(&route)?);
+                (Some(libc::ESRCH), request.execute().await)
+            }
+            Edit::SetNeighbour(Neighbour { link, ip, mac }) => {
+                let request = handle.neighbours().add(link, ip);
+                let request = request.link_layer_address(&mac.bytes()).replace();
+                (None, request.execute().await)
+            }
+            Edit::DeleteNeighbour(neighbour) => {
+                let request = handle.neighbours().del(encode::neighbour(&neighbour));
+                (Some(libc::ENOENT), request.execute().await)
+            }
+            Edit::SetForward(Forward { link, mac, to }) => {
+                let request = handle.neighbours().add_bridge(link, &mac.bytes());
+                let request = request.flags(NeighbourFlags::Own).destination(to).replace();
+                (None, request.execute().await)
+            }
+            Edit::DeleteForward(forward) => {
+                let request = handle.neighbours().del(encode::forward(&forward));
+                (Some(libc::ENOENT), request.execute().await)
+            }
+        };
+        let result = done.map_err(failed(edit.to_string()));
+        match gone {
+            // What was on a link goes with it.
+            Some(code) => unless(code, unless(libc::ENODEV, result)),
+            None => result,
+        }
+    }
+
     async fn route_messages(&self) -> Result<Vec<RouteMessage>, KernelError> {
         let mut all = Vec::new();
         for filter in [
@@ -86,24 +153,35 @@ impl Kernel for Netlink {
             .await
     }
 
-    async fn set_link(&self, index: u32, change: LinkChange) -> Result<(), KernelError> {
-        let mut message = LinkUnspec::new_with_index(index);
-        let mut what = Vec::new();
-        if let Some(mtu) = change.mtu {
-            message = message.mtu(u32::from(mtu.get()));
-            what.push(format!("mtu {mtu}"));
-        }
-        if let Some(len) = change.tx_queue_len {
-            message = message.append_extra_attribute(LinkAttribute::TxQueueLen(len));
-            what.push(format!("txqueuelen {len}"));
-        }
-        if change.up {
-            message = message.up();
-            what.push("up".to_owned());
-        }
-        let operation = format!("set link number {index} to {}", what.join(" "));
-        let request = self.handle.link().set(message.build());
+    async fn links(&self) -> Result<Vec<Link>, KernelError> {
+        let messages = collect(self.handle.link().get().execute(), "list links").await?;
+        Ok(messages.iter().filter_map(decode::link).collect())
+    }
+
+    async fn add_vxlan(&self, device: &NewVxlan) -> Result<(), KernelError> {
+        let operation = format!("make the VXLAN device {}", device.name);
+        let request = self.handle.link().add(encode::vxlan(device));
         request.execute().await.map_err(failed(operation))
+    }
+
+    async fn delete_link(&self, index: u32) -> Result<(), KernelError> {
+        let deleted = self.handle.link().del(index).execute().await;
+        let operation = format!("delete link number {index}");
+        unless(libc::ENODEV, deleted.map_err(failed(operation)))
+    }
+
+    async fn set_link(&self, index: u32, change: LinkChange) -> Result<(), KernelError> {
+        let (message, what) = encode::change(index, change);
+        let operation = format!("set link number {index} to {what}");
+        let request = self.handle.link().set(message);
+        request.execute().await.map_err(failed(operation))?;
+        // Another message type: the one above cannot name the kind of link.
+        if let Some(learning) = change.learning {
+            let operation = format!("set learning of link number {index} to {learning}");
+            let request = self.handle.link().change(encode::learning(index, learning));
+            request.execute().await.map_err(failed(operation))?;
+        }
+        Ok(())
     }
 
     async fn silence_ipv6(&self, link: &Link) -> Result<(), KernelError> {
@@ -167,8 +245,8 @@ impl Kernel for Netlink {
     }
 
     async fn add_route(&self, route: Route) -> Result<(), KernelError> {
-        let message = encode_route(&route)?;
-        let operation = format!("add route {}", describe(&route));
+        let message = encode::route(&route)?;
+        let operation = format!("add route {}", route);
         let added = self.handle.route().add(message).execute().await;
         match added.map_err(failed(operation)) {
             Err(error) if error.source.raw_os_error() == Some(libc::EEXIST) => {
@@ -188,17 +266,49 @@ impl Kernel for Netlink {
     }
 
     async fn replace_route(&self, route: Route) -> Result<(), KernelError> {
-        let message = encode_route(&route)?;
-        let operation = format!("replace route {}", describe(&route));
+        let message = encode::route(&route)?;
+        let operation = format!("replace route {}", route);
         let request = self.handle.route().add(message).replace();
         request.execute().await.map_err(failed(operation))
     }
 
     async fn delete_route(&self, route: Route) -> Result<(), KernelError> {
-        let message = encode_route(&route)?;
-        let operation = format!("delete route {}", describe(&route));
+        let message = encode::route(&route)?;
+        let operation = format!("delete route {}", route);
         let deleted = self.handle.route().del(message).execute().await;
         unless(libc::ESRCH, deleted.map_err(failed(operation)))
+    }
+
+    async fn neighbours(&self, index: u32) -> Result<Vec<Neighbour>, KernelError> {
+        let mut all = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let messages = self.entries(family, index, "list neighbours").await?;
+            let neighbours = messages.iter().filter_map(decode::neighbour);
+            all.extend(neighbours.filter(|neighbour| neighbour.link == index));
+        }
+        Ok(all)
+    }
+
+    async fn forwards(&self, index: u32) -> Result<Vec<Forward>, KernelError> {
+        let what = "list forwarding entries";
+        let messages = self.entries(AddressFamily::Bridge, index, what).await?;
+        let forwards = messages.iter().filter_map(decode::forward);
+        Ok(forwards.filter(|forward| forward.link == index).collect())
+    }
+
+    async fn edit(&self, edits: &[Edit]) -> Vec<Result<(), KernelError>> {
+        // Each future sends its request when it is first polled, and that happens in order.
+        let futures: Vec<_> = edits.iter().map(|&edit| self.edit_one(edit)).collect();
+        futures_util::stream::iter(futures)
+            .buffered(EDITS_AT_ONCE)
+            .collect()
+            .await
+    }
+
+    fn setting(&self, path: &str) -> Option<String> {
+        // The view of /proc/sys/net is that of the calling thread's namespace.
+        let text = std::fs::read_to_string(format!("/proc/sys/net/{path}")).ok()?;
+        Some(text.trim().to_owned())
     }
 
     async fn snapshot(&self) -> Result<Snapshot, KernelError> {
@@ -243,36 +353,6 @@ impl Kernel for Netlink {
     fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError> {
         monitor::start()
     }
-}
-
-fn describe(route: &Route) -> String {
-    let mut text = route.net.to_string();
-    if let Some(gateway) = route.gateway {
-        text.push_str(&format!(" via {gateway}"));
-    }
-    text.push_str(&format!(" on link number {}", route.link));
-    text
-}
-
-fn encode_route(route: &Route) -> Result<RouteMessage, KernelError> {
-    let invalid = |error: String| KernelError {
-        operation: format!("describe route {}", describe(route)),
-        source: io::Error::new(io::ErrorKind::InvalidInput, error),
-    };
-    let mut builder = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(route.net.network(), route.net.prefix_len())
-        .map_err(|e| invalid(e.to_string()))?
-        .output_interface(route.link)
-        .protocol(RouteProtocol::from(route.protocol));
-    if let Some(gateway) = route.gateway {
-        builder = builder
-            .gateway(gateway)
-            .map_err(|e| invalid(e.to_string()))?;
-    }
-    if let Some(metric) = route.metric {
-        builder = builder.priority(metric);
-    }
-    Ok(builder.build())
 }
 
 async fn collect<T>(

@@ -20,6 +20,7 @@ const GROUPS: &[MulticastGroup] = &[
     MulticastGroup::Ipv6Ifaddr,
     MulticastGroup::Ipv4Route,
     MulticastGroup::Ipv6Route,
+    MulticastGroup::Neigh,
 ];
 
 /// Room for notifications that arrive in a burst, such as the deletion of a link with thousands of routes at
@@ -126,6 +127,9 @@ fn interpret(message: NetlinkMessage<RouteNetlinkMessage>) -> Option<Change> {
         Message::NewRoute(route) | Message::DelRoute(route) => {
             let routes = decode::routes(&route);
             routes.first().map(|route| Change::Route(route.net))
+        }
+        Message::NewNeighbour(entry) | Message::DelNeighbour(entry) => {
+            Some(Change::Neighbour(entry.header.ifindex))
         }
         _ => None,
     }

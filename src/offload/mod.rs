@@ -9,13 +9,15 @@
 //! * a **burst** is what one wake-up processes, and what [`coalesce::Coalescer`] and [`gso::Planner`] hold.
 //!
 //! Encap: [`vnet_hdr::VnetHdr::parse`], then [`split::Split`] (or [`split::finish_checksum`] for a plain
-//! packet), then [`gso::Planner`]. Decap: [`coalesce::Coalescer`], whose writes carry their vnet header.
+//! packet), then [`gso::Planner`]. Decap: [`unfinished`], then [`coalesce::Coalescer`], whose writes carry their
+//! vnet header.
 
 pub mod coalesce;
 pub mod gso;
 mod header;
 pub mod split;
 mod table;
+pub mod unfinished;
 pub mod vnet_hdr;
 
 pub use header::HeaderError;

@@ -5,15 +5,14 @@ mod dotenv;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::str::FromStr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::addr::{Mtu, OverlayPrefix};
+use crate::file::{FileError, mode_of, read_bounded, replace};
 use crate::lease::Subnets;
 use dotenv::{NotAnAssignment, assignment};
 
@@ -38,18 +37,6 @@ pub struct SubnetEnv {
     pub mtu: Mtu,
     /// Whether the daemon masquerades, so that the CNI plugin must not.
     pub ip_masq: bool,
-}
-
-/// Why `subnet.env` could not be written or read.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: cannot {action}: {source}", path.display())]
-pub struct EnvFileError {
-    /// The file or directory.
-    pub path: PathBuf,
-    /// What was tried.
-    pub action: &'static str,
-    /// What the system says.
-    pub source: io::Error,
 }
 
 impl SubnetEnv {
@@ -83,46 +70,8 @@ impl SubnetEnv {
     /// # Errors
     ///
     /// The step that failed. The old file is then still there.
-    pub fn write(&self, path: &Path) -> Result<(), EnvFileError> {
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        let failed = |path: &Path, action| {
-            let path = path.to_owned();
-            move |source| EnvFileError {
-                path,
-                action,
-                source,
-            }
-        };
-        let Some(name) = path.file_name() else {
-            let source = io::Error::from(io::ErrorKind::IsADirectory);
-            return Err(failed(path, "write")(source));
-        };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(dir)
-            .map_err(failed(dir, "create the directory"))?;
-        let mode = match fs::symlink_metadata(path) {
-            Ok(meta) if meta.is_file() => meta.permissions().mode() & 0o7777,
-            _ => 0o644,
-        };
-        // One writer per process and file: the process id keeps writers apart, and what a killed one with the
-        // same id left behind is overwritten.
-        let temp = dir.join(format!(".{}{}", name.to_string_lossy(), std::process::id()));
-        let written = write_temp(&temp, self.render().as_bytes(), mode)
-            .map_err(failed(&temp, "write"))
-            .and_then(|()| fs::rename(&temp, path).map_err(failed(path, "replace")));
-        if written.is_err() {
-            // The error that matters is the one above.
-            let _leftover = fs::remove_file(&temp);
-        }
-        written?;
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(failed(dir, "sync"))
+    pub fn write(&self, path: &Path) -> Result<(), FileError> {
+        replace(path, self.render().as_bytes(), mode_of(path))
     }
 }
 
@@ -152,21 +101,6 @@ impl std::fmt::Display for GatewayText {
             _ => write!(f, "{}/{len}", std::net::Ipv6Addr::from(bits)),
         }
     }
-}
-
-fn write_temp(temp: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    match fs::remove_file(temp) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(temp)?;
-    file.write_all(content)?;
-    file.set_permissions(Permissions::from_mode(mode))?;
-    file.sync_all()
 }
 
 /// What an earlier `subnet.env` says, as far as it can be read.
@@ -209,16 +143,11 @@ impl PreviousEnv {
     /// # Errors
     ///
     /// Anything but a regular file, one larger than [`MAX_ENV_LEN`], and what the system refuses.
-    pub fn read(path: &Path) -> Result<Self, EnvFileError> {
-        let failed = |source| EnvFileError {
-            path: path.to_owned(),
-            action: "read",
-            source,
-        };
-        match read_bounded(path) {
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        match read_bounded(path, MAX_ENV_LEN) {
             Ok(text) => Ok(Self::parse(&String::from_utf8_lossy(&text))),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(e) => Err(failed(e)),
+            Err(e) => Err(FileError::new("read", path)(e)),
         }
     }
 
@@ -227,16 +156,7 @@ impl PreviousEnv {
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let mut env = Self::default();
-        let mut values: BTreeMap<&str, String> = BTreeMap::new();
-        for (index, line) in text.lines().enumerate() {
-            match assignment(line, &values) {
-                Ok(None) => {}
-                Ok(Some((key, value))) => {
-                    values.insert(key, value);
-                }
-                Err(NotAnAssignment) => env.skipped.push(Skipped::Line { line: index + 1 }),
-            }
-        }
+        let values = variables(text, &mut env.skipped);
         let value = |key| values.get(key).map_or("", String::as_str);
         env.networks = prefixes(NETWORK, value(NETWORK), &mut env.skipped);
         env.subnets = prefixes(SUBNET, value(SUBNET), &mut env.skipped);
@@ -258,25 +178,22 @@ impl PreviousEnv {
     }
 }
 
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    // Without this a pipe in the place of the file would block the start for ever.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a regular file",
-        ));
+/// What the lines of a dotenv file assign, the last one of each key.
+pub(crate) fn variables<'a>(
+    text: &'a str,
+    skipped: &mut Vec<Skipped>,
+) -> BTreeMap<&'a str, String> {
+    let mut values = BTreeMap::new();
+    for (index, line) in text.lines().enumerate() {
+        match assignment(line, &values) {
+            Ok(None) => {}
+            Ok(Some((key, value))) => {
+                values.insert(key, value);
+            }
+            Err(NotAnAssignment) => skipped.push(Skipped::Line { line: index + 1 }),
+        }
     }
-    let mut text = Vec::new();
-    file.take(MAX_ENV_LEN as u64 + 1).read_to_end(&mut text)?;
-    if text.len() > MAX_ENV_LEN {
-        let message = format!("larger than {MAX_ENV_LEN} bytes");
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
-    }
-    Ok(text)
+    values
 }
 
 fn prefixes<N: OverlayPrefix + FromStr>(

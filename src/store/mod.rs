@@ -5,13 +5,14 @@ pub mod allocator;
 pub mod backoff;
 pub mod env_file;
 pub mod etcd;
+pub mod kube;
 pub mod local;
 mod random;
 
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -20,6 +21,7 @@ use crate::config::{ConfigError, NetworkConfig};
 use crate::lease::{AttrsError, KeyError, Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
 
 pub use etcd::EtcdStore;
+pub use kube::KubeStore;
 pub use local::LocalStore;
 
 /// How long a lease lasts unless renewed; specification section 5.5.
@@ -36,6 +38,17 @@ pub trait LeaseStore: Send + Sync {
     /// [`StoreError::ConfigMissing`] while there is none: wait and ask again every second. Likewise for all
     /// others but [`StoreError::Config`], which an operator has to repair first.
     fn network_config(&self) -> impl Future<Output = Result<NetworkConfig, StoreError>> + Send;
+
+    /// The public IPs that an operator has set for this node in the store, for where its command line names none.
+    ///
+    /// # Errors
+    ///
+    /// As [`network_config`](Self::network_config).
+    fn public_ips(
+        &self,
+    ) -> impl Future<Output = Result<(Option<Ipv4Addr>, Option<Ipv6Addr>), StoreError>> + Send {
+        std::future::ready(Ok((None, None)))
+    }
 
     /// Leases subnets for this node: those it holds already, else those it held before if they are free, else
     /// free ones. Reads the configuration anew.
@@ -59,6 +72,12 @@ pub trait LeaseStore: Send + Sync {
     /// for a node whose address has changed while it runs.
     fn can_move(&self) -> bool {
         false
+    }
+
+    /// Takes note of what is missing for this node's pods to have a network, for those who ask the store; nothing
+    /// is missing while all is well. Called often, and returns at once.
+    fn report(&self, missing: &[String]) {
+        let _unasked = missing;
     }
 
     /// Starts to report the leases of all nodes, in a task of the current runtime that ends when the receiver
@@ -183,6 +202,9 @@ pub enum Cause {
     /// Changes are seen only by looking again from time to time.
     #[error("no notification of changes, they are seen within seconds only: {0}")]
     NoNotification(String),
+    /// Our own entry was overwritten by what nobody can read; renewing the lease writes it anew.
+    #[error("our own lease was overwritten")]
+    Overwritten,
     /// Our own entry was damaged or overwritten, and cannot be written.
     #[error("our own lease was overwritten and cannot be restored: {0}")]
     Unwritable(String),
@@ -197,6 +219,9 @@ pub enum Cause {
         "another daemon leases it with our public IP {0}: give every node a public IP of its own"
     )]
     Twin(IpAddr),
+    /// A Kubernetes node is not as it should be.
+    #[error(transparent)]
+    Node(kube::NodeFault),
     /// The store came back without what it had.
     #[error(
         "it lost its data: {missing} leases are kept for {grace:?}, for their nodes to register again"

@@ -24,6 +24,7 @@ pub mod ipv4;
 pub mod ipv6;
 pub mod tcp;
 pub mod udp;
+pub mod vxlan;
 
 /// Why bytes are not the transport header they are taken for. The remedy is the same for all: drop
 /// the packet, its sender or the path broke it.

@@ -13,7 +13,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use loden::lab::{Interrupt, NetNs, wait};
 use nix::sys::signal::{Signal, kill};
@@ -139,6 +139,16 @@ impl Cluster {
         run("ip", &all)
     }
 
+    /// Runs a program that may well fail; words are separated by spaces.
+    pub(crate) fn try_exec(&self, node: u8, program: &str, args: &str) {
+        let status = Command::new("ip")
+            .args(["netns", "exec", self.name(node), program])
+            .args(args.split(' '))
+            .stderr(Stdio::null())
+            .status();
+        assert!(status.is_ok());
+    }
+
     /// The command line of a flannel node on etcd.
     fn program(&self, node: u8, program: &Path, args: &[&str]) -> Command {
         let mut command = Command::new("ip");
@@ -255,6 +265,35 @@ impl Cluster {
         Ping { child, out }
     }
 
+    /// Sends TCP at a fifth of what a slow machine manages until asked for the result.
+    pub(crate) fn iperf_in_background(&self, from: u8, to: u8) -> Iperf {
+        let spawn = |node: u8, args: &[&str], out: Stdio| {
+            let mut command = Command::new("ip");
+            command
+                .args(["netns", "exec", self.name(node), "iperf3"])
+                .args(args)
+                .stdout(out)
+                .stderr(Stdio::null());
+            Reaped(command.spawn().unwrap())
+        };
+        let (source, target) = (self.base(from), self.base(to));
+        let server = spawn(to, &["-s", "-B", &target], Stdio::null());
+        wait::until("the iperf3 server", LIMIT, &Interrupt::default(), || {
+            let listens = self.exec(to, "ss", &["-Hltn", "sport", "=", "5201"]);
+            Ok((!listens.is_empty()).then_some(()))
+        })
+        .unwrap();
+        let out = self.dir.path().join("iperf3");
+        let args = ["-c", &target, "-B", &source];
+        let args = [&args[..], &["-J", "-t", "3600", "-b", "100M"]].concat();
+        let client = spawn(from, &args, fs::File::create(&out).unwrap().into());
+        Iperf {
+            client,
+            _server: server,
+            out,
+        }
+    }
+
     /// A pod on a node, behind a veth pair.
     pub(crate) fn add_pod(&self, node: u8) -> PodNs {
         let name = format!("{}p", self.name(node));
@@ -333,6 +372,38 @@ impl Drop for Cluster {
     }
 }
 
+/// A process that ends with its owner.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // Ended already, if the test went well.
+        let _gone = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+/// A TCP connection in the background.
+pub(crate) struct Iperf {
+    client: Reaped,
+    _server: Reaped,
+    out: PathBuf,
+}
+
+impl Iperf {
+    /// Ends it; how many bytes were sent in each second.
+    pub(crate) fn bytes(mut self) -> Vec<u64> {
+        let pid = Pid::from_raw(i32::try_from(self.client.0.id()).unwrap());
+        kill(pid, Signal::SIGINT).unwrap();
+        self.client.0.wait().unwrap();
+        let text = fs::read_to_string(&self.out).unwrap();
+        let report: Value = serde_json::from_str(&text).unwrap();
+        let intervals = report["intervals"].as_array().unwrap();
+        let bytes = |interval: &Value| interval["sum"]["bytes"].as_u64().unwrap();
+        intervals.iter().map(bytes).collect()
+    }
+}
+
 /// A ping in the background.
 pub(crate) struct Ping {
     child: Child,
@@ -352,6 +423,17 @@ impl Ping {
             Ok((self.answers() >= count).then_some(()))
         });
         assert!(waited.is_ok(), "{} answers", self.answers());
+    }
+
+    /// Lets so much time pass. On a slow machine a ping sends less than it is asked to.
+    pub(crate) fn go_on_for(&self, time: Duration) {
+        let (begin, before) = (Instant::now(), self.answers());
+        let least = usize::try_from(time.as_millis() / 50).unwrap();
+        let waited = wait::until("answers", 2 * time + LIMIT, &Interrupt::default(), || {
+            let enough = begin.elapsed() >= time && self.answers() >= before + least;
+            Ok(enough.then_some(()))
+        });
+        assert!(waited.is_ok(), "{} answers", self.answers() - before);
     }
 
     /// Ends it; how many packets were lost. The last one may still be on its way.

@@ -13,8 +13,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use etherparse::PacketBuilder;
-use loden::addr::Mtu;
-use loden::datapath::{Datapath, EngineKind, Local, PeerRoute, Settings, SourceCheck, SourcePort};
+use loden::addr::{Mac, Mtu, Vni};
+use loden::datapath::{
+    Datapath, Encapsulation, EngineKind, Local, PeerRoute, Settings, SourceCheck, SourcePort,
+};
 use loden::sys::tun::{OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, OFFLOAD_USO4, OFFLOAD_USO6};
 use loden::tun::{TunCaps, TunDevice, TunQueue};
 use loden::underlay::Underlay;
@@ -43,7 +45,7 @@ pub(crate) const fn pod(n: u8) -> [u8; 4] {
     [198, 18, n, 2]
 }
 
-fn node(n: u8, workers: usize) -> Node {
+fn node(n: u8, workers: usize, vxlan: bool) -> Node {
     let ip = IpAddr::V4(Ipv4Addr::new(127, 0, n, 1));
     // A port that nobody has, kept for all workers.
     let free = UdpSocket::bind((ip, 0)).unwrap();
@@ -70,6 +72,14 @@ fn node(n: u8, workers: usize) -> Node {
         workers,
         pin: false,
         device: "memory".to_owned(),
+        encapsulation: if vxlan {
+            Encapsulation::Vxlan {
+                vni: Vni::new(1).unwrap(),
+                mac: vtep_mac(n),
+            }
+        } else {
+            Encapsulation::Plain
+        },
         bind: addr,
         mtu: Mtu::new(1472).unwrap(),
         source_check: SourceCheck::Strict,
@@ -100,12 +110,17 @@ fn node(n: u8, workers: usize) -> Node {
     }
 }
 
+const fn vtep_mac(n: u8) -> Mac {
+    Mac::local(n as u64)
+}
+
 /// Nodes 1 and 2, running, known to each other.
-pub(crate) fn pair(workers: usize) -> (Node, Node) {
-    let (mut a, mut b) = (node(1, workers), node(2, workers));
+pub(crate) fn pair(workers: usize, vxlan: bool) -> (Node, Node) {
+    let (mut a, mut b) = (node(1, workers, vxlan), node(2, workers, vxlan));
     let route = |n, node: &Node| PeerRoute {
         net: subnet(n),
         addr: node.addr,
+        mac: vxlan.then(|| vtep_mac(n)),
         ecn: false,
     };
     a.datapath.publish(&[route(2, &b)]);

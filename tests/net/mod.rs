@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use loden::addr::Mtu;
+use loden::addr::{Mac, Mtu, Vni};
 use loden::datapath::{
-    Datapath, EngineKind, Event, Local, OpenError, PeerRoute, Settings, SourceCheck, SourcePort,
-    Status,
+    Datapath, Encapsulation, EngineKind, Event, Local, OpenError, PeerRoute, Settings, SourceCheck,
+    SourcePort, Status,
 };
 use loden::lab::{Backend, Interrupt, Lab, Member, NetNs, Spec, Wire, command, plan, wait};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -26,6 +26,10 @@ use nix::unistd::Pid;
 
 /// The tunnel port of every node.
 pub(crate) const PORT: u16 = 8285;
+/// The same where it speaks VXLAN.
+pub(crate) const VXLAN_PORT: u16 = 8472;
+/// flannel's VXLAN network.
+pub(crate) const VNI: u32 = 1;
 /// Longer than anything takes, so that a test that hangs fails instead.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
@@ -39,6 +43,7 @@ pub(crate) struct Shape {
     pub(crate) ecn: bool,
     /// Workers keep to their processors, so that the kernel's per-processor queues cannot reorder.
     pub(crate) pin: bool,
+    pub(crate) vxlan: bool,
 }
 
 impl Default for Shape {
@@ -50,11 +55,23 @@ impl Default for Shape {
             underlay_v6: false,
             ecn: false,
             pin: false,
+            vxlan: false,
         }
     }
 }
 
 impl Shape {
+    /// Nodes that speak VXLAN, over an underlay of either family with an MTU of 1500.
+    pub(crate) fn vxlan(engine: EngineKind, underlay_v6: bool) -> Self {
+        Self {
+            engine,
+            underlay_v6,
+            mtu: if underlay_v6 { 1430 } else { 1450 },
+            vxlan: true,
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn of(engine: EngineKind) -> Self {
         Self {
             engine,
@@ -68,7 +85,7 @@ impl Shape {
         } else {
             IpAddr::V4(plan::underlay_v4(n))
         };
-        SocketAddr::new(ip, PORT)
+        SocketAddr::new(ip, if self.vxlan { VXLAN_PORT } else { PORT })
     }
 
     /// The routes of every node in `nodes` but `me`.
@@ -79,6 +96,7 @@ impl Shape {
                 [net_v4(n), net_v6(n)].map(|net| PeerRoute {
                     net,
                     addr: self.underlay(n),
+                    mac: self.vxlan.then(|| vtep_mac(n)),
                     ecn: self.ecn,
                 })
             })
@@ -93,6 +111,14 @@ impl Shape {
             workers: self.workers,
             pin: self.pin,
             device: "flannel%d".to_owned(),
+            encapsulation: if self.vxlan {
+                Encapsulation::Vxlan {
+                    vni: Vni::new(VNI).unwrap(),
+                    mac: vtep_mac(n),
+                }
+            } else {
+                Encapsulation::Plain
+            },
             bind: self.underlay(n),
             mtu: Mtu::new(self.mtu).unwrap(),
             source_check: SourceCheck::Strict,
@@ -123,6 +149,11 @@ pub(crate) const fn tun_v4(n: u8) -> Ipv4Addr {
 
 pub(crate) fn tun_v6(n: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x18, 0, u16::from(n), 0, 0, 0, 1)
+}
+
+/// The MAC address that node `n` is reached by in VXLAN.
+pub(crate) const fn vtep_mac(n: u8) -> Mac {
+    Mac::local(n as u64)
 }
 
 /// A lab without a backend whose name nobody else uses.

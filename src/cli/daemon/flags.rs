@@ -25,6 +25,9 @@ pub(super) const ETCD_ENDPOINTS: &str = "http://127.0.0.1:4001,http://127.0.0.1:
 /// Below which key the original keeps everything.
 pub(super) const ETCD_PREFIX: &str = "/coreos.com/network";
 
+/// What the keys of the original's annotations begin with.
+pub(super) const ANNOTATION_PREFIX: &str = "flannel.alpha.coreos.com";
+
 /// Where the local store is.
 pub(super) const LOCAL_STORE: &str = "/var/lib/loden";
 
@@ -184,23 +187,34 @@ pub(super) struct TrafficArgs {
     pub(super) ip_blackhole_route: bool,
 }
 
-/// Flags of flannel's Kubernetes store, which is not available. Without the first the others do nothing, also in
-/// flannel.
+/// The Kubernetes store.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Kubernetes (not available yet)")]
+#[command(next_help_heading = "Kubernetes")]
 pub(super) struct KubeArgs {
-    #[arg(long, hide = true, num_args = 0..=1, require_equals = true,
+    /// Keep the leases in the Node objects of Kubernetes; as the node NODE_NAME, or that of the pod POD_NAME in
+    /// POD_NAMESPACE
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_value = "false", default_missing_value = "true", value_parser = go_bool)]
     pub(super) kube_subnet_mgr: bool,
-    #[arg(long, hide = true)]
+
+    /// The API server [default: that of the kubeconfig, or of the pod's service account]
+    #[arg(long, value_name = "URL")]
     pub(super) kube_api_url: Option<String>,
-    #[arg(long, hide = true)]
+
+    /// What the keys of our annotations begin with [default: flannel.alpha.coreos.com]
+    #[arg(long, value_name = "DOMAIN[/NAME]")]
     pub(super) kube_annotation_prefix: Option<String>,
-    #[arg(long, hide = true)]
+
+    /// How to reach the API server [default: as the pod's service account]
+    #[arg(long, value_name = "FILE")]
     pub(super) kubeconfig_file: Option<String>,
-    #[arg(long, hide = true)]
+
+    /// The network configuration [default: /etc/kube-flannel/net-conf.json]
+    #[arg(long, value_name = "FILE")]
     pub(super) net_config_path: Option<String>,
-    #[arg(long, hide = true, num_args = 0..=1, require_equals = true,
+
+    /// Keep the node's condition NetworkUnavailable true to the state [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", value_parser = go_bool)]
     pub(super) set_node_network_unavailable: Option<bool>,
 }

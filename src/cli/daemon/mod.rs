@@ -14,9 +14,10 @@ use crate::daemon::{self, Options, StoreOptions, TrafficOptions};
 use crate::debug::socket;
 use crate::iface::{Selector, Wanted};
 use crate::store::etcd::EtcdSettings;
+use crate::store::kube::{Identity, KubeSettings, KubeSettingsError, NET_CONFIG};
 
 pub use flags::DaemonArgs;
-use flags::{ETCD_ENDPOINTS, ETCD_PREFIX, LOCAL_STORE, StoreArgs};
+use flags::{ANNOTATION_PREFIX, ETCD_ENDPOINTS, ETCD_PREFIX, KubeArgs, LOCAL_STORE, StoreArgs};
 pub(super) use flags::{SUBNET_FILE, socket_path};
 pub(super) use print::{Understood, understood};
 
@@ -63,41 +64,65 @@ impl StoreArgs {
     }
 }
 
-impl DaemonArgs {
-    /// What is not available, by name; and a warning for each flag without effect.
-    fn check_kubernetes(&self) -> anyhow::Result<()> {
-        let kube = &self.kube;
-        if kube.kube_subnet_mgr {
-            bail!(
-                "--kube-subnet-mgr is not available yet: leases are kept in etcd (--etcd-endpoints) or \
-                 in a directory (--local-store)"
-            );
-        }
-        for (flag, given) in [
-            ("kube-api-url", kube.kube_api_url.is_some()),
+impl KubeArgs {
+    /// The Kubernetes store, as the node that `variable` names.
+    fn settings(self, variable: impl Fn(&str) -> String) -> anyhow::Result<KubeSettings> {
+        let text = |text: Option<String>| text.filter(|text| !text.is_empty());
+        let prefix = text(self.kube_annotation_prefix);
+        let prefix = prefix.as_deref().unwrap_or(ANNOTATION_PREFIX);
+        Ok(KubeSettings {
+            api_url: text(self.kube_api_url),
+            kubeconfig: text(self.kubeconfig_file).map(PathBuf::from),
+            annotations: prefix.parse().map_err(KubeSettingsError::Prefix)?,
+            net_config: text(self.net_config_path)
+                .unwrap_or_else(|| NET_CONFIG.to_owned())
+                .into(),
+            report_condition: self.set_node_network_unavailable.unwrap_or(true),
+            identity: Identity::new(
+                &variable("NODE_NAME"),
+                &variable("POD_NAMESPACE"),
+                &variable("POD_NAME"),
+            )?,
+        })
+    }
+
+    /// What has no effect because the store is another, by name.
+    fn idle(&self) -> impl Iterator<Item = &'static str> {
+        [
+            ("kube-api-url", self.kube_api_url.is_some()),
             (
                 "kube-annotation-prefix",
-                kube.kube_annotation_prefix.is_some(),
+                self.kube_annotation_prefix.is_some(),
             ),
-            ("kubeconfig-file", kube.kubeconfig_file.is_some()),
-            ("net-config-path", kube.net_config_path.is_some()),
+            ("kubeconfig-file", self.kubeconfig_file.is_some()),
+            ("net-config-path", self.net_config_path.is_some()),
             (
                 "set-node-network-unavailable",
-                kube.set_node_network_unavailable.is_some(),
+                self.set_node_network_unavailable.is_some(),
             ),
+        ]
+        .into_iter()
+        .filter(|(_, given)| *given && !self.kube_subnet_mgr)
+        .map(|(flag, _)| flag)
+    }
+}
+
+impl DaemonArgs {
+    /// A warning for each flag without effect.
+    fn warn_about_idle(&self) {
+        let log_flags = [
             ("vmodule", self.vmodule.is_some()),
             ("log_backtrace_at", self.log_backtrace_at.is_some()),
-        ] {
-            if given {
-                tracing::warn!("--{flag} has no effect here");
-            }
+        ];
+        let log_flags = log_flags.into_iter().filter(|(_, given)| *given);
+        for flag in self.kube.idle().chain(log_flags.map(|(flag, _)| flag)) {
+            tracing::warn!("--{flag} has no effect here");
         }
-        Ok(())
     }
 
     /// `as_flanneld`: called by the name of the original, so its defaults count.
     pub(super) fn into_options(self, as_flanneld: bool) -> anyhow::Result<Options> {
-        self.check_kubernetes()?;
+        self.warn_about_idle();
         let reach = self.iface_can_reach.filter(|text| !text.is_empty());
         let reach = reach
             .map(|text| {
@@ -124,6 +149,16 @@ impl DaemonArgs {
         };
         socket::check_path(&status_socket)?;
         let renew_margin = self.store.subnet_lease_renew_margin;
+        // As in the original, this one overrules the options of all others.
+        let store = if self.kube.kube_subnet_mgr {
+            let variable = |name: &str| {
+                let value = std::env::var_os(name).unwrap_or_default();
+                value.to_string_lossy().into_owned()
+            };
+            StoreOptions::Kube(self.kube.settings(variable)?)
+        } else {
+            self.store.choose(as_flanneld)?
+        };
         Ok(Options {
             wanted: Wanted {
                 selectors,
@@ -132,7 +167,7 @@ impl DaemonArgs {
             },
             subnet_file: self.subnet_file,
             status_socket,
-            store: self.store.choose(as_flanneld)?,
+            store,
             renew_margin,
             traffic: TrafficOptions {
                 masquerade: self.traffic.ip_masq,

@@ -103,6 +103,12 @@ pub(super) fn print(options: &Options, understood: &[Understood]) -> anyhow::Res
             without_users(&settings.endpoints),
             settings.prefix
         )?,
+        StoreOptions::Kube(settings) => writeln!(
+            text,
+            "store: Kubernetes, as {:?}, network configuration in {}",
+            settings.identity,
+            settings.net_config.display()
+        )?,
     }
     let file = options.subnet_file.display();
     match PreviousEnv::read(&options.subnet_file).map(|env| env.previous()) {

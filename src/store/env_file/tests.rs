@@ -2,6 +2,10 @@ use std::os::unix::fs::symlink;
 
 use proptest::prelude::*;
 
+use std::fs::{self, File, Permissions};
+use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
+
 use super::*;
 
 fn v4_env() -> SubnetEnv {

@@ -1,7 +1,7 @@
 //! Owns what the watch has found and its receiver has not heard: merges it while the receiver is busy, and keeps an
 //! outage from filling the log. Never waits.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -26,6 +26,8 @@ pub(super) struct News {
     snapshot: bool,
     deltas: Vec<LeaseDelta>,
     problems: BTreeMap<String, Cause>,
+    /// The subjects of what the receiver has heard to be wrong, and not to be solved.
+    heard: BTreeSet<String>,
     lost: Option<StoreEvent>,
     outage: Outage,
 }
@@ -46,6 +48,7 @@ impl News {
             snapshot: false,
             deltas: Vec::new(),
             problems: BTreeMap::new(),
+            heard: BTreeSet::new(),
             lost: None,
             outage: Outage::default(),
         }
@@ -72,9 +75,24 @@ impl News {
         }
     }
 
-    /// These are newly wrong.
+    /// These are newly wrong, or solved.
     pub(super) fn found(&mut self, problems: BTreeMap<String, Cause>) {
-        self.problems.extend(problems);
+        for (subject, cause) in problems {
+            if cause == Cause::Solved {
+                self.solved(subject);
+            } else {
+                self.problems.insert(subject, cause);
+            }
+        }
+    }
+
+    /// What nobody has heard of need not be taken back.
+    fn solved(&mut self, subject: String) {
+        if self.heard.contains(&subject) {
+            self.problems.insert(subject, Cause::Solved);
+        } else {
+            self.problems.remove(&subject);
+        }
     }
 
     /// Somebody else wrote our own key in our name.
@@ -82,9 +100,18 @@ impl News {
         self.problems.insert(ours(key), Cause::Twin(node));
     }
 
+    /// What stands under our own key is nobody's lease, or no longer so.
+    pub(super) fn own_is_damaged(&mut self, key: &str, damaged: bool) {
+        if damaged {
+            self.problems.insert(ours(key), Cause::Overwritten);
+        } else {
+            self.solved(ours(key));
+        }
+    }
+
     /// Our lease is lost.
     pub(super) fn lost(&mut self, key: &str, subnets: Subnets, to: LostTo) {
-        self.problems.remove(&ours(key));
+        self.solved(ours(key));
         self.lost = Some(StoreEvent::OwnLost { subnets, to });
     }
 
@@ -112,8 +139,7 @@ impl News {
     pub(super) fn back(&mut self, endpoint: &str) {
         let since = self.outage.since.take();
         if std::mem::take(&mut self.outage.said) {
-            // If nobody has heard of the outage yet, nobody needs to.
-            self.problems.remove(&self.location);
+            self.solved(self.location.clone());
             let seconds = since.map_or(0, |since| since.elapsed().as_secs());
             tracing::info!(endpoint, seconds, "the store is back");
         }
@@ -122,6 +148,13 @@ impl News {
     /// Hands on one event. A loss comes after the state that goes with it.
     pub(super) fn hand_on(&mut self, permit: mpsc::Permit<'_, StoreEvent>, view: &View) {
         let found = std::mem::take(&mut self.problems);
+        for (subject, cause) in &found {
+            if *cause == Cause::Solved {
+                self.heard.remove(subject);
+            } else {
+                self.heard.insert(subject.clone());
+            }
+        }
         let problems: Vec<Problem> = found
             .into_iter()
             .map(|(subject, cause)| Problem { subject, cause })
@@ -148,6 +181,19 @@ mod tests {
     use super::super::failure::{Failure, FailureCause};
     use super::super::keys::Keys;
     use super::*;
+
+    /// The causes of one event.
+    fn hand_on(news: &mut News) -> Vec<Cause> {
+        let (sender, mut receiver) = mpsc::channel(1);
+        news.hand_on(sender.try_reserve().unwrap(), &View::new(Keys::new("/n")));
+        match receiver.try_recv() {
+            Ok(StoreEvent::Delta { problems, .. }) => {
+                problems.into_iter().map(|problem| problem.cause).collect()
+            }
+            Ok(other) => unreachable!("{other:?}"),
+            Err(_nothing) => Vec::new(),
+        }
+    }
 
     fn failures(cause: FailureCause) -> Failures {
         let endpoint = "http://192.0.2.1:2379".to_owned();
@@ -179,15 +225,30 @@ mod tests {
     fn a_store_that_comes_and_goes_does_not_fill_the_log_either() {
         let mut news = News::new("etcd".to_owned());
         let start = Instant::now();
-        let mut said = 0;
+        let mut said = Vec::new();
         for second in 0..120 {
             let now = start + Duration::from_secs(second);
             news.away(&failures(FailureCause::Refused), now);
-            said += news.problems.len();
-            news.problems.clear();
+            said.extend(hand_on(&mut news));
             news.back("e");
+            said.extend(hand_on(&mut news));
         }
-        assert_eq!(said, 2);
+        let away = || {
+            Cause::Away(
+                "http://192.0.2.1:2379: connection refused: is etcd running there?".to_owned(),
+            )
+        };
+        assert_eq!(said, [away(), Cause::Solved, away(), Cause::Solved]);
+    }
+
+    #[test]
+    fn what_nobody_has_heard_of_is_not_taken_back() {
+        let mut news = News::new("etcd".to_owned());
+        news.away(&failures(FailureCause::Refused), Instant::now());
+        news.found(BTreeMap::from([("key".to_owned(), Cause::NotRegular)]));
+        news.back("e");
+        news.found(BTreeMap::from([("key".to_owned(), Cause::Solved)]));
+        assert!(news.is_empty());
     }
 
     #[test]

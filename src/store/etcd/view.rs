@@ -139,7 +139,13 @@ impl View {
         record.orphaned.is_none().then_some(&record.attrs)
     }
 
-    /// Takes over a complete listing; returns what is newly wrong.
+    /// Whether the value under the key of `subnets` cannot be read.
+    pub(super) fn is_damaged(&self, subnets: &Subnets) -> bool {
+        let key = self.keys.lease(subnets);
+        self.problems.contains_key(&shown(key.as_bytes()))
+    }
+
+    /// Takes over a complete listing; returns what is newly wrong or solved.
     ///
     /// Leases that it lacks are gone, unless the store has lost its data: then they are kept for [`GRACE`].
     pub(super) fn replace<'a>(
@@ -186,11 +192,15 @@ impl View {
                 grace: GRACE,
             };
             self.problems.insert(self.keys.subnets().to_owned(), cause);
+        } else if self.orphans {
+            let loss = before.get_key_value(self.keys.subnets());
+            self.problems
+                .extend(loss.map(|(subject, cause)| (subject.clone(), cause.clone())));
         }
         fresh(&self.problems, &before)
     }
 
-    /// Takes over changes, in their order; returns what that means and what is newly wrong.
+    /// Takes over changes, in their order; returns what that means and what is newly wrong or solved.
     pub(super) fn apply<'a>(
         &mut self,
         changes: impl IntoIterator<Item = Change<'a>>,
@@ -235,10 +245,13 @@ impl View {
         }
     }
 
-    /// Gives up on the leases whose nodes have not come back in time.
-    pub(super) fn expire_orphans(&mut self, monotonic: Duration) -> Vec<LeaseDelta> {
+    /// Gives up on the leases whose nodes have not come back in time; returns what that means and what is solved.
+    pub(super) fn expire_orphans(
+        &mut self,
+        monotonic: Duration,
+    ) -> (Vec<LeaseDelta>, BTreeMap<String, Cause>) {
         if !self.orphans {
-            return Vec::new();
+            return (Vec::new(), BTreeMap::new());
         }
         let over = |record: &Record| record.orphaned.is_some_and(|until| until <= monotonic);
         let gone: Vec<Subnets> = self
@@ -254,7 +267,14 @@ impl View {
             .records
             .values()
             .any(|record| record.orphaned.is_some());
-        gone.into_iter().map(LeaseDelta::Delete).collect()
+        let over = (!self.orphans)
+            .then(|| self.problems.remove_entry(self.keys.subnets()))
+            .flatten();
+        let solved = over.map(|(subject, _loss)| (subject, Cause::Solved));
+        (
+            gone.into_iter().map(LeaseDelta::Delete).collect(),
+            solved.into_iter().collect(),
+        )
     }
 
     /// Takes over one key; returns the orphans whose place it takes.
@@ -370,15 +390,20 @@ fn replaces(at: &Subnets, record: &Record, orphan_at: &Subnets, orphan: &Record)
     at.overlaps(orphan_at) || record.attrs.node() == orphan.attrs.node()
 }
 
-/// What is wrong now and was not, or was otherwise.
+/// What is wrong now and was not, or was otherwise, and what is solved.
 fn fresh(
     now: &BTreeMap<String, Cause>,
     before: &BTreeMap<String, Cause>,
 ) -> BTreeMap<String, Cause> {
-    now.iter()
+    let new = now
+        .iter()
         .filter(|&(subject, cause)| before.get(subject) != Some(cause))
-        .map(|(subject, cause)| (subject.clone(), cause.clone()))
-        .collect()
+        .map(|(subject, cause)| (subject.clone(), cause.clone()));
+    let solved = before
+        .keys()
+        .filter(|&subject| !now.contains_key(subject))
+        .map(|subject| (subject.clone(), Cause::Solved));
+    new.chain(solved).collect()
 }
 
 /// A key as text of bounded length, which a terminal can show.

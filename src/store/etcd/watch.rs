@@ -20,6 +20,7 @@ use super::cluster::Connection;
 use super::failure::{Failure, FailureCause, Failures};
 use super::news::News;
 use super::view::{Change, Item, Now, Position, View};
+use crate::lease::LeaseAttrs;
 use crate::store::StoreEvent;
 use crate::store::backoff::Backoff;
 
@@ -51,6 +52,7 @@ pub(super) async fn run(inner: Arc<Inner>, events: mpsc::Sender<StoreEvent>) {
         events,
         start: Instant::now(),
         suspect: true,
+        damaged: false,
     };
     // Ends only when the receiver is gone.
     let Closed = watcher.run().await;
@@ -93,6 +95,8 @@ struct Watcher {
     news: News,
     /// Our own lease may be lost: what we see of it is not what we wrote.
     suspect: bool,
+    /// What we see of it cannot be read.
+    damaged: bool,
 }
 
 impl Watcher {
@@ -316,7 +320,9 @@ impl Watcher {
                     Change::Put(item) if item.key == key.as_bytes() => {
                         let foreign = item.etcd_lease != own.etcd_lease
                             && !self.inner.is_ours(item.etcd_lease);
-                        if foreign {
+                        let named = LeaseAttrs::parse(item.value).ok();
+                        let names_us = named.and_then(|attrs| attrs.node()) == Some(own.node);
+                        if foreign && names_us {
                             self.news.twin(&key, own.node);
                         }
                         self.suspect = true;
@@ -340,6 +346,12 @@ impl Watcher {
         let Some(own) = self.inner.own(|own| own.clone()) else {
             return Ok(());
         };
+        let damaged = self.view.is_damaged(&own.subnets);
+        if damaged != self.damaged {
+            self.damaged = damaged;
+            let key = self.inner.keys.lease(&own.subnets);
+            self.news.own_is_damaged(&key, damaged);
+        }
         let seen = self.view.holds(&own.subnets).and_then(|attrs| attrs.node());
         if seen != Some(own.node) {
             // What we see may be older than our own write, so the key itself decides.
@@ -364,8 +376,9 @@ impl Watcher {
 
     fn expire_orphans(&mut self) {
         let monotonic = self.now().monotonic;
-        let deltas = self.view.expire_orphans(monotonic);
+        let (deltas, found) = self.view.expire_orphans(monotonic);
         self.news.changed(deltas, self.view.len());
+        self.news.found(found);
     }
 
     /// Waits before the next attempt, and hands on what there is meanwhile.

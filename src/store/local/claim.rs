@@ -190,6 +190,12 @@ fn reuse(
                 sidecar,
                 ..
             } if *named == node => (None, *sidecar),
+            // The run before ended while it wrote its new public IP.
+            Entry::Half { sidecar, .. }
+                if sidecar.owner == node && request.previous == Some(*key) =>
+            {
+                (None, Some(*sidecar))
+            }
             Entry::Lease(_) | Entry::Damaged { .. } | Entry::Half { .. } => continue,
         };
         // A lease whose sidecar is damaged is no reservation; its time starts anew.
@@ -270,8 +276,16 @@ fn choose_free(
     allocate(config, &ever, &mut choose).or_else(|_full| allocate(config, &held, &mut choose))
 }
 
-/// Extends our lease; [`LeaseStore::renew`](crate::store::LeaseStore::renew). `own` is what we believe to hold.
-pub(super) fn renew(dir: &Path, own: &Own, now: SystemTime) -> Result<Own, RenewError> {
+/// Extends our lease and has it say what `wanted` says; [`LeaseStore::renew`](crate::store::LeaseStore::renew).
+/// `own` is what we believe to hold. The node may have another public IP by now: what was held before is held on,
+/// by the new one, with the time of its claim. Leases of others that name the new public IP stay as they are.
+pub(super) fn renew(
+    dir: &Path,
+    own: &Own,
+    wanted: &Lease,
+    now: SystemTime,
+) -> Result<Own, RenewError> {
+    let node = wanted.attrs.node().ok_or(StoreError::NoPublicIp)?;
     let lost = |to| RenewError::Lost {
         subnets: own.subnets,
         to,
@@ -285,14 +299,18 @@ pub(super) fn renew(dir: &Path, own: &Own, now: SystemTime) -> Result<Own, Renew
         Standing::Unsettled(node) => Err(RenewError::Store(StoreError::Unusable(super::half(
             dir, own, node,
         )))),
-        Standing::Held => {
-            let renewed = own.extended(now);
-            write_sidecar(dir, &renewed)?;
-            Ok(renewed)
-        }
-        Standing::Overwritten => {
-            let renewed = own.extended(now);
-            write(dir, &renewed)?;
+        standing @ (Standing::Held | Standing::Overwritten) => {
+            let renewed = Own {
+                node,
+                attrs: wanted.attrs.clone(),
+                extension: wanted.extension,
+                ..own.extended(now)
+            };
+            if standing == Standing::Held && renewed.attrs == own.attrs {
+                write_sidecar(dir, &renewed)?;
+            } else {
+                write(dir, &renewed)?;
+            }
             Ok(renewed)
         }
     }

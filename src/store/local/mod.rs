@@ -192,7 +192,7 @@ impl Inner {
                 to: LostTo::Nobody,
             })?,
         };
-        let renewed = claim::renew(&self.dir, &own, now);
+        let renewed = claim::renew(&self.dir, &own, lease, now);
         match &renewed {
             Ok(renewed) => self.own(|own| *own = Some(renewed.clone())),
             Err(RenewError::Lost { .. }) => self.own(|own| *own = None),
@@ -231,6 +231,10 @@ impl LeaseStore for LocalStore {
         let renewed = self.locked(move |inner| inner.renew(&lease)).await??;
         self.inner.wrote.notify_one();
         Ok(renewed)
+    }
+
+    fn can_move(&self) -> bool {
+        true
     }
 
     fn watch(&self) -> mpsc::Receiver<StoreEvent> {

@@ -830,6 +830,112 @@ async fn a_lease_that_arrives_without_its_claim_is_waited_for() {
     assert_eq!(lost(&watcher.pass()), Some(LostTo::Node(node(9))));
 }
 
+/// What node `to` wants a lease to say.
+fn moved(lease: &Lease, to: u8) -> Lease {
+    Lease {
+        attrs: request(to).attrs,
+        ..lease.clone()
+    }
+}
+
+#[tokio::test]
+async fn a_lease_that_is_ours_moves_to_another_public_ip_with_its_claim() {
+    let lab = Lab::new(SMALL);
+    let store = lab.store();
+    let lease = store.acquire(asking(1, "10.9.0.8-30")).await.unwrap();
+    let (mut ours, mut other) = (
+        Watcher::new(Arc::clone(&store.inner)),
+        Watcher::new(lab.store().inner),
+    );
+    snapshot(&ours.pass());
+    snapshot(&other.pass());
+    lab.clock.pass(HOUR);
+    let lease = store.renew(&moved(&lease, 7)).await.unwrap();
+    assert_eq!(lease.expires, Some(lab.clock.wall() + LEASE_TTL));
+    assert_eq!(lab.lease_text("10.9.0.8-30"), value(7));
+    assert_eq!(
+        fs::read_to_string(lab.path("expiry/10.9.0.8-30")).unwrap(),
+        r#"{"Expires":1764090000,"Claimed":1764000000000000000,"Owner":"192.0.2.7","Ecn":true}"#
+    );
+    // Everybody hears of it, and nobody, we included, takes it for a loss.
+    for watcher in [&mut ours, &mut other] {
+        let news = watcher.pass();
+        assert_eq!(lost(&news), None);
+        let expected = vec![("10.9.0.8-30".to_owned(), node(7))];
+        assert_eq!(snapshot(&news), (expected, Vec::new()));
+    }
+    // It is found under the new address, and renewed as any other.
+    assert_eq!(store.renew(&lease).await.unwrap().attrs, request(7).attrs);
+    let again = lab.store().acquire(request(7)).await.unwrap();
+    assert_eq!(again.subnets, lease.subnets);
+    let other = lab.store().acquire(asking(1, "10.9.0.8-30")).await.unwrap();
+    assert_ne!(other.subnets, lease.subnets, "the old address has no claim");
+}
+
+#[tokio::test]
+async fn a_lease_that_is_no_longer_ours_does_not_move() {
+    let lab = Lab::new(SMALL);
+    let store = lab.store();
+    let lease = store.acquire(asking(1, "10.9.0.8-30")).await.unwrap();
+    lab.write_lease("10.9.0.8-30", 9, HOUR);
+    let error = store.renew(&moved(&lease, 7)).await.unwrap_err();
+    assert!(
+        matches!(error, RenewError::Lost { to: LostTo::Node(other), .. } if other == node(9)),
+        "{error}"
+    );
+    assert_eq!(lab.lease_text("10.9.0.8-30"), value(9));
+
+    let lease = store.acquire(request(1)).await.unwrap();
+    fs::remove_file(lab.path(SUBNETS).join(lease.subnets.to_string())).unwrap();
+    let error = store.renew(&moved(&lease, 7)).await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            RenewError::Lost {
+                to: LostTo::Nobody,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(lab.keys(), ["10.9.0.8-30"]);
+}
+
+#[tokio::test]
+async fn a_move_that_a_crash_cut_short_is_finished_by_the_next_run() {
+    let lab = Lab::new(SMALL);
+    let lease = lab.store().acquire(asking(1, "10.9.0.8-30")).await.unwrap();
+    let key = lease.subnets.to_string();
+    let mut other = Watcher::new(lab.store().inner);
+    snapshot(&other.pass());
+    // Only the first of the two files was written.
+    let sidecar = fs::read_to_string(lab.path(EXPIRY).join(&key)).unwrap();
+    lab.write(EXPIRY, &key, &sidecar.replace("192.0.2.1", "192.0.2.7"));
+    let (known, problems) = snapshot(&other.pass());
+    assert_eq!(known, [(key.clone(), node(1))], "nobody is withdrawn");
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    let again = lab.store().acquire(asking(7, &key)).await.unwrap();
+    assert_eq!(again.subnets, lease.subnets);
+    assert_eq!(lab.lease_text(&key), value(7));
+    assert_eq!(snapshot(&other.pass()).0, [(key, node(7))]);
+}
+
+#[tokio::test]
+async fn a_reservation_moves_and_stays_permanent() {
+    let lab = Lab::new(SMALL);
+    lab.write(SUBNETS, "10.9.0.12-30", &value(1));
+    let store = lab.store();
+    let lease = store.acquire(request(1)).await.unwrap();
+    let lease = store.renew(&moved(&lease, 7)).await.unwrap();
+    assert_eq!(
+        (lease.subnets.to_string().as_str(), lease.expires),
+        ("10.9.0.12-30", None)
+    );
+    assert_eq!(lab.lease_text("10.9.0.12-30"), value(7));
+    let again = lab.store().acquire(request(7)).await.unwrap();
+    assert_eq!((again.subnets, again.expires), (lease.subnets, None));
+}
+
 #[tokio::test]
 async fn a_clock_that_is_set_ends_nobodys_lease() {
     let lab = Lab::new(SMALL);

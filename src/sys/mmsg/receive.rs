@@ -138,6 +138,12 @@ impl RecvBatch {
             })
     }
 
+    /// What is known of entry `idx` of the last [`RecvBatch::receive`], if it has one.
+    #[must_use]
+    pub fn entry(&self, idx: u16) -> Option<&Received> {
+        self.received.get(usize::from(idx))
+    }
+
     /// `len` bytes at `off` of entry `idx`; empty when that is not within the entry's slot.
     #[inline]
     #[must_use]

@@ -105,12 +105,19 @@ fn a_store_is_another_one_if_its_past_is() {
         view.replace([b.item()], at(1), now(2));
         let last = 1 + GRACE.as_secs();
         assert!(
-            view.expire_orphans(now(last - 1).monotonic).is_empty(),
+            view.expire_orphans(now(last - 1).monotonic).0.is_empty(),
             "{what}"
         );
-        let gone = view.expire_orphans(now(last).monotonic);
+        let (gone, solved) = view.expire_orphans(now(last).monotonic);
         assert!(
             gone.contains(&LeaseDelta::Delete("198.18.1.0-24".parse().unwrap())),
+            "{what}"
+        );
+        let (_, later) = view.expire_orphans(now(last + 1).monotonic);
+        let solved: Vec<_> = solved.into_iter().chain(later).collect();
+        assert_eq!(
+            solved,
+            [("/n/subnets/".to_owned(), Cause::Solved)],
             "{what}"
         );
     }
@@ -133,7 +140,7 @@ fn a_lost_lease_gives_way_to_whoever_takes_its_addresses_and_to_its_own_node() {
     let (deltas, _) = view.apply([Change::Put(moved.item())], now(2));
     assert!(deltas.contains(&LeaseDelta::Delete("198.18.2.0-24".parse().unwrap())));
     assert_eq!(keys(&view), ["198.18.1.128-26", "198.18.7.0-24"]);
-    assert!(view.expire_orphans(Duration::MAX).is_empty());
+    assert!(view.expire_orphans(Duration::MAX).0.is_empty());
 }
 
 #[test]
@@ -204,36 +211,47 @@ proptest! {
         let mut good: BTreeMap<u8, u8> = BTreeMap::new();
         let mut stored: BTreeMap<u8, Stored> = BTreeMap::new();
         let mut heard: BTreeMap<String, String> = BTreeMap::new();
+        let mut bad = BTreeSet::new();
         for (n, step) in steps.into_iter().enumerate() {
             let revision = i64::try_from(n).unwrap() + 2;
             let time = now(revision.unsigned_abs());
-            let deltas = match step {
+            let (deltas, found) = match step {
                 Step::Put { subnet, node } => {
                     let lease = Stored::lease(subnet, node, revision);
                     good.insert(subnet, node);
-                    let (deltas, _) = view.apply([Change::Put(lease.item())], time);
+                    let said = view.apply([Change::Put(lease.item())], time);
                     stored.insert(subnet, lease);
-                    deltas
+                    said
                 }
                 Step::Bad { subnet } => {
                     let lease = Stored { value: "{".to_owned(), ..Stored::lease(subnet, 1, revision) };
-                    let (deltas, _) = view.apply([Change::Put(lease.item())], time);
+                    let said = view.apply([Change::Put(lease.item())], time);
                     stored.insert(subnet, lease);
-                    deltas
+                    said
                 }
                 Step::Delete { subnet } => {
                     good.remove(&subnet);
                     stored.remove(&subnet);
                     let key = Stored::lease(subnet, 1, 1).key;
-                    let (deltas, _) = view.apply([Change::Delete { key: key.as_bytes() }], time);
+                    let said = view.apply([Change::Delete { key: key.as_bytes() }], time);
                     view.advance(revision);
-                    deltas
+                    said
                 }
                 Step::List => {
-                    view.replace(stored.values().map(Stored::item), at(revision), time);
-                    Vec::new()
+                    let listing = stored.values().map(Stored::item);
+                    (Vec::new(), view.replace(listing, at(revision), time))
                 }
             };
+            for (subject, cause) in found {
+                if cause == Cause::Solved {
+                    prop_assert!(bad.remove(&subject), "{} was never wrong", subject);
+                } else {
+                    bad.insert(subject);
+                }
+            }
+            let wrong = stored.values().filter(|stored| stored.value == "{");
+            let wrong: BTreeSet<String> = wrong.map(|stored| stored.key.clone()).collect();
+            prop_assert_eq!(&bad, &wrong);
             for delta in deltas {
                 match delta {
                     LeaseDelta::Put(lease) => {

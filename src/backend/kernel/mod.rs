@@ -1,5 +1,7 @@
-//! Owns the contract with the kernel's network configuration: links, addresses, routes, and news of them.
-//! Never decides what they should be.
+//! Owns the contract with the kernel's network configuration: links, addresses, routes, neighbours, forwarding
+//! entries, and news of them. Never decides what they should be.
+
+mod objects;
 
 use std::future::Future;
 use std::io;
@@ -8,8 +10,12 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 
-use crate::addr::Mtu;
 use crate::iface::{Reach, Snapshot};
+
+pub use objects::{
+    Edit, Forward, Link, LinkChange, Neighbour, NewVxlan, PROTOCOL_BOOT, PROTOCOL_LODEN, Route,
+    VxlanLink,
+};
 
 /// What backends need of the kernel. Everything happens in the network namespace in which the value was made.
 pub trait Kernel: Send + Sync {
@@ -27,6 +33,28 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses to say.
     fn link_at(&self, index: u32)
     -> impl Future<Output = Result<Option<Link>, KernelError>> + Send;
+
+    /// All links.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to say.
+    fn links(&self) -> impl Future<Output = Result<Vec<Link>, KernelError>> + Send;
+
+    /// Makes a VXLAN device, which is down.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has no VXLAN ([`KernelError::is_unsupported`]), or refuses, for instance because there is a
+    /// link of that name, or another with that VNI and port.
+    fn add_vxlan(&self, device: &NewVxlan) -> impl Future<Output = Result<(), KernelError>> + Send;
+
+    /// Removes a link. Succeeds if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    fn delete_link(&self, index: u32) -> impl Future<Output = Result<(), KernelError>> + Send;
 
     /// Changes what `change` names.
     ///
@@ -118,6 +146,33 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses.
     fn delete_route(&self, route: Route) -> impl Future<Output = Result<(), KernelError>> + Send;
 
+    /// The permanent neighbours of a link, both families.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to say.
+    fn neighbours(
+        &self,
+        index: u32,
+    ) -> impl Future<Output = Result<Vec<Neighbour>, KernelError>> + Send;
+
+    /// The permanent forwarding entries of a VXLAN device.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to say.
+    fn forwards(
+        &self,
+        index: u32,
+    ) -> impl Future<Output = Result<Vec<Forward>, KernelError>> + Send;
+
+    /// Makes many changes in their order, without waiting for one before the next is asked for. What became of
+    /// each, in the same order. To remove what is not there succeeds.
+    fn edit(&self, edits: &[Edit]) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send;
+
+    /// The value of a setting below `/proc/sys/net`, without white space at its ends; `None` if there is none.
+    fn setting(&self, path: &str) -> Option<String>;
+
     /// What the choice of the external interface is made from.
     ///
     /// # Errors
@@ -150,55 +205,6 @@ pub trait Kernel: Send + Sync {
     fn monitor(&self) -> Result<mpsc::Receiver<Change>, KernelError>;
 }
 
-/// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Link {
-    /// The kernel's number for it.
-    pub index: u32,
-    /// Its name.
-    pub name: String,
-    /// Its MTU in bytes.
-    pub mtu: u32,
-    /// Its transmit queue length in packets.
-    pub tx_queue_len: u32,
-    /// Administratively up.
-    pub up: bool,
-    /// The kernel gives it IPv6 addresses by itself (`IFLA_INET6_ADDR_GEN_MODE` is not `none`).
-    pub makes_ipv6_addresses: bool,
-    /// Packets the kernel dropped on the way out, for a TUN those its reader was too slow for.
-    pub tx_dropped: u64,
-}
-
-/// What to change about a link; `None` leaves it as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct LinkChange {
-    /// The MTU.
-    pub mtu: Option<Mtu>,
-    /// The transmit queue length in packets.
-    pub tx_queue_len: Option<u32>,
-    /// Bring it up.
-    pub up: bool,
-}
-
-/// A unicast route of the main table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Route {
-    /// Where to.
-    pub net: IpNet,
-    /// The link it leaves by; 0 if it names none.
-    pub link: u32,
-    /// The next router; `None` for a destination on the link.
-    pub gateway: Option<IpAddr>,
-    /// `RTA_PRIORITY`; `None` lets the kernel choose, which makes it 0 for IPv4 and 1024 for IPv6.
-    pub metric: Option<u32>,
-    /// Who put it there (`rtm_protocol`).
-    pub protocol: u8,
-}
-
-/// `RTPROT_BOOT`: how the original marks what it adds (specification section 8.0), and therefore how the route
-/// to the whole network is marked.
-pub const PROTOCOL_BOOT: u8 = 3;
-
 /// What the kernel says changed. Only a hint at what to look at: the state itself is read anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -208,6 +214,8 @@ pub enum Change {
     Address(u32),
     /// A route came or went.
     Route(IpNet),
+    /// A neighbour or a forwarding entry of a link came, changed or went.
+    Neighbour(u32),
     /// News was lost: anything may have changed.
     Everything,
 }
@@ -222,11 +230,27 @@ pub struct KernelError {
     pub source: io::Error,
 }
 
+impl KernelError {
+    /// The kernel lacks what was asked for: a module that is not there, or a feature it is too old for.
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
+        self.source.raw_os_error() == Some(libc::EOPNOTSUPP)
+    }
+
+    /// Something in its place exists already.
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
+        self.source.kind() == io::ErrorKind::AlreadyExists
+    }
+}
+
 fn remedy(error: &io::Error) -> &'static str {
     if error.kind() == io::ErrorKind::PermissionDenied {
         ": run as root or with CAP_NET_ADMIN"
     } else if error.kind() == io::ErrorKind::AlreadyExists {
-        ": remove the one that is in the way (ip route show)"
+        ": remove the one that is in the way (ip link show, ip route show)"
+    } else if error.kind() == io::ErrorKind::AddrInUse {
+        ": another program or device has the UDP port (ss -ulnp, ip -d link show type vxlan)"
     } else {
         ""
     }

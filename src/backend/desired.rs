@@ -1,0 +1,95 @@
+//! Owns the description of what the kernel should hold so that it carries the packets itself: devices, and a way
+//! to every peer. Plain values; how they differ from what is there is [`super::diff`]'s to say.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::kernel::VxlanLink;
+use crate::addr::{Mac, Mtu};
+use crate::lease::Subnets;
+
+/// All of it. Without devices and peers it still says what of ours is stale.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Desired {
+    /// The overlay networks. Nothing outside of them is ever touched.
+    pub networks: Vec<IpNet>,
+    /// This node's subnets: never routed anywhere.
+    pub own: Vec<IpNet>,
+    /// The devices.
+    pub devices: Vec<Device>,
+    /// The peers, one entry per family.
+    pub peers: Vec<Peer>,
+    /// Leases of nodes that use another backend, as they do while a network changes from one to another: what is
+    /// there for them stays.
+    pub retained: Vec<Retained>,
+    /// `peers` and `retained` are all there are, so that what belongs to none of them is stale.
+    pub complete: bool,
+    /// Devices that a run before has left are stale too.
+    pub sweep_devices: bool,
+}
+
+/// A VXLAN device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// Its MAC address, which the lease publishes.
+    pub mac: Mac,
+    /// Its MTU.
+    pub mtu: Mtu,
+    /// What it does.
+    pub vxlan: VxlanLink,
+    /// Its address: the base of this node's subnet, as a whole address.
+    pub addr: IpNet,
+}
+
+/// A peer in one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// Its lease, by which it is named.
+    pub lease: Subnets,
+    /// Its subnet.
+    pub net: IpNet,
+    /// Its address on the underlay.
+    pub public: IpAddr,
+    /// How it is reached.
+    pub way: Way,
+}
+
+/// How a peer is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By a route through it; it has to be on the link of this number.
+    Gateway {
+        /// The external interface.
+        link: u32,
+    },
+    /// Through a VXLAN device.
+    Vxlan {
+        /// Which of [`Desired::devices`].
+        device: usize,
+        /// The peer's device's MAC address.
+        mac: Mac,
+        /// By a route through the peer, if it is on any link.
+        direct: bool,
+    },
+}
+
+/// A lease of another backend, in one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retained {
+    /// Its subnet.
+    pub net: IpNet,
+    /// Its address on the underlay.
+    pub public: Option<IpAddr>,
+}
+
+/// A peer that gets no way, or a wrong one, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Its lease.
+    pub lease: Subnets,
+    /// Why, and what to do about it.
+    pub why: String,
+}

@@ -1,0 +1,123 @@
+//! Owns one look at the kernel: what is there is compared with what should be, and made so. Never decides what
+//! should be, and never gives up on all peers because of one.
+
+use std::collections::HashSet;
+
+use ipnet::IpNet;
+
+use super::desired::{Desired, Refused};
+use super::device::{self, DeviceError};
+use super::diff::{Observed, Step, difference};
+use super::kernel::{Edit, Kernel, KernelError, Link};
+
+/// Failures that are told one by one; the rest is a number.
+const MAX_FAILURES: usize = 8;
+
+/// What a look led to.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// The numbers of the devices, in the order of [`Desired::devices`].
+    pub devices: Vec<u32>,
+    /// What was changed, in words.
+    pub changed: Vec<String>,
+    /// Peers that get no way.
+    pub refused: Vec<Refused>,
+    /// The subnets that are reached by a route through their node.
+    pub direct: HashSet<IpNet>,
+    /// What the kernel refused, the first few in words.
+    pub failures: Vec<String>,
+    /// How often it refused.
+    pub failed: usize,
+}
+
+/// Looks at the kernel and brings it to the desired state. What it refuses for one peer is in the report, and the
+/// others are served.
+///
+/// # Errors
+///
+/// A device cannot be had, or the kernel does not say what it holds.
+pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, DeviceError> {
+    let mut report = Report::default();
+    for device in &desired.devices {
+        let present = device::ensure(kernel, device).await?;
+        if present.made {
+            report.changed.push(format!("made {}", device.name));
+        }
+        let index = present.link.index;
+        let actions = device::configure(kernel, index, device, &desired.networks).await?;
+        let changed = actions
+            .iter()
+            .map(|action| format!("{}: {action:?}", device.name));
+        report.changed.extend(changed);
+        report.devices.push(index);
+    }
+    let mut observed = Observed {
+        devices: report.devices.clone(),
+        ..Observed::default()
+    };
+    if desired.complete && desired.sweep_devices {
+        observed.flannels = sweep_devices(kernel, desired, &mut report).await?;
+    }
+    observed.routes = kernel.routes().await?;
+    for &index in &report.devices {
+        observed.neighbours.extend(kernel.neighbours(index).await?);
+        observed.forwards.extend(kernel.forwards(index).await?);
+    }
+    let difference = difference(desired, &observed);
+    report.refused = difference.refused;
+    report.direct = difference.direct;
+    let edits: Vec<Edit> = difference.steps.iter().map(|step| step.edit).collect();
+    let results = kernel.edit(&edits).await;
+    for (step, result) in difference.steps.iter().zip(results) {
+        report.note(step, result);
+    }
+    Ok(report)
+}
+
+impl Report {
+    fn note(&mut self, step: &Step, result: Result<(), KernelError>) {
+        match result {
+            Ok(()) => self.changed.push(step.edit.to_string()),
+            Err(error) => {
+                self.failed += 1;
+                if self.failures.len() < MAX_FAILURES {
+                    self.failures.push(match step.lease {
+                        Some(lease) => format!("lease {lease}: {error}"),
+                        None => error.to_string(),
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Removes the devices of a run with other settings, known by kind, name and an address inside the network.
+/// Returns the numbers of those that stay although they look like one.
+async fn sweep_devices(
+    kernel: &impl Kernel,
+    desired: &Desired,
+    report: &mut Report,
+) -> Result<Vec<u32>, KernelError> {
+    let mut stay = Vec::new();
+    let links = kernel.links().await?;
+    let ours = |link: &&Link| device::is_flannels(link) && !report.devices.contains(&link.index);
+    for link in links.iter().filter(ours) {
+        let addrs = kernel.addresses(link.index).await?;
+        let inside = addrs.iter().any(|addr| {
+            desired
+                .networks
+                .iter()
+                .any(|net| net.contains(&addr.addr()))
+        });
+        if inside && desired.retained.is_empty() {
+            kernel.delete_link(link.index).await?;
+            report.changed.push(format!("removed {}", link.name));
+        } else if inside {
+            stay.push(link.index);
+        }
+    }
+    Ok(stay)
+}
+
+#[cfg(test)]
+mod tests;

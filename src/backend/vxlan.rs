@@ -1,0 +1,261 @@
+//! Owns the `vxlan` backend's decisions: from configuration, external interface and leases to devices and ways.
+//! Pure. Flannel specification section 8.2.
+//!
+//! Each family of the overlay crosses the same family of the underlay, through a device of its own, as the
+//! original has it.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::desired::{Device, Peer, Way};
+use super::device::{NAME_V4, NAME_V6};
+use super::kernel::{Link, VxlanLink};
+use super::plan::{Ends, PlanError};
+use crate::addr::{Mac, Mtu};
+use crate::config::{Object, VxlanBackend};
+use crate::iface::{Choice, Family};
+use crate::lease::{BackendData, Lease, LeaseAttrs, Subnets};
+
+/// What the lease calls it.
+pub const TYPE: &str = "vxlan";
+
+/// What the backend needs on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vxlan {
+    backend: VxlanBackend,
+    ends: Ends,
+    devices: Vec<(Family, NewDevice)>,
+}
+
+/// A device before it is known which subnet it belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct NewDevice {
+    name: String,
+    mac: Mac,
+    mtu: Mtu,
+    vxlan: VxlanLink,
+}
+
+/// Bytes of outer headers in front of the inner packet: Ethernet (14), VXLAN (8; RFC 7348 section 5), UDP (8), and
+/// IPv4 (20) or IPv6 (40).
+const fn overhead(underlay: IpAddr) -> u16 {
+    match underlay {
+        IpAddr::V4(_) => 50,
+        IpAddr::V6(_) => 70,
+    }
+}
+
+impl Vxlan {
+    /// Derives it from the configuration and the external interface. An `MTU` beyond the interface's counts as
+    /// the interface's, since the kernel's device goes no further.
+    ///
+    /// # Errors
+    ///
+    /// The MTU is too small.
+    pub fn new(backend: &VxlanBackend, ends: Ends) -> Result<Self, PlanError> {
+        let mut devices = Vec::new();
+        for choice in ends.iter() {
+            let family = Family::of(choice.addr);
+            let (prefix, least) = match family {
+                Family::V4 => (NAME_V4, Mtu::MIN),
+                Family::V6 => (NAME_V6, Mtu::MIN_V6),
+            };
+            let underlay = backend.mtu.map_or(choice.mtu, |mtu| mtu.min(choice.mtu));
+            let overhead = overhead(choice.addr);
+            let mtu = underlay.less(overhead).filter(|&mtu| mtu >= least);
+            let name = format!("{prefix}{}", backend.vni);
+            devices.push((
+                family,
+                NewDevice {
+                    mac: lasting_mac(&name, choice.public),
+                    name,
+                    mtu: mtu.ok_or(PlanError::MtuTooSmall {
+                        underlay,
+                        least,
+                        overhead,
+                    })?,
+                    vxlan: VxlanLink {
+                        vni: backend.vni,
+                        port: backend.port,
+                        link: choice.index,
+                        local: Some(choice.addr),
+                        learning: backend.learning,
+                        gbp: backend.gbp,
+                        extras: false,
+                    },
+                },
+            ));
+        }
+        Ok(Self {
+            backend: backend.clone(),
+            ends,
+            devices,
+        })
+    }
+
+    /// What pods may send: what fits through every device.
+    #[must_use]
+    pub fn mtu(&self) -> Mtu {
+        let mtus = self.devices.iter().map(|(_, device)| device.mtu);
+        mtus.min().unwrap_or(Mtu::MIN)
+    }
+
+    /// What the lease says about us.
+    #[must_use]
+    pub fn attrs(&self) -> LeaseAttrs {
+        let mut attrs = self.ends.attrs(TYPE);
+        for (family, device) in &self.devices {
+            let data = data(self.backend.vni, device.mac);
+            match family {
+                Family::V4 => attrs.backend_data = data,
+                Family::V6 => attrs.backend_v6_data = data,
+            }
+        }
+        attrs
+    }
+
+    /// The UDP port of the tunnel.
+    #[must_use]
+    pub const fn port(&self) -> u16 {
+        self.backend.port
+    }
+
+    /// The address of this node that the status shows.
+    #[must_use]
+    pub const fn addr(&self) -> IpAddr {
+        self.ends.primary().addr
+    }
+
+    /// The names of the devices.
+    pub fn device_names(&self) -> impl Iterator<Item = &str> {
+        self.devices.iter().map(|(_, device)| device.name.as_str())
+    }
+
+    /// Takes over the MAC address that a device has, or had: what peers know stays right.
+    fn keep_mac(&mut self, name: &str, mac: Mac) {
+        for (_, device) in &mut self.devices {
+            if device.name == name {
+                device.mac = mac;
+            }
+        }
+    }
+
+    /// Likewise from a device that a run before, or the original, has left. After a move to another address the
+    /// lease is another one, too, and two leases must not name one MAC address.
+    pub fn adopt_mac(&mut self, name: &str, link: &Link) {
+        let (Some(mac), Some(vxlan)) = (link.mac, link.vxlan) else {
+            return;
+        };
+        // The original sends from the public address.
+        let ours = |end: &Choice| vxlan.local == Some(end.addr) || vxlan.local == Some(end.public);
+        if self.ends.iter().any(ours) {
+            self.keep_mac(name, mac);
+        }
+    }
+
+    /// Likewise, those of the plan before.
+    pub fn keep_macs_of(&mut self, before: &Self) {
+        for (_, device) in &before.devices {
+            self.keep_mac(&device.name, device.mac);
+        }
+    }
+
+    /// The devices, with addresses of these subnets. Before a lease is there, the addresses are unspecified.
+    #[must_use]
+    pub fn devices(&self, subnets: Option<&Subnets>) -> Vec<Device> {
+        let device = |(family, device): &(Family, NewDevice)| {
+            let base = match family {
+                Family::V4 => subnets
+                    .and_then(|it| it.v4())
+                    .map(|net| IpAddr::V4(net.network())),
+                Family::V6 => subnets
+                    .and_then(|it| it.v6())
+                    .map(|net| IpAddr::V6(net.network())),
+            };
+            let unspecified = match family {
+                Family::V4 => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+                Family::V6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+            };
+            Device {
+                name: device.name.clone(),
+                mac: device.mac,
+                mtu: device.mtu,
+                vxlan: device.vxlan,
+                addr: IpNet::from(base.unwrap_or(unspecified)),
+            }
+        };
+        self.devices.iter().map(device).collect()
+    }
+
+    /// The way to a peer in one family.
+    ///
+    /// # Errors
+    ///
+    /// What the lease lacks.
+    pub fn peer(&self, lease: &Lease, family: Family) -> Result<Option<Peer>, String> {
+        let Some((net, public)) = self.ends.reach(lease, family)? else {
+            return Ok(None);
+        };
+        let mut devices = self.devices.iter();
+        let Some(device) = devices.position(|(of, _)| *of == family) else {
+            return Ok(None);
+        };
+        let (key, data) = match family {
+            Family::V4 => ("BackendData", &lease.attrs.backend_data),
+            Family::V6 => ("BackendV6Data", &lease.attrs.backend_v6_data),
+        };
+        let data = data
+            .as_ref()
+            .ok_or_else(|| format!("it publishes no {key}"))?;
+        let mac = vtep_mac(data).map_err(|why| format!("its {key}: {why}"))?;
+        if self.devices.iter().any(|(_, own)| own.mac == mac) {
+            return Err(format!(
+                "its VtepMAC {mac} is also this node's: give the nodes different ones"
+            ));
+        }
+        let direct = self.backend.direct_routing;
+        Ok(Some(Peer {
+            lease: lease.subnets,
+            net,
+            public,
+            way: Way::Vxlan {
+                device,
+                mac,
+                direct,
+            },
+        }))
+    }
+}
+
+/// What a lease publishes about a device, byte for byte as the original.
+fn data(vni: u32, mac: Mac) -> Option<BackendData> {
+    BackendData::new(&format!(r#"{{"VNI":{vni},"VtepMAC":"{mac}"}}"#))
+}
+
+/// The device's MAC address in what a lease publishes. The VNI beside it is never looked at, as in the original.
+fn vtep_mac(data: &BackendData) -> Result<Mac, String> {
+    const EXPECTED: &str = "the MAC address of one station, like 02:00:5e:10:00:01";
+    let object = Object::parse(data.get().as_bytes(), "").map_err(|error| error.to_string())?;
+    let mac = object
+        .text("VtepMAC", EXPECTED, crate::config::Null::Refused, |text| {
+            text.parse::<Mac>().ok()
+        })
+        .map_err(|error| error.to_string())?;
+    mac.ok_or_else(|| format!("there is no VtepMAC: expected {EXPECTED}"))
+}
+
+/// The MAC address of a device of ours: the same after a reboot, without keeping it anywhere, and different on
+/// nodes with different public addresses, as all nodes of a network have. FNV-1a with MurmurHash3's finaliser,
+/// which spreads well enough for 46 bits of which nothing but being different is asked.
+fn lasting_mac(name: &str, public: IpAddr) -> Mac {
+    let public = public.to_string();
+    let text = ["loden vtep", name, &public].join("\0");
+    let mut hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    for multiplier in [0xff51_afd7_ed55_8ccd, 0xc4ce_b9fe_1a85_ec53] {
+        hash = (hash ^ (hash >> 33)).wrapping_mul(multiplier);
+    }
+    Mac::local(hash ^ (hash >> 33))
+}

@@ -1,0 +1,450 @@
+//! Owns `loden capture`: asks the daemon for packets and writes them as text or pcapng. Never decides what
+//! became of a packet: the daemon's workers say so.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, BufWriter, Stdout, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep_until};
+
+use super::status::SocketArgs;
+use crate::datapath::tap::filter::{Facts, Filter};
+use crate::datapath::tap::{Direction, Lost, MAX_SNAP_LEN, Record};
+use crate::debug::pcapng::{self, Origin, Outcome};
+use crate::debug::socket::{self, Request};
+use crate::debug::stream;
+use crate::shutdown::Shutdown;
+
+/// Flags of `loden capture`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+EXPRESSION is a subset of tcpdump's, over inner packets, and words of its own:
+  [src|dst] host A | [src|dst] net P | [tcp|udp] [src|dst] port N | portrange A-B
+  ip ip6 tcp udp icmp icmp6 | proto N | less N | greater N
+  peer A | encap | decap | sent | delivered | answered | dropped | reason NAME
+joined with and, or, not and parentheses.
+
+Examples:
+  loden capture --dropped-only
+  loden capture host 198.18.3.7 and tcp port 443 -w pod.pcapng
+  loden capture -w - | tshark -r -")]
+pub struct CaptureArgs {
+    /// Which packets; all of them by default
+    #[arg(value_name = "EXPRESSION")]
+    expression: Vec<String>,
+
+    /// Write pcapng to FILE, `-` for standard output, instead of text
+    #[arg(short, long, value_name = "FILE")]
+    write: Option<PathBuf>,
+
+    /// End after so many packets (superpackets count as one)
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+
+    /// End after so many seconds
+    #[arg(short, long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    duration: Option<u64>,
+
+    /// Bytes kept of each packet
+    #[arg(short, long, value_name = "BYTES", default_value_t = MAX_SNAP_LEN,
+          value_parser = snap_len)]
+    snaplen: usize,
+
+    /// Begin a new file after so many MiB
+    #[arg(short = 'C', long, value_name = "MIB", requires = "write",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    file_size: Option<u64>,
+
+    /// Keep so many files, overwriting the oldest
+    #[arg(short = 'W', long, value_name = "N", requires = "file_size",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    files: Option<u32>,
+
+    /// Only what is exchanged with this peer, by its underlay address
+    #[arg(long, value_name = "ADDRESS")]
+    peer: Option<std::net::IpAddr>,
+
+    /// Only one direction: `encap` is from this node's pods to peers, `decap` the reverse
+    #[arg(long, value_name = "DIRECTION", value_parser = ["encap", "decap"])]
+    direction: Option<String>,
+
+    /// Only what was dropped
+    #[arg(long)]
+    dropped_only: bool,
+
+    /// Superpackets as the segments on the wire, not whole
+    #[arg(long)]
+    segments: bool,
+
+    /// Packets as the datagrams that carry them, outer headers in front; implies --segments
+    #[arg(long, requires = "write")]
+    outer: bool,
+
+    #[command(flatten)]
+    at: SocketArgs,
+}
+
+fn snap_len(text: &str) -> Result<usize, String> {
+    let wrong = || format!("give a number from 1 to {MAX_SNAP_LEN}");
+    let number: usize = text.parse().map_err(|_not| wrong())?;
+    (1..=MAX_SNAP_LEN)
+        .contains(&number)
+        .then_some(number)
+        .ok_or_else(wrong)
+}
+
+impl CaptureArgs {
+    /// The expression and the flags that say the same, as one.
+    fn filter(&self) -> anyhow::Result<Filter> {
+        let given: Filter = self.expression.join(" ").parse()?;
+        let mut words = Vec::new();
+        words.extend(self.peer.map(|peer| format!("peer {peer}")));
+        words.extend(self.direction.clone());
+        words.extend(self.dropped_only.then(|| "dropped".to_owned()));
+        Ok(given.and(words.join(" and ").parse()?))
+    }
+}
+
+pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
+    let filter = args.filter()?.to_string();
+    let mut shutdown = Shutdown::install().context("cannot wait for signals")?;
+    let path = args.at.path();
+    let request = Request::Capture {
+        filter: filter.clone(),
+        snap_len: args.snaplen,
+        segments: args.segments || args.outer,
+    };
+    let (answer, stream) = socket::open(&path, &request)?;
+    let origin = Origin {
+        device: answer["device"].as_str().unwrap_or("?").to_owned(),
+        bind: answer["bind"]
+            .as_str()
+            .and_then(|bind| bind.parse().ok())
+            .context("the daemon's answer names no address: daemon and client differ in version")?,
+        filter,
+    };
+    let mut sink = Sink::open(args, origin)?;
+    stream.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let end = runtime.block_on(read(args, &mut shutdown, stream, &mut sink))?;
+    let written = sink.written;
+    sink.end(end.lost)?;
+    let lost = match end.lost.records {
+        0 => String::new(),
+        records => format!(
+            ", {records} more ({} inner packets) lost because they were not fetched in time",
+            end.lost.packets
+        ),
+    };
+    // A closed standard error leaves nowhere to say so.
+    let _said = writeln!(io::stderr(), "{written} packets captured{lost}");
+    if end.hung_up {
+        bail!("the daemon ended the capture: it stopped, or opened its data plane again");
+    }
+    Ok(())
+}
+
+/// How a capture ended.
+struct End {
+    lost: Lost,
+    hung_up: bool,
+}
+
+async fn read(
+    args: &CaptureArgs,
+    shutdown: &mut Shutdown,
+    stream: std::os::unix::net::UnixStream,
+    sink: &mut Sink,
+) -> anyhow::Result<End> {
+    let mut stream = UnixStream::from_std(stream)?;
+    let limit = args.duration.map(Duration::from_secs);
+    let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
+    let mut bytes = Vec::new();
+    let mut end = End {
+        lost: Lost::default(),
+        hung_up: false,
+    };
+    loop {
+        tokio::select! {
+            frame = stream::next_frame(&mut stream, &mut bytes) => {
+                let Some(lost) = frame.context("reading from the daemon")? else {
+                    end.hung_up = true;
+                    return Ok(end);
+                };
+                end.lost = lost;
+            }
+            () = sleep_until(limit.unwrap_or_else(Instant::now)), if limit.is_some() => return Ok(end),
+            _ = shutdown.requested() => return Ok(end),
+        }
+        let mut records = Vec::new();
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let (record, copied, after) = Record::decode(rest)?;
+            records.push((record, copied));
+            rest = after;
+        }
+        // Workers are independent: each one's records are in order, all together are not.
+        records.sort_by_key(|(record, _)| record.time_ns);
+        for (record, copied) in records {
+            if args.count.is_some_and(|count| sink.written >= count) {
+                break;
+            }
+            match sink.packet(&record, copied) {
+                // Whoever reads has seen enough.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(end),
+                result => result.context("writing the capture")?,
+            }
+        }
+        match sink.flush() {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(end),
+            result => result.context("writing the capture")?,
+        }
+        if args.count.is_some_and(|count| sink.written >= count) {
+            return Ok(end);
+        }
+    }
+}
+
+/// Where packets go.
+struct Sink {
+    written: u64,
+    to: To,
+}
+
+enum To {
+    Lines(BufWriter<Stdout>),
+    Pipe(pcapng::File<BufWriter<Stdout>>),
+    Files(Box<Files>),
+}
+
+impl Sink {
+    fn open(args: &CaptureArgs, origin: Origin) -> anyhow::Result<Self> {
+        let to = match &args.write {
+            None => To::Lines(BufWriter::new(io::stdout())),
+            Some(path) if path == Path::new("-") => {
+                if args.file_size.is_some() {
+                    bail!("--file-size needs --write with a file's name");
+                }
+                let stdout = BufWriter::new(io::stdout());
+                To::Pipe(pcapng::File::begin(stdout, &origin, args.outer)?)
+            }
+            Some(path) => To::Files(Box::new(Files::create(path, args, origin)?)),
+        };
+        Ok(Self { written: 0, to })
+    }
+
+    fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.to {
+            To::Lines(out) => writeln!(out, "{}", line(record, bytes))?,
+            To::Pipe(file) => {
+                file.packet(record, bytes)?;
+            }
+            To::Files(files) => files.packet(record, bytes)?,
+        }
+        self.written += 1;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.to {
+            To::Lines(out) => out.flush(),
+            To::Pipe(file) => file.flush(),
+            To::Files(files) => files.flush(),
+        }
+    }
+
+    fn end(self, lost: Lost) -> io::Result<()> {
+        let ended = match self.to {
+            To::Lines(mut out) => out.flush(),
+            To::Pipe(file) => file.end(lost).map(drop),
+            To::Files(files) => files.end(lost),
+        };
+        match ended {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result,
+        }
+    }
+}
+
+/// One file, or several that follow each other.
+struct Files {
+    path: PathBuf,
+    origin: Origin,
+    outer: bool,
+    /// Bytes after which the next file begins.
+    limit: Option<u64>,
+    keep: Option<u32>,
+    /// Number of the file being written.
+    number: u32,
+    len: u64,
+    /// None only between two files.
+    file: Option<pcapng::File<BufWriter<File>>>,
+}
+
+impl Files {
+    fn create(path: &Path, args: &CaptureArgs, origin: Origin) -> anyhow::Result<Self> {
+        let mut files = Self {
+            path: path.to_owned(),
+            origin,
+            outer: args.outer,
+            limit: args.file_size.map(|mib| mib << 20),
+            keep: args.files,
+            number: 0,
+            len: 0,
+            file: None,
+        };
+        files.begin()?;
+        Ok(files)
+    }
+
+    /// The current file's name: with a number where there may be several, as tcpdump has it.
+    fn name(&self) -> PathBuf {
+        if self.limit.is_none() {
+            return self.path.clone();
+        }
+        let mut name = self.path.clone().into_os_string();
+        name.push(self.number.to_string());
+        name.into()
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        let name = self.name();
+        let file = File::create(&name).map_err(|error| {
+            let text = format!("cannot create {}: {error}", name.display());
+            io::Error::new(error.kind(), text)
+        })?;
+        let writer = BufWriter::new(file);
+        self.file = Some(pcapng::File::begin(writer, &self.origin, self.outer)?);
+        self.len = 0;
+        Ok(())
+    }
+
+    fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<()> {
+        if self.limit.is_some_and(|limit| self.len >= limit) {
+            if let Some(file) = self.file.take() {
+                file.end(Lost::default())?;
+            }
+            self.number += 1;
+            if self.keep.is_some_and(|keep| self.number >= keep) {
+                self.number = 0;
+            }
+            self.begin()?;
+        }
+        if let Some(file) = &mut self.file {
+            self.len += file.packet(record, bytes)? as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.as_mut().map_or(Ok(()), pcapng::File::flush)
+    }
+
+    fn end(mut self, lost: Lost) -> io::Result<()> {
+        match self.file.take() {
+            Some(file) => file.end(lost).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One packet as a line of text.
+fn line(record: &Record, bytes: &[u8]) -> String {
+    let (seconds, nanos) = (
+        record.time_ns / 1_000_000_000,
+        record.time_ns % 1_000_000_000,
+    );
+    let direction = match record.direction {
+        Direction::Encap => "encap",
+        Direction::Decap => "decap",
+    };
+    let mut line = format!(
+        "{:02}:{:02}:{:02}.{:06} {direction} ",
+        seconds / 3600 % 24,
+        seconds / 60 % 60,
+        seconds % 60,
+        nanos / 1000
+    );
+    let facts = Facts::of(record, bytes);
+    let protocol = match facts.protocol() {
+        Some(1) => "icmp".to_owned(),
+        Some(6) => "tcp".to_owned(),
+        Some(17) => "udp".to_owned(),
+        Some(58) => "icmp6".to_owned(),
+        Some(other) => format!("proto {other}"),
+        None => "no IP packet".to_owned(),
+    };
+    if let Some((src, dst)) = facts.addrs() {
+        let (src, dst) = match facts.ports() {
+            Some((from, to)) => (
+                SocketAddr::new(src, from).to_string(),
+                SocketAddr::new(dst, to).to_string(),
+            ),
+            None => (src.to_string(), dst.to_string()),
+        };
+        // Writing to a string cannot fail.
+        let _infallible = write!(line, "{src} > {dst} ");
+    }
+    let _infallible = write!(line, "{protocol} {} bytes: {}", record.len, Outcome(record));
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: CaptureArgs,
+    }
+
+    fn filter(line: &str) -> String {
+        let words = std::iter::once("x").chain(line.split_whitespace());
+        Line::parse_from(words).args.filter().unwrap().to_string()
+    }
+
+    #[test]
+    fn flags_narrow_the_expression() {
+        assert_eq!(filter(""), "");
+        assert_eq!(
+            filter("tcp or udp --dropped-only --peer 192.0.2.1 --direction decap"),
+            "proto 6 or proto 17 and (peer 192.0.2.1 and decap and dropped)"
+        );
+    }
+
+    #[test]
+    fn line_names_both_ends_and_the_outcome() {
+        let mut packet = Vec::new();
+        etherparse::PacketBuilder::ipv4([198, 18, 1, 2], [198, 18, 2, 3], 9)
+            .udp(7, 53)
+            .write(&mut packet, b"x")
+            .unwrap();
+        let record = Record {
+            time_ns: 86_400_000_000_000 + 3_661_000_002_000,
+            direction: Direction::Encap,
+            verdict: crate::datapath::tap::Verdict::Sent,
+            outer: Some("192.0.2.2:8285".parse().unwrap()),
+            local_port: 1,
+            tos: 0,
+            worker: 1,
+            packets: 3,
+            len: 29,
+        };
+        assert_eq!(
+            line(&record, &packet),
+            "01:01:01.000002 encap 198.18.1.2:7 > 198.18.2.3:53 udp 29 bytes: \
+             sent, to 192.0.2.2:8285 over udp, 3 packets, worker 1"
+        );
+    }
+}

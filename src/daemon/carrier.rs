@@ -1,0 +1,234 @@
+//! Owns what carries the packets of a session: our data plane, or the kernel programmed for every peer. Never
+//! decides when to open it, or when to look at it.
+
+use std::time::{Duration, Instant};
+
+use super::register::Registration;
+use super::tunnel::Tunnel;
+use super::{DaemonError, Options};
+use crate::backend::desired::{Desired, Refused};
+use crate::backend::kernel::{Change, Kernel};
+use crate::backend::plan::Plan;
+use crate::backend::reconcile::Outcome;
+use crate::backend::settle::{self, settle};
+use crate::datapath::PeerRoute;
+use crate::lease::Subnets;
+
+/// What should be there for the peers.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    /// For the data plane.
+    pub(super) routes: Vec<PeerRoute>,
+    /// For the kernel.
+    pub(super) desired: Desired,
+}
+
+/// What carries the packets. Dropping it takes our data plane away; what the kernel was programmed with stays and
+/// goes on carrying packets, as the original leaves it.
+pub(super) struct Carrier {
+    /// Our data plane, for the backends that have it.
+    pub(super) tunnel: Option<Tunnel>,
+    wanted: Wanted,
+    /// The kernel may not hold what is wanted.
+    stale: bool,
+    /// A device that a run before has left was looked for, with nobody left who could need it.
+    swept: bool,
+    /// What the last look found.
+    pub(super) report: settle::Report,
+    /// How long the last look took.
+    pub(super) look_took: Duration,
+}
+
+/// What a look found.
+pub(super) enum Looked {
+    /// All is as it should be.
+    Unchanged,
+    /// It was put right, after changes by somebody else.
+    Repaired(String),
+    /// It was brought to what is wanted now.
+    Programmed(usize),
+    /// Some of it cannot be put right, for now.
+    Incomplete(String),
+    /// It has to be opened anew.
+    Broken(String),
+}
+
+impl Carrier {
+    /// Opens the data plane, or programs the kernel.
+    pub(super) async fn open(
+        options: &Options,
+        registration: &Registration,
+        kernel: &impl Kernel,
+        wanted: Wanted,
+    ) -> Result<Self, DaemonError> {
+        let tunnel = match &registration.plan {
+            Plan::Udp { backend, underlay } => {
+                let ends = (backend, underlay);
+                Some(Tunnel::open(options, registration, ends, kernel, &wanted.routes).await?)
+            }
+            Plan::Vxlan(_) | Plan::HostGw(_) => None,
+        };
+        let begun = Instant::now();
+        let mut carrier = Self {
+            tunnel,
+            wanted,
+            stale: true,
+            swept: false,
+            report: settle::Report::default(),
+            look_took: Duration::ZERO,
+        };
+        let failures = carrier.settle(kernel).await?;
+        if let Some(failures) = failures {
+            tracing::warn!("{failures}");
+        }
+        if carrier.tunnel.is_none() {
+            tracing::info!(
+                "{} is up: MTU {}, {} peers, after {:?}",
+                registration.plan.name(),
+                registration.plan.mtu(),
+                carrier.wanted.desired.peers.len(),
+                begun.elapsed()
+            );
+        }
+        Ok(carrier)
+    }
+
+    /// Takes over what is wanted now: at once in our data plane, at the next look in the kernel.
+    pub(super) fn publish(&mut self, wanted: Wanted) {
+        if let Some(tunnel) = &self.tunnel {
+            tunnel.publish(&wanted.routes);
+        }
+        self.stale |= wanted.desired != self.wanted.desired;
+        self.wanted = wanted;
+    }
+
+    /// Whether the kernel waits for a look because of what was published.
+    pub(super) const fn is_stale(&self) -> bool {
+        self.stale
+    }
+
+    /// The numbers of the devices.
+    pub(super) fn devices(&self) -> impl Iterator<Item = u32> {
+        let tunnel = self.tunnel.iter().map(|tunnel| tunnel.index);
+        tunnel.chain(self.report.devices.iter().copied())
+    }
+
+    /// Whether a peer is reached by a route through its node.
+    pub(super) fn is_direct(&self, subnets: &Subnets) -> bool {
+        crate::backend::udp::nets(subnets)
+            .iter()
+            .any(|net| self.report.direct.contains(net))
+    }
+
+    /// Looks at what is there, and puts it right.
+    pub(super) async fn look(&mut self, kernel: &impl Kernel) -> Looked {
+        let begun = Instant::now();
+        let mut repaired = None;
+        if let Some(tunnel) = &self.tunnel {
+            match tunnel.repair(kernel).await {
+                Ok(Outcome::Done(actions)) if actions.is_empty() => {}
+                Ok(Outcome::Done(actions)) => {
+                    tracing::debug!(?actions, device = tunnel.device, "repaired");
+                    repaired = Some(format!("device {}", tunnel.device));
+                }
+                Ok(Outcome::Gone) => {
+                    return Looked::Broken(format!("device {} was removed", tunnel.device));
+                }
+                Err(error) => {
+                    let device = &tunnel.device;
+                    return Looked::Incomplete(format!("device {device} stays as it is: {error}"));
+                }
+            }
+            // Nothing in the kernel depends on single peers.
+            if !self.stale {
+                self.look_took = begun.elapsed();
+                return repaired.map_or(Looked::Unchanged, Looked::Repaired);
+            }
+        }
+        let was_stale = self.stale;
+        let failures = match self.settle(kernel).await {
+            Ok(failures) => failures,
+            Err(error) => return Looked::Broken(error.to_string()),
+        };
+        self.look_took = begun.elapsed();
+        if let Some(failures) = failures {
+            return Looked::Incomplete(failures);
+        }
+        match (self.report.changed.as_slice(), repaired) {
+            ([], None) => Looked::Unchanged,
+            (changed, None) if was_stale => Looked::Programmed(changed.len()),
+            ([], Some(what)) => Looked::Repaired(what),
+            ([one], None) => Looked::Repaired(one.clone()),
+            ([one, rest @ ..], _) => Looked::Repaired(format!("{one} and {} more", rest.len())),
+        }
+    }
+
+    /// One look at the kernel; what it refused, if it did.
+    async fn settle(
+        &mut self,
+        kernel: &impl Kernel,
+    ) -> Result<Option<String>, crate::backend::device::DeviceError> {
+        let desired = &mut self.wanted.desired;
+        desired.sweep_devices = !self.swept;
+        let report = settle(kernel, desired).await?;
+        self.swept = desired.complete && desired.retained.is_empty();
+        // What the next publication is compared with does not know of it.
+        desired.sweep_devices = false;
+        for change in &report.changed {
+            tracing::debug!("{change}");
+        }
+        let told = |refused: &Refused| !self.report.refused.contains(refused);
+        tell(report.refused.iter().filter(|refused| told(refused)));
+        let failures = match report.failed {
+            0 => None,
+            failed => Some(format!(
+                "{failed} changes were refused: {}",
+                report.failures.join("; ")
+            )),
+        };
+        self.stale = false;
+        self.report = report;
+        Ok(failures)
+    }
+
+    /// Whether a change may be about what we keep.
+    pub(super) fn concerns(&self, change: Change, external: u32) -> bool {
+        let link = |index: u32| match &self.tunnel {
+            Some(tunnel) => index == tunnel.index,
+            None => index == external || self.report.devices.contains(&index),
+        };
+        match change {
+            Change::Link(index) | Change::Address(index) => link(index),
+            Change::Neighbour(index) => {
+                self.tunnel.is_none() && self.report.devices.contains(&index)
+            }
+            Change::Route(net) => match &self.tunnel {
+                Some(tunnel) => tunnel.desired.networks.contains(&net),
+                None => {
+                    let desired = &self.wanted.desired;
+                    // A route of ours, or one that decides whether a peer is on a link.
+                    desired
+                        .networks
+                        .iter()
+                        .any(|network| network.contains(&net))
+                        || desired.peers.iter().any(|peer| net.contains(&peer.public))
+                }
+            },
+            Change::Everything => true,
+        }
+    }
+}
+
+/// Peers that are refused all at once, as when the underlay goes down, make a few lines and a number.
+const MAX_TOLD: usize = 5;
+
+/// Tells of peers that get no way.
+pub(super) fn tell<'a>(refused: impl Iterator<Item = &'a Refused>) {
+    let refused: Vec<&Refused> = refused.collect();
+    for Refused { lease, why } in refused.iter().take(MAX_TOLD) {
+        tracing::warn!("lease {lease} is not served: {why}");
+    }
+    if let Some(more) = refused.len().checked_sub(MAX_TOLD).filter(|&more| more > 0) {
+        tracing::warn!("{more} more leases are not served (loden status)");
+    }
+}

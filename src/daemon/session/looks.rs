@@ -1,0 +1,103 @@
+//! Owns when a session looks at what carries its packets, and what follows from what it finds.
+
+use std::time::{Duration, Instant};
+
+use super::{RESYNC, Session};
+use crate::backend::kernel::{Change, Kernel};
+use crate::daemon::Daemon;
+use crate::daemon::carrier::{Carrier, Looked};
+use crate::store::LeaseStore;
+
+/// A burst of notifications about the device is answered by one look, this much later.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// News of the external interface is looked into this much later, when an address that is taken away only to be
+/// set again is back.
+const SETTLE_INTERFACE: Duration = Duration::from_secs(1);
+
+/// What could not be put right is tried again this much later.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
+    /// Opens what carries the packets again.
+    pub(super) async fn reopen(&mut self, session: &mut Session) {
+        let wanted = session.wanted();
+        let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
+        match opened.await {
+            Ok(carrier) => {
+                session.carrier = Some(carrier);
+                session.down = None;
+                session.backoff.succeeded(Instant::now());
+                session.look_at = Instant::now() + RESYNC;
+                self.reopened += 1;
+            }
+            Err(error) => session.close(&error.to_string()),
+        }
+    }
+}
+
+impl Session {
+    /// Makes the next look at the device come soon if the change may be about it.
+    pub(super) fn notice(&mut self, change: Change) {
+        let external = self.registration.choice().index;
+        let about_external = match change {
+            Change::Link(index) | Change::Address(index) => {
+                index == external || self.moved.is_some()
+            }
+            Change::Route(_) | Change::Neighbour(_) => false,
+            Change::Everything => true,
+        };
+        if about_external && self.choose_at.is_none() {
+            self.choose_at = Some(Instant::now() + SETTLE_INTERFACE);
+        }
+        let Some(carrier) = &self.carrier else { return };
+        if carrier.concerns(change, external) {
+            self.look_soon();
+        }
+    }
+
+    /// Looks before long: at most a fifth of the time is spent on looking, however much is going on.
+    pub(super) fn look_soon(&mut self) {
+        let took = self
+            .carrier
+            .as_ref()
+            .map_or(Duration::ZERO, |carrier| carrier.look_took);
+        self.look_at = self.look_at.min(Instant::now() + SETTLE.max(took * 4));
+    }
+
+    /// Looks at what carries the packets and puts it right.
+    pub(super) async fn look(&mut self, kernel: &impl Kernel) {
+        let Some(carrier) = &mut self.carrier else {
+            return;
+        };
+        let looked = carrier.look(kernel).await;
+        self.look_at = Instant::now() + RESYNC;
+        self.counts.looks += 1;
+        self.incomplete = None;
+        match looked {
+            Looked::Unchanged => {}
+            Looked::Programmed(changes) => tracing::debug!(changes, "programmed"),
+            Looked::Repaired(what) => {
+                self.counts.repairs += 1;
+                self.log_limited(format!("changed by somebody else, repaired: {what}"));
+            }
+            Looked::Incomplete(why) => {
+                self.look_at = Instant::now() + RETRY;
+                self.log_limited(why.clone());
+                self.incomplete = Some(why);
+            }
+            Looked::Broken(why) => self.close(&why),
+        }
+    }
+
+    /// Closes what carries the packets, to be opened again.
+    pub(super) fn close(&mut self, why: &str) {
+        self.carrier = None;
+        self.incomplete = None;
+        let now = Instant::now();
+        self.reopen_at = self.backoff.failed(now);
+        let wait = self.reopen_at.saturating_duration_since(now);
+        tracing::error!("tunnel is down: {why}: opening it again in {wait:?}");
+        self.down = Some(why.to_owned());
+    }
+}

@@ -1,0 +1,312 @@
+//! Owns captures as pcapng files (draft-ietf-opsawg-pcapng): one interface per direction, the verdict as the
+//! packet's comment. Never opens a file.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use etherparse::{IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, UdpHeader};
+use pcap_file::pcapng::PcapNgWriter;
+use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPacketOption};
+use pcap_file::pcapng::blocks::interface_description::{
+    InterfaceDescriptionBlock, InterfaceDescriptionOption,
+};
+use pcap_file::pcapng::blocks::interface_statistics::{
+    InterfaceStatisticsBlock, InterfaceStatisticsOption,
+};
+use pcap_file::pcapng::blocks::section_header::{SectionHeaderBlock, SectionHeaderOption};
+use pcap_file::{DataLink, Endianness, PcapError};
+
+use crate::datapath::tap::{Direction, Lost, Record, Verdict};
+use crate::wire::ipv4::Ipv4;
+use crate::wire::ipv6::{self, Ipv6};
+
+/// `if_tsresol`: 10⁻⁹ s.
+const NANOSECONDS: u8 = 9;
+/// `epb_flags`: the packet came in, or went out (section 4.3).
+const INBOUND: u32 = 1;
+const OUTBOUND: u32 = 2;
+/// Time to live of the outer headers that are written; the kernel's is not seen.
+const OUTER_TTL: u8 = 64;
+
+/// What a file says about where it comes from.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The TUN device.
+    pub device: String,
+    /// The tunnel's own outer address.
+    pub bind: SocketAddr,
+    /// The filter, as given.
+    pub filter: String,
+}
+
+/// Writes one file.
+pub struct File<W: Write> {
+    writer: PcapNgWriter<W>,
+    bind: SocketAddr,
+    outer: bool,
+    packet: Vec<u8>,
+    written: [u64; 2],
+    last_ns: u64,
+}
+
+impl<W: Write> fmt::Debug for File<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("File").finish_non_exhaustive()
+    }
+}
+
+impl<W: Write> File<W> {
+    /// Writes the file's beginning. With `outer`, packets are written as the datagrams that carry them.
+    ///
+    /// # Errors
+    /// The writer's.
+    pub fn begin(writer: W, origin: &Origin, outer: bool) -> io::Result<Self> {
+        let program = concat!("loden ", env!("CARGO_PKG_VERSION"));
+        let section = SectionHeaderBlock {
+            endianness: Endianness::native(),
+            options: vec![SectionHeaderOption::UserApplication(program.into())],
+            ..SectionHeaderBlock::default()
+        };
+        let mut writer = PcapNgWriter::with_section_header(writer, section).map_err(io)?;
+        for (name, what) in [
+            ("encap", "from pods to peers"),
+            ("decap", "from peers to pods"),
+        ] {
+            let description = format!("{} {what}, tunnel at {}", origin.device, origin.bind);
+            let mut options = vec![
+                InterfaceDescriptionOption::IfName(name.into()),
+                InterfaceDescriptionOption::IfDescription(description.into()),
+                InterfaceDescriptionOption::IfTsResol(NANOSECONDS),
+            ];
+            if !origin.filter.is_empty() {
+                // The zero says that text follows.
+                let filter = [&[0], origin.filter.as_bytes()].concat();
+                options.push(InterfaceDescriptionOption::IfFilter(filter.into()));
+            }
+            let interface = InterfaceDescriptionBlock {
+                linktype: DataLink::RAW,
+                snaplen: 0,
+                options,
+            };
+            writer.write_pcapng_block(interface).map_err(io)?;
+        }
+        Ok(Self {
+            writer,
+            bind: origin.bind,
+            outer,
+            packet: Vec::new(),
+            written: [0; 2],
+            last_ns: 0,
+        })
+    }
+
+    /// Writes one packet, of which `bytes` were copied. Returns how many bytes the file grew.
+    ///
+    /// # Errors
+    /// The writer's.
+    pub fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<usize> {
+        self.packet.clear();
+        let outer_len = match (self.outer, record.outer) {
+            (true, Some(outer)) => outer_headers(record, self.bind, outer, bytes, &mut self.packet),
+            _ => 0,
+        };
+        self.packet.extend_from_slice(bytes);
+        if let Some(inner) = self.packet.get_mut(outer_len..) {
+            set_length(record, inner);
+        }
+        let (interface_id, flags) = match record.direction {
+            Direction::Encap => (0, OUTBOUND),
+            Direction::Decap => (1, INBOUND),
+        };
+        if let Some(written) = self.written.get_mut(interface_id) {
+            *written += 1;
+        }
+        self.last_ns = record.time_ns;
+        let original_len = record.len as usize + outer_len;
+        let block = EnhancedPacketBlock {
+            interface_id: u32::from(interface_id == 1),
+            timestamp: Duration::from_nanos(record.time_ns),
+            original_len: u32::try_from(original_len).unwrap_or(u32::MAX),
+            data: Cow::Borrowed(&self.packet),
+            options: vec![
+                EnhancedPacketOption::Comment(Outcome(record).to_string().into()),
+                EnhancedPacketOption::Flags(flags),
+            ],
+        };
+        self.writer.write_pcapng_block(block).map_err(io)
+    }
+
+    /// Hands on what was written so far.
+    ///
+    /// # Errors
+    /// The writer's.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.writer.get_mut().flush()
+    }
+
+    /// Writes the statistics that end a file: what it holds, and what was lost on the way to it.
+    ///
+    /// # Errors
+    /// The writer's.
+    pub fn end(mut self, lost: Lost) -> io::Result<W> {
+        for (interface_id, written) in (0_u32..).zip(self.written) {
+            let block = InterfaceStatisticsBlock {
+                interface_id,
+                // High half first; the library writes one number in the file's byte order.
+                timestamp: if cfg!(target_endian = "little") {
+                    self.last_ns.rotate_left(32)
+                } else {
+                    self.last_ns
+                },
+                options: vec![
+                    InterfaceStatisticsOption::IsbIfRecv(written + share(lost, interface_id)),
+                    InterfaceStatisticsOption::IsbIfDrop(share(lost, interface_id)),
+                ],
+            };
+            self.writer.write_pcapng_block(block).map_err(io)?;
+        }
+        let mut writer = self.writer.into_inner();
+        writer.flush()?;
+        Ok(writer)
+    }
+}
+
+/// Losses are counted for both directions together; they are told once, with the first.
+const fn share(lost: Lost, interface_id: u32) -> u64 {
+    if interface_id == 0 { lost.records } else { 0 }
+}
+
+fn io(error: PcapError) -> io::Error {
+    if let PcapError::IoError(error) = error {
+        return error;
+    }
+    io::Error::other(error)
+}
+
+/// Writes the length of a superpacket that was put together from segments into its headers, as a NIC's
+/// merging does. Its transport checksum is not that of the whole.
+fn set_length(record: &Record, packet: &mut [u8]) {
+    if record.packets < 2 {
+        return;
+    }
+    let total = u16::try_from(record.len).unwrap_or(u16::MAX);
+    let Some(&first) = packet.first() else { return };
+    let (transport_at, protocol) = if first >> 4 == 4 && packet.len() >= 20 {
+        let mut ip = Ipv4::new_unchecked(&mut *packet);
+        ip.set_total_len(total);
+        ip.fill_checksum();
+        (ip.header_len(), ip.protocol())
+    } else if first >> 4 == 6 && packet.len() >= ipv6::HEADER_LEN {
+        let mut ip = Ipv6::new_unchecked(&mut *packet);
+        ip.set_payload_len(total.saturating_sub(40));
+        (ipv6::HEADER_LEN, ip.next_header())
+    } else {
+        return;
+    };
+    if protocol == IpNumber::UDP.0
+        && let Some(udp) = packet.get_mut(transport_at..transport_at + 8)
+    {
+        let len = total.saturating_sub(u16::try_from(transport_at).unwrap_or(0));
+        udp[4..6].copy_from_slice(&len.to_be_bytes());
+    }
+}
+
+/// Appends the outer headers of a datagram as they are on the wire, but for what the kernel chooses: the
+/// identification and the time to live. Returns their length.
+fn outer_headers(
+    record: &Record,
+    bind: SocketAddr,
+    outer: SocketAddr,
+    inner: &[u8],
+    out: &mut Vec<u8>,
+) -> usize {
+    let own = SocketAddr::new(bind.ip(), record.local_port);
+    let (from, to) = match record.direction {
+        Direction::Encap => (own, outer),
+        Direction::Decap => (outer, own),
+    };
+    let payload_len = u16::try_from(record.len)
+        .unwrap_or(u16::MAX)
+        .min(u16::MAX - 8 - 20);
+    let mut udp = UdpHeader {
+        source_port: from.port(),
+        destination_port: to.port(),
+        length: payload_len + 8,
+        checksum: 0,
+    };
+    let begin = out.len();
+    match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let mut ip = Ipv4Header {
+                total_len: udp.length + 20,
+                dont_fragment: true,
+                time_to_live: OUTER_TTL,
+                protocol: IpNumber::UDP,
+                source: from.octets(),
+                destination: to.octets(),
+                dscp: etherparse::IpDscp::try_new(record.tos >> 2).unwrap_or_default(),
+                ecn: etherparse::IpEcn::try_new(record.tos & 3).unwrap_or_default(),
+                ..Ipv4Header::default()
+            };
+            ip.header_checksum = ip.calc_header_checksum();
+            out.extend_from_slice(&ip.to_bytes());
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let ip = Ipv6Header {
+                traffic_class: record.tos,
+                flow_label: Ipv6FlowLabel::default(),
+                payload_length: udp.length,
+                next_header: IpNumber::UDP,
+                hop_limit: OUTER_TTL,
+                source: from.octets(),
+                destination: to.octets(),
+            };
+            // IPv6 knows no absent checksum. Of a packet that was cut short nobody can know it.
+            if let Ok(checksum) = udp.calc_checksum_ipv6(&ip, inner) {
+                udp.checksum = checksum;
+            }
+            out.extend_from_slice(&ip.to_bytes());
+        }
+        _ => return 0,
+    }
+    out.extend_from_slice(&udp.to_bytes());
+    out.len() - begin
+}
+
+/// What became of a packet, in words.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome<'a>(pub &'a Record);
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Record {
+            outer,
+            packets,
+            verdict,
+            ..
+        } = *self.0;
+        match verdict {
+            Verdict::Sent => f.write_str("sent")?,
+            Verdict::Fragmented => f.write_str("sent in fragments")?,
+            Verdict::Delivered => f.write_str("delivered")?,
+            Verdict::Answered(reason) => write!(f, "answered: {}", reason.name())?,
+            Verdict::Dropped(reason) => write!(f, "dropped: {}", reason.name())?,
+        }
+        match (outer, self.0.direction) {
+            (Some(outer), Direction::Encap) => write!(f, ", to {outer} over udp")?,
+            (Some(outer), Direction::Decap) => write!(f, ", from {outer} over udp")?,
+            (None, _) => {}
+        }
+        if packets > 1 {
+            write!(f, ", {packets} packets")?;
+        }
+        write!(f, ", worker {}", self.0.worker)?;
+        if let Verdict::Answered(reason) | Verdict::Dropped(reason) = verdict {
+            write!(f, "; {}", reason.remedy())?;
+        }
+        Ok(())
+    }
+}

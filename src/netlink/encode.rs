@@ -1,0 +1,127 @@
+//! Owns the writing of our types into rtnetlink messages. Pure; never sends anything.
+
+use std::io;
+use std::net::IpAddr;
+
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
+};
+use netlink_packet_route::route::{RouteMessage, RouteProtocol};
+use rtnetlink::{LinkUnspec, LinkVxlan, RouteMessageBuilder};
+
+use crate::backend::kernel::{Forward, KernelError, LinkChange, Neighbour, NewVxlan, Route};
+
+/// A VXLAN device as flannel asks for it (specification section 8.2); what is not named here is as the kernel
+/// has it by default, which is off.
+pub(super) fn vxlan(device: &NewVxlan) -> LinkMessage {
+    let vxlan = &device.vxlan;
+    let mut builder = LinkVxlan::new(&device.name, vxlan.vni)
+        .port(vxlan.port)
+        .learning(vxlan.learning)
+        .mtu(u32::from(device.mtu.get()))
+        .txqueuelen(0)
+        .address(device.mac.bytes().to_vec());
+    if vxlan.link != 0 {
+        builder = builder.dev(vxlan.link);
+    }
+    builder = match vxlan.local {
+        Some(IpAddr::V4(local)) => builder.local(local),
+        Some(IpAddr::V6(local)) => builder.local6(local),
+        None => builder,
+    };
+    if vxlan.gbp {
+        builder = builder.gbp();
+    }
+    builder.build()
+}
+
+/// What is changed about a link whatever its kind, and the words for it.
+pub(super) fn change(index: u32, change: LinkChange) -> (LinkMessage, String) {
+    let mut message = LinkUnspec::new_with_index(index);
+    let mut what = Vec::new();
+    if let Some(mtu) = change.mtu {
+        message = message.mtu(u32::from(mtu.get()));
+        what.push(format!("mtu {mtu}"));
+    }
+    if let Some(len) = change.tx_queue_len {
+        message = message.append_extra_attribute(LinkAttribute::TxQueueLen(len));
+        what.push(format!("txqueuelen {len}"));
+    }
+    if let Some(mac) = change.mac {
+        message = message.address(mac.bytes().to_vec());
+        what.push(format!("address {mac}"));
+    }
+    if change.up {
+        message = message.up();
+        what.push("up".to_owned());
+    }
+    (message.build(), what.join(" "))
+}
+
+/// Whether a VXLAN device learns.
+pub(super) fn learning(index: u32, learning: bool) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Vxlan),
+        LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(learning)])),
+    ]));
+    message
+}
+
+/// A neighbour, to be removed.
+pub(super) fn neighbour(neighbour: &Neighbour) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = match neighbour.ip {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
+    message.header.ifindex = neighbour.link;
+    let to = NeighbourAddress::from(neighbour.ip);
+    message.attributes.push(NeighbourAttribute::Destination(to));
+    message
+}
+
+/// A forwarding entry, to be removed.
+pub(super) fn forward(forward: &Forward) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = forward.link;
+    message.header.flags = NeighbourFlags::Own;
+    let mac = forward.mac.bytes().to_vec();
+    message
+        .attributes
+        .push(NeighbourAttribute::LinkLayerAddress(mac));
+    let to = NeighbourAddress::from(forward.to);
+    message.attributes.push(NeighbourAttribute::Destination(to));
+    message
+}
+
+/// A route.
+pub(super) fn route(route: &Route) -> Result<RouteMessage, KernelError> {
+    let invalid = |error: String| KernelError {
+        operation: format!("describe route {route}"),
+        source: io::Error::new(io::ErrorKind::InvalidInput, error),
+    };
+    let mut builder = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(route.net.network(), route.net.prefix_len())
+        .map_err(|e| invalid(e.to_string()))?
+        .output_interface(route.link)
+        .protocol(RouteProtocol::from(route.protocol));
+    if let Some(gateway) = route.gateway {
+        builder = builder
+            .gateway(gateway)
+            .map_err(|e| invalid(e.to_string()))?;
+    }
+    if route.onlink {
+        builder = builder.onlink();
+    }
+    if let Some(metric) = route.metric {
+        builder = builder.priority(metric);
+    }
+    Ok(builder.build())
+}

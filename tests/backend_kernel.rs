@@ -1,0 +1,681 @@
+//! The backends that have the kernel carry the packets, on nodes with pods: that pods reach each other, that a
+//! node set up by hand as flannel does it is understood, and that whatever is done to a node's network is put
+//! right again. Looks through iproute2, which shares no code with the program. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use common::{LODEN, lab, spec};
+use loden::lab::{Backend, Interrupt, Lab, Member, wait};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+/// Only a failing test waits this long.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A repair takes less, since it follows a notification and does not wait for the look every ten seconds.
+const REPAIR_LIMIT: Duration = Duration::from_secs(6);
+
+const V4: &str = r#""Network":"198.18.0.0/16""#;
+const V6: &str = r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:18::/48""#;
+const DUAL: &str = r#""Network":"198.18.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:18::/48""#;
+const VXLAN: &str = r#"{"Type":"vxlan"}"#;
+const HOST_GW: &str = r#"{"Type":"host-gw"}"#;
+
+/// Nodes with a pod each: 198.18.N.2 and fd00:18:0:N::2 on node N.
+struct Cluster {
+    // First, so that the daemons end before their namespaces.
+    daemons: Vec<Option<Daemon>>,
+    lab: Lab,
+    network: &'static str,
+}
+
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Already reaped, if the test went well.
+        let _gone = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+impl Cluster {
+    /// Daemons on all nodes.
+    fn new(nodes: u8, network: &'static str, backend: &str) -> Self {
+        let mut cluster = Self::idle(nodes, network, backend);
+        for n in 1..=nodes {
+            cluster.start(n);
+        }
+        for n in 1..=nodes {
+            cluster.wait_until("a status with all peers", || {
+                let peers = cluster.status(n)["peers"].as_array().map(Vec::len);
+                peers == Some(usize::from(nodes) - 1)
+            });
+        }
+        cluster
+    }
+
+    /// Nodes without daemons.
+    fn idle(nodes: u8, network: &'static str, backend: &str) -> Self {
+        let cluster = Self {
+            daemons: (0..nodes).map(|_| None).collect(),
+            lab: lab(spec(nodes, Backend::None)),
+            network,
+        };
+        fs::create_dir_all(cluster.lab.dir().join("store/subnets")).unwrap();
+        cluster.configure(backend);
+        for n in 1..=nodes {
+            fs::create_dir(cluster.file(n, "")).unwrap();
+            let mut env = String::new();
+            if network != V6 {
+                env += &format!("FLANNEL_NETWORK=198.18.0.0/16\nFLANNEL_SUBNET=198.18.{n}.1/24\n");
+            }
+            if network != V4 {
+                env += &format!(
+                    "FLANNEL_IPV6_NETWORK=fd00:18::/48\nFLANNEL_IPV6_SUBNET=fd00:18:0:{n}::1/64\n"
+                );
+            }
+            // As a run before would have left it.
+            fs::write(cluster.file(n, "subnet.env"), env).unwrap();
+            let node = cluster.lab.netns(Member::Node(n));
+            node.set_sysctls(&[("ipv6/conf/all/forwarding", "1")])
+                .unwrap();
+            cluster.ip(
+                Member::Node(n),
+                "-6 addr add fd00:18:0:N::1/64 dev cni0 nodad",
+                n,
+            );
+            cluster.ip(
+                Member::Pod(n, 1),
+                "-6 addr add fd00:18:0:N::2/64 dev eth0 nodad",
+                n,
+            );
+            cluster.ip(
+                Member::Pod(n, 1),
+                "-6 route add default via fd00:18:0:N::1",
+                n,
+            );
+        }
+        cluster
+    }
+
+    fn configure(&self, backend: &str) {
+        let text = format!("{{{},\"Backend\":{backend}}}", self.network);
+        fs::write(self.lab.dir().join("store/config"), text).unwrap();
+    }
+
+    fn file(&self, n: u8, name: &str) -> PathBuf {
+        self.lab.dir().join(format!("node{n}")).join(name)
+    }
+
+    fn start(&mut self, n: u8) {
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.file(n, "log"))
+            .unwrap();
+        let mut command = Command::new(LODEN);
+        command
+            .args([
+                "daemon",
+                "--iface",
+                "eth0",
+                "--iptables-forward-rules=false",
+            ])
+            .arg("--local-store")
+            .arg(self.lab.dir().join("store"))
+            .arg("--subnet-file")
+            .arg(self.file(n, "subnet.env"))
+            .stdin(Stdio::null())
+            .stderr(file);
+        let child = self.lab.netns(Member::Node(n)).spawn(&mut command).unwrap();
+        self.daemons[usize::from(n) - 1] = Some(Daemon(child));
+    }
+
+    fn end(&mut self, n: u8, signal: Signal) {
+        let mut daemon = self.daemons[usize::from(n) - 1].take().unwrap();
+        let pid = Pid::from_raw(i32::try_from(daemon.0.id()).unwrap());
+        kill(pid, signal).unwrap();
+        daemon.0.wait().unwrap();
+    }
+
+    fn log(&self, n: u8) -> String {
+        fs::read_to_string(self.file(n, "log")).unwrap_or_default()
+    }
+
+    fn status(&self, n: u8) -> Value {
+        let mut command = Command::new(LODEN);
+        let output = command
+            .args(["status", "--json", "--subnet-file"])
+            .arg(self.file(n, "subnet.env"))
+            .output();
+        serde_json::from_slice(&output.unwrap().stdout).unwrap_or_default()
+    }
+
+    fn wait_until(&self, what: &str, condition: impl FnMut() -> bool) {
+        self.wait_for(what, LIMIT, condition);
+    }
+
+    fn wait_for(&self, what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+        let waited = wait::until(what, limit, &Interrupt::default(), || {
+            Ok(condition().then_some(()))
+        });
+        if waited.is_err() {
+            let nodes = 1..=u8::try_from(self.daemons.len()).unwrap();
+            let logs: Vec<String> = nodes.map(|n| self.log(n)).collect();
+            panic!(
+                "no {what}; node 1 has {:#?}; logs:\n{}",
+                self.state(1),
+                logs.join("\n---\n")
+            );
+        }
+    }
+
+    /// `ip ARGS` inside a member, with N for the node's number; must succeed.
+    fn ip(&self, member: Member, args: &str, n: u8) {
+        let args = args.replace('N', &n.to_string());
+        self.run(member, "ip", &args);
+    }
+
+    fn run(&self, member: Member, program: &str, args: &str) -> String {
+        let args: Vec<&str> = args.split(' ').collect();
+        self.lab.run(member, program, &args).unwrap()
+    }
+
+    /// What `ip` or `bridge` shows; empty if there is nothing to show.
+    fn shown(&self, n: u8, program: &str, args: &str) -> Vec<String> {
+        let args: Vec<&str> = args.split(' ').collect();
+        let output = self
+            .lab
+            .run(Member::Node(n), program, &args)
+            .unwrap_or_default();
+        let lines = output.lines().map(|line| line.trim().to_owned());
+        lines.filter(|line| !line.is_empty()).collect()
+    }
+
+    /// All that a node's kernel holds for the overlay.
+    fn state(&self, n: u8) -> Vec<String> {
+        let mut state = self.shown(n, "ip", "-4 route show proto 108");
+        state.extend(self.shown(n, "ip", "-6 route show proto 108"));
+        for device in ["flannel.1", "flannel-v6.1"] {
+            let link = self.shown(n, "ip", &format!("-o -d link show {device}"));
+            // The number and what counts change when a device is made anew.
+            let words: Vec<&str> = link.iter().flat_map(|line| line.split(' ')).collect();
+            let after = |word| {
+                let at = words.iter().position(|found| *found == word);
+                at.map_or("-", |at| words[at + 1])
+            };
+            let facts = ["mtu", "link/ether", "id", "local", "dstport"].map(after);
+            state.push(format!(
+                "{device} {facts:?} {}",
+                words.iter().any(|it| it.contains(",UP"))
+            ));
+            for family in ["-4", "-6"] {
+                let addrs = self.shown(n, "ip", &format!("{family} -o addr show dev {device}"));
+                let texts = addrs
+                    .iter()
+                    .filter_map(|line| line.split_whitespace().nth(3));
+                state.extend(texts.map(|addr| format!("{device} has {addr}")));
+            }
+            let neighbours = self.shown(n, "ip", &format!("neigh show dev {device} nud permanent"));
+            state.extend(
+                neighbours
+                    .iter()
+                    .map(|line| format!("{device} neighbour {line}")),
+            );
+            let forwards = self.shown(n, "bridge", &format!("fdb show dev {device}"));
+            state.extend(
+                forwards
+                    .iter()
+                    .map(|line| format!("{device} forwards {line}")),
+            );
+        }
+        state.sort();
+        state
+    }
+
+    fn mac(&self, n: u8, device: &str) -> String {
+        let link = self
+            .shown(n, "ip", &format!("-o link show {device}"))
+            .join(" ");
+        let (_, rest) = link.split_once("link/ether ").unwrap();
+        rest[..17].to_owned()
+    }
+
+    fn pings(&self, from: u8, to: &str) -> bool {
+        let ping = ["-n", "-q", "-c1", "-W1", to];
+        self.lab.run(Member::Pod(from, 1), "ping", &ping).is_ok()
+    }
+
+    fn await_ping(&self, from: u8, to: &str) {
+        self.wait_until(&format!("answer from {to} to node {from}"), || {
+            self.pings(from, to)
+        });
+    }
+
+    /// A lease as another node would have it.
+    fn put(&self, key: &str, value: &str) {
+        let subnets = self.lab.dir().join("store/subnets");
+        let temporary = self.lab.dir().join("lease");
+        fs::write(&temporary, value).unwrap();
+        fs::rename(temporary, subnets.join(key)).unwrap();
+    }
+
+    fn delete(&self, key: &str) {
+        fs::remove_file(self.lab.dir().join("store/subnets").join(key)).unwrap();
+    }
+
+    fn lease(&self, n: u8) -> String {
+        let subnets = self.lab.dir().join("store/subnets");
+        let mut entries = fs::read_dir(subnets)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let prefix = format!("198.18.{n}.0-24");
+        let of_node = |path: &PathBuf| {
+            path.file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with(&prefix)
+        };
+        fs::read_to_string(entries.find(of_node).unwrap()).unwrap()
+    }
+}
+
+/// TCP from the pod of node 1 to that of node 2.
+fn transfers(cluster: &Cluster, to: &str) {
+    let mut command = Command::new("iperf3");
+    command.args(["-s", "-1", "-B", to]).stdout(Stdio::null());
+    let server = cluster
+        .lab
+        .netns(Member::Pod(2, 1))
+        .spawn(&mut command)
+        .unwrap();
+    let _ended = Daemon(server);
+    cluster.wait_until("a TCP transfer of 20 megabytes", || {
+        let args = ["-c", to, "-n", "20M"];
+        cluster.lab.run(Member::Pod(1, 1), "iperf3", &args).is_ok()
+    });
+}
+
+#[test]
+fn pods_of_dual_stack_nodes_reach_each_other_over_vxlan_at_full_size() {
+    let cluster = Cluster::new(3, DUAL, VXLAN);
+    for (from, to) in [(1, 2), (2, 1), (1, 3), (3, 2)] {
+        cluster.await_ping(from, &format!("198.18.{to}.2"));
+        cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
+    }
+    let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_MTU=1430\n"), "{env}");
+    // What fits exactly, and must not be fragmented: 1450 and 1430 less the headers of IP and ICMP.
+    let ping = |to: &str, size: &str| {
+        let args = ["-n", "-q", "-c1", "-W5", "-M", "do", "-s", size, to];
+        cluster.lab.run(Member::Node(1), "ping", &args).unwrap();
+    };
+    ping("198.18.2.2", "1422");
+    ping("fd00:18:0:2::2", "1382");
+    transfers(&cluster, "198.18.2.2");
+    transfers(&cluster, "fd00:18:0:2::2");
+    let (macs, lease) = (
+        [1, 2].map(|n| cluster.mac(n, "flannel.1")),
+        cluster.lease(2),
+    );
+    let v6 = cluster.mac(2, "flannel-v6.1");
+    let golden = format!(
+        r#""BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{}"}},"BackendV6Data":{{"VNI":1,"VtepMAC":"{v6}"}}}}"#,
+        macs[1]
+    );
+    assert!(lease.ends_with(&golden), "{lease}");
+    let state = cluster.state(1);
+    for line in [
+        "198.18.2.0/24 via 198.18.2.0 dev flannel.1 onlink".to_owned(),
+        format!(
+            "flannel.1 neighbour 198.18.2.0 lladdr {} PERMANENT",
+            macs[1]
+        ),
+        format!(
+            "flannel.1 forwards {} dst 192.0.2.2 self permanent",
+            macs[1]
+        ),
+        "flannel.1 has 198.18.1.0/32".to_owned(),
+        format!(
+            "flannel.1 [\"1450\", \"{}\", \"1\", \"192.0.2.1\", \"8472\"] true",
+            macs[0]
+        ),
+    ] {
+        assert!(state.contains(&line), "{line} is missing in {state:#?}");
+    }
+}
+
+#[test]
+fn pods_of_dual_stack_nodes_reach_each_other_over_routes() {
+    let cluster = Cluster::new(3, DUAL, HOST_GW);
+    for (from, to) in [(1, 2), (2, 1), (1, 3), (3, 2)] {
+        cluster.await_ping(from, &format!("198.18.{to}.2"));
+        cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
+    }
+    transfers(&cluster, "198.18.2.2");
+    transfers(&cluster, "fd00:18:0:2::2");
+    let state = cluster.state(1);
+    let route = "198.18.2.0/24 via 192.0.2.2 dev eth0".to_owned();
+    assert!(state.contains(&route), "{state:#?}");
+    assert_eq!(cluster.status(1)["peers"][0]["transport"], "route");
+    let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_MTU=1500\n"), "{env}");
+    assert!(
+        cluster.lease(1).contains(r#""BackendType":"host-gw"}"#),
+        "{}",
+        cluster.lease(1)
+    );
+}
+
+#[test]
+fn network_of_ipv6_alone_works_over_both() {
+    for backend in [VXLAN, HOST_GW] {
+        let cluster = Cluster::new(2, V6, backend);
+        cluster.await_ping(1, "fd00:18:0:2::2");
+        cluster.await_ping(2, "fd00:18:0:1::2");
+        transfers(&cluster, "fd00:18:0:2::2");
+        assert!(!cluster.state(1).iter().any(|line| line.contains("198.18.")));
+    }
+}
+
+#[test]
+fn node_set_up_by_hand_as_flannel_does_it_is_reached_and_reaches_us() {
+    let mut cluster = Cluster::idle(2, DUAL, VXLAN);
+    cluster.start(1);
+    cluster.wait_until("node 1", || cluster.status(1)["ready"] == true);
+    let data = |mac: &str| format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#);
+    let (v4, v6) = ("be:ef:00:00:00:04", "be:ef:00:00:00:06");
+    let underlay = |n| loden::lab::plan::underlay_v6(n);
+    cluster.put(
+        "198.18.2.0-24&fd00:18:0:2::-64",
+        &format!(
+            r#"{{"PublicIP":"192.0.2.2","PublicIPv6":"{}","BackendType":"vxlan","BackendData":{},"BackendV6Data":{}}}"#,
+            underlay(2),
+            data(v4),
+            data(v6)
+        ),
+    );
+    for (device, mac, local, remote, net, family) in [
+        (
+            "flannel.1",
+            v4,
+            "192.0.2.2".to_owned(),
+            "192.0.2.1".to_owned(),
+            ["198.18.1.0", "/24", "198.18.2.0/32"],
+            "-4",
+        ),
+        (
+            "flannel-v6.1",
+            v6,
+            underlay(2).to_string(),
+            underlay(1).to_string(),
+            ["fd00:18:0:1::", "/64", "fd00:18:0:2::/128"],
+            "-6",
+        ),
+    ] {
+        let ours = cluster.mac(1, device);
+        let [base, len, own] = net;
+        for line in [
+            format!(
+                "link add {device} address {mac} mtu 1430 type vxlan id 1 dev eth0 local {local} dstport 8472 nolearning"
+            ),
+            format!("addr add {own} dev {device}"),
+            format!("link set {device} up"),
+            format!("neigh replace {base} lladdr {ours} dev {device} nud permanent"),
+            format!("{family} route replace {base}{len} via {base} dev {device} onlink"),
+        ] {
+            cluster.ip(Member::Node(2), &line, 2);
+        }
+        let forward = format!("fdb append {ours} dev {device} dst {remote} self permanent");
+        cluster.run(Member::Node(2), "bridge", &forward);
+    }
+    for to in ["198.18.2.2", "fd00:18:0:2::2"] {
+        cluster.await_ping(1, to);
+        transfers(&cluster, to);
+    }
+    cluster.await_ping(2, "198.18.1.2");
+    cluster.await_ping(2, "fd00:18:0:1::2");
+}
+
+/// What somebody does to node 1's network, by `ip` or `bridge`.
+const DEEDS: &[&str] = &[
+    "ip link set flannel.1 down",
+    "ip link set flannel-v6.1 down",
+    "ip link set eth0 down; ip link set eth0 up; ip -6 addr add UNDERLAY6/64 dev eth0 nodad",
+    "ip link set flannel.1 down; ip link set flannel.1 name elsewhere",
+    "ip link del flannel.1; ip link del flannel-v6.1",
+    "ip link del flannel.1; ip link add flannel.1 type vxlan id 1 dev eth0 local 192.0.2.1 dstport 8472",
+    "ip link del flannel.1; ip link add flannel.1 type vxlan id 7 dev eth0 dstport 4789",
+    "ip link set flannel.1 address 02:00:00:00:00:99",
+    "ip link set flannel.1 mtu 1400",
+    "ip addr flush dev flannel.1",
+    "ip addr add 198.18.77.1/24 dev flannel.1",
+    "ip route flush proto 108",
+    "ip -6 route flush proto 108",
+    "ip route replace 198.18.2.0/24 via 192.0.2.3 dev eth0 proto 108",
+    "ip neigh flush dev flannel.1 nud permanent",
+    "bridge fdb flush dev flannel.1",
+    "ip route add 198.18.99.0/24 via 192.0.2.3 dev eth0 proto 108",
+    "bridge fdb append 02:00:00:00:00:98 dev flannel.1 dst 192.0.2.9 self permanent",
+];
+
+fn do_to_node_1(cluster: &Cluster, deeds: &str) {
+    let underlay = loden::lab::plan::underlay_v6(1).to_string();
+    for deed in deeds.split("; ") {
+        let deed = deed.replace("UNDERLAY6", &underlay);
+        let (program, args) = deed.split_once(' ').unwrap();
+        // The daemon may have been faster with the same.
+        let args: Vec<&str> = args.split(' ').collect();
+        let _done = cluster.lab.run(Member::Node(1), program, &args);
+    }
+}
+
+#[test]
+fn whatever_is_done_to_a_vxlan_nodes_network_is_put_right() {
+    let cluster = Cluster::new(3, DUAL, VXLAN);
+    cluster.await_ping(1, "198.18.2.2");
+    let before = cluster.state(1);
+    for deed in DEEDS {
+        do_to_node_1(&cluster, deed);
+        cluster.wait_for(&format!("state as before: {deed}"), REPAIR_LIMIT, || {
+            cluster.state(1) == before
+        });
+        assert!(cluster.daemons[0].is_some());
+    }
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.await_ping(3, "fd00:18:0:1::2");
+}
+
+#[test]
+fn whatever_is_done_to_a_host_gw_nodes_network_is_put_right() {
+    let cluster = Cluster::new(3, DUAL, HOST_GW);
+    cluster.await_ping(1, "198.18.2.2");
+    let before = cluster.state(1);
+    for deed in [
+        "ip link set eth0 down; ip link set eth0 up; ip -6 addr add UNDERLAY6/64 dev eth0 nodad",
+        "ip route flush proto 108",
+        "ip route del 198.18.2.0/24",
+        "ip -6 route flush proto 108",
+        "ip route replace 198.18.2.0/24 via 192.0.2.3 dev eth0 proto 108",
+        "ip route add 198.18.99.0/24 via 192.0.2.3 dev eth0 proto 108",
+    ] {
+        do_to_node_1(&cluster, deed);
+        cluster.wait_for(&format!("state as before: {deed}"), REPAIR_LIMIT, || {
+            cluster.state(1) == before
+        });
+    }
+    cluster.await_ping(1, "198.18.2.2");
+}
+
+#[test]
+fn address_that_moves_is_told_and_a_restart_takes_the_device_and_the_peers_along() {
+    let mut cluster = Cluster::new(2, V4, VXLAN);
+    cluster.await_ping(1, "198.18.2.2");
+    let mac = cluster.mac(1, "flannel.1");
+    // Of another length, since a second address of one length goes with the first.
+    cluster.ip(Member::Node(1), "addr add 192.0.2.77/25 dev eth0", 1);
+    cluster.ip(Member::Node(1), "addr del 192.0.2.1/24 dev eth0", 1);
+    cluster.wait_until("what to do about it", || {
+        cluster
+            .log(1)
+            .contains("restart the daemon to move the lease")
+    });
+    cluster.end(1, Signal::SIGTERM);
+    cluster.start(1);
+    cluster.wait_until("the device at its new address", || {
+        cluster
+            .state(1)
+            .iter()
+            .any(|line| line.contains("192.0.2.77"))
+    });
+    // Another lease, since the one of the old address may still be there, and so another MAC address.
+    let moved = cluster.mac(1, "flannel.1");
+    assert_ne!(moved, mac);
+    cluster.wait_until("the peer's entry for the new address", || {
+        let forward = format!("flannel.1 forwards {moved} dst 192.0.2.77 self permanent");
+        cluster.state(2).contains(&forward)
+    });
+}
+
+#[test]
+fn underlay_that_changes_its_mtu_changes_the_devices_and_what_pods_are_told() {
+    let cluster = Cluster::new(2, V4, VXLAN);
+    cluster.ip(Member::Node(1), "link set eth0 mtu 1400", 1);
+    cluster.wait_until("an MTU of 1350", || {
+        cluster
+            .state(1)
+            .iter()
+            .any(|line| line.starts_with("flannel.1 [\"1350\""))
+    });
+    let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_MTU=1350\n"), "{env}");
+    cluster.await_ping(1, "198.18.2.2");
+}
+
+#[test]
+fn peers_that_change_leave_no_trace_of_what_they_were() {
+    let mut cluster = Cluster::idle(1, V4, VXLAN);
+    cluster.start(1);
+    cluster.wait_until("node 1", || cluster.status(1)["ready"] == true);
+    let peer = |ip: &str, mac: &str| {
+        format!(
+            r#"{{"PublicIP":"{ip}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+        )
+    };
+    let entries = |cluster: &Cluster| {
+        let state = cluster.state(1).into_iter();
+        state
+            .filter(|line| line.contains("198.18.2.0") || line.contains("forwards"))
+            .collect::<Vec<_>>()
+    };
+    let expect = |cluster: &Cluster, what: &str, ip: &str, mac: &str| {
+        let expected = [
+            "198.18.2.0/24 via 198.18.2.0 dev flannel.1 onlink".to_owned(),
+            format!("flannel.1 forwards {mac} dst {ip} self permanent"),
+            format!("flannel.1 neighbour 198.18.2.0 lladdr {mac} PERMANENT"),
+        ];
+        cluster.wait_until(what, || entries(cluster) == expected);
+    };
+    let (a, b) = ("02:00:00:00:00:0a", "02:00:00:00:00:0b");
+    cluster.put("198.18.2.0-24", &peer("192.0.2.2", a));
+    expect(&cluster, "the peer", "192.0.2.2", a);
+    cluster.put("198.18.2.0-24", &peer("192.0.2.2", b));
+    expect(&cluster, "its other MAC address", "192.0.2.2", b);
+    cluster.put("198.18.2.0-24", &peer("192.0.2.3", b));
+    expect(&cluster, "its other address", "192.0.2.3", b);
+    cluster.delete("198.18.2.0-24");
+    cluster.put("198.18.2.0-24", &peer("192.0.2.4", a));
+    expect(&cluster, "another node with its subnet", "192.0.2.4", a);
+    // While nobody looks.
+    cluster.put("198.18.3.0-24", &peer("192.0.2.5", "02:00:00:00:00:0c"));
+    cluster.wait_until("another peer", || {
+        cluster
+            .state(1)
+            .iter()
+            .any(|line| line.starts_with("198.18.3.0/24"))
+    });
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        let mac = cluster.mac(1, "flannel.1");
+        cluster.end(1, signal);
+        assert!(
+            cluster
+                .state(1)
+                .iter()
+                .any(|line| line.starts_with("198.18.2.0/24"))
+        );
+        let (gone, new) = match signal {
+            Signal::SIGKILL => ("198.18.3.0-24", b),
+            _ => ("198.18.9.0-24", a),
+        };
+        cluster.put("198.18.9.0-24", &peer("192.0.2.9", "02:00:00:00:00:0d"));
+        cluster.delete(gone);
+        cluster.put("198.18.2.0-24", &peer("192.0.2.6", new));
+        cluster.start(1);
+        let key = gone.split('-').next().unwrap().to_owned();
+        cluster.wait_until("the peers as they are now", || {
+            let state = cluster.state(1);
+            let forward = format!("flannel.1 forwards {new} dst 192.0.2.6 self permanent");
+            state.contains(&forward) && !state.iter().any(|line| line.contains(&key))
+        });
+        assert_eq!(cluster.mac(1, "flannel.1"), mac);
+    }
+}
+
+#[test]
+fn peer_that_is_not_on_the_link_is_named_and_the_others_are_served() {
+    let cluster = Cluster::new(2, V4, HOST_GW);
+    let lease = r#"{"PublicIP":"203.0.113.9","PublicIPv6":null,"BackendType":"host-gw"}"#;
+    cluster.put("198.18.9.0-24", lease);
+    cluster.wait_until("the refusal", || {
+        cluster.log(1).contains("203.0.113.9 is not on the link")
+    });
+    let status = cluster.status(1);
+    let refused = status["refused"].as_array().unwrap();
+    assert_eq!(refused[0]["what"], "lease 198.18.9.0-24", "{status}");
+    cluster.await_ping(1, "198.18.2.2");
+    assert!(
+        !cluster
+            .state(1)
+            .iter()
+            .any(|line| line.starts_with("198.18.9.0"))
+    );
+}
+
+#[test]
+fn network_that_changes_from_vxlan_to_host_gw_node_by_node_stays_connected() {
+    let mut cluster = Cluster::new(3, V4, VXLAN);
+    let connected = |cluster: &Cluster| {
+        for (from, to) in [(1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)] {
+            cluster.await_ping(from, &format!("198.18.{to}.2"));
+        }
+    };
+    connected(&cluster);
+    cluster.configure(HOST_GW);
+    for n in 1..=3 {
+        cluster.end(n, Signal::SIGTERM);
+        cluster.start(n);
+        cluster.wait_until("the node with its new backend", || {
+            cluster.status(n)["backend"] == "host-gw"
+        });
+        connected(&cluster);
+    }
+    for n in 1..=3 {
+        cluster.wait_until("no device of the old backend", || {
+            cluster.shown(n, "ip", "link show flannel.1").is_empty()
+        });
+    }
+    connected(&cluster);
+}

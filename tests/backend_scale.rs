@@ -1,0 +1,104 @@
+//! Five thousand peers on the real kernel: all of them are programmed, and a look that finds nothing to do changes
+//! nothing. Prints how long each takes; asserts only what is true on any machine. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test that cannot prepare itself must fail; figures are for whoever asks with --nocapture"
+)]
+
+#[path = "common/ns.rs"]
+mod ns;
+
+use std::time::Instant;
+
+use loden::backend::desired::Desired;
+use loden::backend::plan::{Ends, Plan};
+use loden::backend::settle::settle;
+use loden::config::NetworkConfig;
+use loden::iface::{Choice, Stack, Wanted, choose};
+use loden::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
+use loden::netlink::Netlink;
+use ns::Ns;
+
+const PEERS: u32 = 5000;
+
+fn lease(n: u32, backend: &str) -> Lease {
+    let base = std::net::Ipv4Addr::from(0xc612_0000 + (n + 1) * 4);
+    let [_, _, high, low] = n.to_be_bytes();
+    let data = match backend {
+        "vxlan" => {
+            format!(r#","BackendData":{{"VNI":1,"VtepMAC":"02:01:00:00:{high:02x}:{low:02x}"}}"#)
+        }
+        _ => String::new(),
+    };
+    let attrs = format!(
+        r#"{{"PublicIP":"192.0.{}.{}","PublicIPv6":null,"BackendType":"{backend}"{data}}}"#,
+        128 + n / 250,
+        1 + n % 250
+    );
+    Lease {
+        subnets: format!("{base}-30").parse().unwrap(),
+        attrs: LeaseAttrs::parse(attrs.as_bytes()).unwrap(),
+        expires: None,
+        extension: LeaseExtension::default(),
+    }
+}
+
+fn desired(backend: &str, choice: &Choice) -> Desired {
+    let text = format!(r#"{{"Network":"198.18.0.0/15","Backend":{{"Type":"{backend}"}}}}"#);
+    let config = NetworkConfig::parse(text.as_bytes()).unwrap();
+    let own: Subnets = "198.19.1.0-24".parse().unwrap();
+    let leases: Vec<Lease> = (0..PEERS).map(|n| lease(n, backend)).collect();
+    let plan = Plan::new(&config, Ends::one(choice.clone())).unwrap();
+    let (mut desired, refused) = plan.desired(&config, &own, leases.iter());
+    assert!(refused.is_empty(), "{:?}", refused[0]);
+    desired.complete = true;
+    desired
+}
+
+#[test]
+fn five_thousand_peers_are_programmed_and_found_in_place() {
+    for (backend, per_peer) in [("vxlan", 3), ("host-gw", 1)] {
+        let ns = Ns::new();
+        ns.ip("addr del 192.0.2.1/24 dev eth0");
+        ns.ip("addr add 192.0.2.1/16 dev eth0");
+        let found = ns.block_on(|| async {
+            let kernel = Netlink::connect().unwrap();
+            let snapshot = loden::backend::kernel::Kernel::snapshot(&kernel)
+                .await
+                .unwrap();
+            let wanted = Wanted {
+                selectors: vec![loden::iface::Selector::parse("eth0")],
+                ..Wanted::default()
+            };
+            let choice = choose(&snapshot, &wanted, Stack::V4).choice.unwrap();
+            let desired = desired(backend, &choice);
+            let begun = Instant::now();
+            let report = settle(&kernel, &desired).await.unwrap();
+            let programmed = begun.elapsed();
+            assert_eq!(
+                (report.failed, report.refused.len()),
+                (0, 0),
+                "{:?}",
+                report.failures
+            );
+            let mut looks = Vec::new();
+            for _ in 0..5 {
+                let begun = Instant::now();
+                let report = settle(&kernel, &desired).await.unwrap();
+                looks.push(begun.elapsed());
+                assert_eq!(report.changed, Vec::<String>::new());
+            }
+            looks.sort();
+            eprintln!(
+                "{backend}: {PEERS} peers programmed in {programmed:?}, an idle look in {:?}",
+                looks[2]
+            );
+            report.changed.len()
+        });
+        let routes = ns.json("-4 route show proto 108").len();
+        assert_eq!(routes, usize::try_from(PEERS).unwrap());
+        assert!(found >= routes * per_peer, "{found}");
+    }
+}

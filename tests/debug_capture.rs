@@ -1,0 +1,587 @@
+//! `loden capture` against real daemons: what its files say, read by tshark, is what was sent and what the wire
+//! carried. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use common::{LODEN, lab, pings, spec};
+use loden::lab::{Backend, Engine, Interrupt, Lab, Member, Spec, Wire, wait};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn await_that(what: &str, mut done: impl FnMut() -> bool) {
+    let done = || Ok(done().then_some(()));
+    wait::until(what, LIMIT, &Interrupt::default(), done).unwrap();
+}
+
+/// Two nodes with a pod each, and a place for files.
+struct Cluster {
+    lab: Lab,
+    dir: TempDir,
+}
+
+impl Cluster {
+    fn new(engine: Engine, wire: Wire) -> Self {
+        let spec = Spec {
+            engine: Some(engine),
+            wire,
+            ..spec(2, Backend::Udp)
+        };
+        let mut lab = lab(spec);
+        lab.await_connected().unwrap();
+        assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
+        Self {
+            lab,
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn pod(&self, node: u8) -> Ipv4Addr {
+        self.lab.pod_addr(node, 1).unwrap()
+    }
+
+    /// A socket of a node's pod.
+    fn udp(&self, node: u8, port: u16) -> UdpSocket {
+        let at = SocketAddr::new(self.pod(node).into(), port);
+        let netns = self.lab.netns(Member::Pod(node, 1));
+        let socket = netns.run(|| UdpSocket::bind(at)).unwrap().unwrap();
+        socket.set_read_timeout(Some(LIMIT)).unwrap();
+        socket
+    }
+
+    fn capture(&self, node: u8, args: &[&str]) -> Command {
+        let mut command = Command::new(LODEN);
+        command
+            .arg("capture")
+            .arg("--socket")
+            .arg(self.lab.status_socket(node))
+            .args(args);
+        command
+    }
+
+    /// A capture into a file, begun: something that only this capture waits for was seen by it.
+    fn begin(&self, node: u8, name: &str, args: &[&str]) -> Running {
+        let path = self.path(name);
+        let child = self
+            .capture(node, args)
+            .arg("-w")
+            .arg(&path)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // The file is created when the daemon has begun.
+        await_that("the capture's file", || path.exists());
+        Running { child, path }
+    }
+}
+
+/// A `loden capture` that writes a file.
+struct Running {
+    child: Child,
+    path: PathBuf,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Already reaped, if the test went well.
+        let _gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+impl Running {
+    /// Waits until tshark finds `count` packets that match, then ends the capture as a user does.
+    fn end(self, what: &str, count: usize) -> PathBuf {
+        await_that(what, || {
+            self.path.metadata().unwrap().len() > 0
+                && packets_so_far(&self.path, what).is_some_and(|n| n >= count)
+        });
+        let pid = i32::try_from(self.child.id()).unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGINT).unwrap();
+        self.finish()
+    }
+
+    fn finish(mut self) -> PathBuf {
+        let mut errors = String::new();
+        let mut stderr = self.child.stderr.take().unwrap();
+        stderr.read_to_string(&mut errors).unwrap();
+        assert!(self.child.wait().unwrap().success(), "{errors}");
+        assert!(errors.contains("packets captured"), "{errors}");
+        assert!(!errors.contains("lost"), "{errors}");
+        self.path.clone()
+    }
+}
+
+/// How many packets of a file that is still being written match.
+fn packets_so_far(path: &Path, filter: &str) -> Option<usize> {
+    let output = Command::new("tshark")
+        .args([
+            "-n",
+            "-Y",
+            filter,
+            "-T",
+            "fields",
+            "-e",
+            "frame.number",
+            "-r",
+        ])
+        .arg(path)
+        .output()
+        .unwrap();
+    Some(String::from_utf8(output.stdout).ok()?.lines().count())
+}
+
+/// One line of fields per packet, as tshark reads a file; it must have nothing to complain about.
+fn tshark(path: &Path, args: &[&str], fields: &[&str]) -> Vec<Vec<String>> {
+    let mut command = Command::new("tshark");
+    // No configuration of whoever runs this, and no name service.
+    command.env("HOME", "/nonexistent").args(["-n", "-r"]);
+    command.arg(path).args(args).args(["-T", "fields"]);
+    for field in fields {
+        command.args(["-e", field]);
+    }
+    let output = command.output().unwrap();
+    let complaints: Vec<String> = String::from_utf8(output.stderr)
+        .unwrap()
+        .lines()
+        // It does not like root, which these tests need.
+        .filter(|line| !line.starts_with("Running as user"))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(complaints, Vec::<String>::new());
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let line = |line: &str| line.split('\t').map(str::to_owned).collect();
+    text.lines().map(line).collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Datagrams from pod 1 to pod 2 of lengths that tell them apart, and one of the answers.
+fn exchange(cluster: &Cluster, count: u8) -> Vec<Vec<u8>> {
+    let (a, b) = (cluster.udp(1, 4001), cluster.udp(2, 4002));
+    let mut sent = Vec::new();
+    let mut buffer = [0; 2000];
+    for number in 0..count {
+        let payload = vec![number; 100 + usize::from(number)];
+        a.send_to(&payload, b.local_addr().unwrap()).unwrap();
+        let (len, from) = b.recv_from(&mut buffer).unwrap();
+        assert_eq!(
+            (&buffer[..len], from),
+            (&payload[..], a.local_addr().unwrap())
+        );
+        sent.push(payload);
+    }
+    b.send_to(b"answer", a.local_addr().unwrap()).unwrap();
+    a.recv_from(&mut buffer).unwrap();
+    sent
+}
+
+fn fields_are_what_was_sent(engine: Engine) {
+    let cluster = Cluster::new(engine, Wire::Packet);
+    let at_sender = cluster.begin(1, "sender.pcapng", &["udp port 4001"]);
+    let at_receiver = cluster.begin(2, "receiver.pcapng", &["udp", "and", "port", "4001"]);
+    let sent = exchange(&cluster, 10);
+    let (a, b) = (cluster.pod(1).to_string(), cluster.pod(2).to_string());
+    let fields = [
+        "frame.interface_name",
+        "frame.packet_flags_direction",
+        "ip.src",
+        "udp.srcport",
+        "ip.dst",
+        "udp.dstport",
+        "ip.ttl",
+        "ip.len",
+        "frame.len",
+        "frame.cap_len",
+        "data.data",
+        "frame.comment",
+        "_ws.malformed",
+    ];
+    let strict = [
+        "-o",
+        "ip.check_checksum:TRUE",
+        "-o",
+        "udp.check_checksum:TRUE",
+    ];
+    // Node 1 sent it, with the TTL that two hops, its kernel and its daemon, leave; node 2's daemon took another.
+    for (file, direction, flags, ttl, outcome) in [
+        (
+            at_sender,
+            "encap",
+            "0x00000002",
+            "62",
+            "sent, to 192.0.2.2:8285 over udp",
+        ),
+        (
+            at_receiver,
+            "decap",
+            "0x00000001",
+            "61",
+            "delivered, from 192.0.2.1:",
+        ),
+    ] {
+        let path = file.end("udp.port == 4001", sent.len() + 1);
+        let packets = tshark(&path, &strict, &fields);
+        assert_eq!(packets.len(), sent.len() + 1);
+        for (packet, payload) in packets.iter().zip(&sent) {
+            let len = (20 + 8 + payload.len()).to_string();
+            let expected = [
+                direction, flags, &a, "4001", &b, "4002", ttl, &len, &len, &len,
+            ];
+            assert_eq!(packet[..10], expected, "{packet:?}");
+            assert_eq!(packet[10], hex(payload));
+            assert!(packet[11].starts_with(outcome), "{packet:?}");
+            assert_eq!(packet[12], "");
+        }
+        let answer = packets.last().unwrap();
+        assert_ne!(
+            answer[0], direction,
+            "the answer goes the other way: {answer:?}"
+        );
+        assert_eq!(answer[10], hex(b"answer"));
+        let bad = tshark(
+            &path,
+            &[&strict[..], &["-Y", "_ws.expert.severity >= 6291456"]].concat(),
+            &["frame.number", "_ws.expert.message"],
+        );
+        assert_eq!(bad, Vec::<Vec<String>>::new(), "warnings or errors");
+    }
+}
+
+#[test]
+fn fields_are_what_was_sent_by_the_fast_engine() {
+    fields_are_what_was_sent(Engine::Mmsg);
+}
+
+#[test]
+fn fields_are_what_was_sent_by_the_portable_engine() {
+    fields_are_what_was_sent(Engine::Portable);
+}
+
+/// What tells one datagram on the wire from another.
+const OUTER: [&str; 11] = [
+    "ip.src",
+    "ip.dst",
+    "udp.srcport",
+    "udp.dstport",
+    "ip.dsfield",
+    "ip.flags.df",
+    "ip.len",
+    "ip.id",
+    "ip.ttl",
+    "udp.length",
+    "data.data",
+];
+
+/// Of fields that both headers have, the outer one's value comes first; identification and TTL of the outer
+/// header are the kernel's and not compared.
+fn wire_view(path: &Path) -> BTreeSet<Vec<String>> {
+    let lua = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/loden.lua");
+    let lua = format!("lua_script:{}", lua.display());
+    let args = ["-X", &lua, "-Y", "udp.port == 8285 && udp.port == 4002"];
+    let inner_only = |(field, value): (&&str, String)| match *field {
+        "ip.id" | "ip.ttl" => value.split(',').nth(1).unwrap().to_owned(),
+        _ => value,
+    };
+    tshark(path, &args, &OUTER)
+        .into_iter()
+        .map(|packet| OUTER.iter().zip(packet).map(inner_only).collect())
+        .collect()
+}
+
+#[test]
+fn outer_headers_are_those_on_the_wire() {
+    let cluster = Cluster::new(Engine::Mmsg, Wire::PacketNoGro);
+    let wire = cluster.path("wire.pcap");
+    let mut tcpdump = Command::new("tcpdump");
+    let tcpdump = cluster.lab.netns(Member::Node(2)).spawn(
+        tcpdump
+            .args(["-i", "eth0", "-U", "--immediate-mode", "-w"])
+            .arg(&wire)
+            .arg("udp port 8285")
+            .stderr(Stdio::null()),
+    );
+    let mut tcpdump = tcpdump.unwrap();
+    await_that("tcpdump's file", || {
+        wire.metadata().is_ok_and(|meta| meta.len() >= 24)
+    });
+    let ours = [1, 2].map(|node| {
+        let name = format!("ours{node}.pcapng");
+        cluster.begin(node, &name, &["port 4002", "--outer"])
+    });
+    let sent = exchange(&cluster, 10);
+    let lua_free = "udp.port == 8285";
+    await_that("the wire's packets", || {
+        packets_so_far(&wire, lua_free).is_some_and(|count| count > sent.len())
+    });
+    kill(
+        Pid::from_raw(i32::try_from(tcpdump.id()).unwrap()),
+        Signal::SIGINT,
+    )
+    .unwrap();
+    tcpdump.wait().unwrap();
+    let on_the_wire = wire_view(&wire);
+    assert_eq!(on_the_wire.len(), sent.len() + 1);
+    for (node, running) in (1..).zip(ours) {
+        let path = running.end(lua_free, sent.len() + 1);
+        // What a node received went through its daemon, which took one from the inner TTL.
+        let sender = format!("192.0.2.{node},");
+        let ttl = OUTER.iter().position(|field| *field == "ip.ttl").unwrap();
+        let seen: BTreeSet<Vec<String>> = wire_view(&path)
+            .into_iter()
+            .map(|mut packet| {
+                if !packet[0].starts_with(&sender) {
+                    let inner: u8 = packet[ttl].parse().unwrap();
+                    packet[ttl] = (inner + 1).to_string();
+                }
+                packet
+            })
+            .collect();
+        assert_eq!(seen, on_the_wire, "node {node}");
+    }
+}
+
+#[test]
+fn documented_decode_as_line_shows_the_inner_packets_without_the_dissector() {
+    let cluster = Cluster::new(Engine::Mmsg, Wire::Packet);
+    let running = cluster.begin(1, "outer.pcapng", &["--outer", "dst port 4002"]);
+    let sent = exchange(&cluster, 3);
+    let path = running.end("udp.port == 8285", sent.len());
+    let packets = tshark(&path, &["-d", "udp.port==8285,ip"], &["udp.dstport"]);
+    assert_eq!(packets, vec![vec!["8285,4002"]; sent.len()]);
+}
+
+/// Sends `len` bytes over TCP from pod 1 to pod 2.
+fn transfer(cluster: &Cluster, len: usize) {
+    let at = SocketAddr::new(cluster.pod(2).into(), 5001);
+    let netns = cluster.lab.netns(Member::Pod(2, 1));
+    let listener = netns
+        .run(|| std::net::TcpListener::bind(at))
+        .unwrap()
+        .unwrap();
+    let reader = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        std::io::copy(&mut stream, &mut std::io::sink()).unwrap()
+    });
+    let netns = cluster.lab.netns(Member::Pod(1, 1));
+    let stream = netns.run(|| std::net::TcpStream::connect_timeout(&at, LIMIT));
+    stream.unwrap().unwrap().write_all(&vec![7; len]).unwrap();
+    assert_eq!(reader.join().unwrap(), len as u64);
+}
+
+#[test]
+fn superpackets_are_shown_whole_or_as_segments_and_no_byte_is_missing() {
+    const LEN: usize = 3_000_000;
+    let cluster = Cluster::new(Engine::Mmsg, Wire::Superpacket);
+    for node in [1, 2] {
+        let direction = if node == 1 { "encap" } else { "decap" };
+        let expression = format!("{direction} and tcp dst port 5001");
+        let whole = cluster.begin(node, "whole.pcapng", &[&expression, "-s", "100"]);
+        let segments = cluster.begin(node, "segments.pcapng", &[&expression, "--segments"]);
+        transfer(&cluster, LEN);
+        let fin = "tcp.flags.fin == 1";
+        let (whole, segments) = (whole.end(fin, 1), segments.end(fin, 1));
+        let lens = |path: &Path| -> Vec<usize> {
+            // Each byte counts once, however often TCP sent it.
+            let packets = tshark(path, &[], &["tcp.seq", "tcp.len"]);
+            let mut end = 1;
+            let mut lens = Vec::new();
+            for packet in packets {
+                let (seq, len): (usize, usize) =
+                    (packet[0].parse().unwrap(), packet[1].parse().unwrap());
+                if len > 0 {
+                    assert!(seq <= end, "bytes before {seq} were not seen");
+                    lens.push(len);
+                    end = end.max(seq + len);
+                }
+            }
+            assert_eq!(end - 1, LEN);
+            lens
+        };
+        let (whole, segments) = (lens(&whole), lens(&segments));
+        let (longest, cut) = (whole.iter().max().unwrap(), segments.iter().max().unwrap());
+        assert!(
+            *longest > 20_000,
+            "node {node}: nothing was whole: {longest}"
+        );
+        assert!(*cut <= 1472 - 40, "node {node}: not cut: {cut}");
+        std::fs::remove_file(cluster.path("whole.pcapng")).unwrap();
+        std::fs::remove_file(cluster.path("segments.pcapng")).unwrap();
+    }
+}
+
+#[test]
+fn what_is_dropped_or_answered_is_shown_with_its_reason_and_nothing_else_is() {
+    let cluster = Cluster::new(Engine::Mmsg, Wire::Packet);
+    let dropped = cluster.begin(1, "dropped.pcapng", &["--dropped-only"]);
+    let answered = cluster.begin(1, "answered.pcapng", &["answered"]);
+    assert!(pings(&cluster.lab, Member::Pod(1, 1), (2, 1)));
+    // Nobody's subnet; and a TTL that ends at the daemon.
+    let pod = cluster.lab.netns(Member::Pod(1, 1));
+    let ping = |args: &[&str]| {
+        let output = pod.run(|| Command::new("ping").args(args).output());
+        assert!(!output.unwrap().unwrap().status.success(), "{args:?}");
+    };
+    ping(&["-n", "-c1", "-W1", "198.18.250.1"]);
+    let peer = cluster.pod(2).to_string();
+    ping(&["-n", "-c1", "-W1", "-t2", &peer]);
+    // A stranger on the underlay, and a peer that forges a source.
+    let node = cluster.lab.netns(Member::Node(2));
+    let stranger: SocketAddr = "192.0.2.200:8285".parse().unwrap();
+    cluster
+        .lab
+        .run(
+            Member::Node(2),
+            "ip",
+            &["addr", "add", "192.0.2.200/24", "dev", "eth0"],
+        )
+        .unwrap();
+    let mut forged = Vec::new();
+    etherparse::PacketBuilder::ipv4([198, 18, 77, 1], cluster.pod(1).octets(), 9)
+        .udp(7, 9)
+        .write(&mut forged, b"forged")
+        .unwrap();
+    for from in [stranger, SocketAddr::new(IpAddr::from([192, 0, 2, 2]), 0)] {
+        let socket = node.run(|| UdpSocket::bind(SocketAddr::new(from.ip(), 0)));
+        socket
+            .unwrap()
+            .unwrap()
+            .send_to(&forged, "192.0.2.1:8285")
+            .unwrap();
+    }
+    let fields = ["frame.interface_name", "ip.src", "frame.comment"];
+    let dropped = tshark(&dropped.end("ip", 2), &[], &fields);
+    let reasons: Vec<&str> = dropped
+        .iter()
+        .map(|packet| {
+            assert_eq!(packet[..2], ["decap", "198.18.77.1"]);
+            packet[2].split(", ").next().unwrap()
+        })
+        .collect();
+    assert_eq!(
+        reasons,
+        ["dropped: unknown_peer", "dropped: spoofed_source"]
+    );
+    assert!(dropped[0][2].contains("from 192.0.2.200:"), "{dropped:?}");
+    let answered = tshark(&answered.end("ip", 2), &[], &fields);
+    let own = cluster.pod(1).to_string();
+    let reasons: Vec<&str> = answered
+        .iter()
+        .map(|packet| {
+            assert_eq!(packet[..2], ["encap", &own]);
+            packet[2].split(", ").next().unwrap()
+        })
+        .collect();
+    assert_eq!(reasons, ["answered: no_route", "answered: ttl_expired"]);
+}
+
+#[test]
+fn pipe_count_limits_and_text_work_as_documented() {
+    let cluster = Cluster::new(Engine::Mmsg, Wire::Packet);
+    // `loden capture -w - | tshark -r -`, which reads until the count is reached.
+    let mut capture = cluster
+        .capture(1, &["-c", "4", "icmp", "-w", "-"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let reader = Command::new("tshark")
+        .args(["-n", "-r", "-", "-T", "fields", "-e", "icmp.type"])
+        .stdin(capture.stdout.take().unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    await_that("the pipe's four packets", || {
+        pings(&cluster.lab, Member::Pod(1, 1), (2, 1));
+        capture.try_wait().unwrap().is_some()
+    });
+    assert!(capture.wait().unwrap().success());
+    let output = reader.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "8\n0\n8\n0\n");
+
+    // Text, ended by its duration; a filter that matches nothing prints nothing.
+    let text = |args: &[&str]| {
+        let output = cluster.capture(1, args).output().unwrap();
+        let errors = String::from_utf8(output.stderr).unwrap();
+        (
+            output.status.success(),
+            String::from_utf8(output.stdout).unwrap(),
+            errors,
+        )
+    };
+    let (ok, none, errors) = text(&["-d", "1", "port 1"]);
+    assert!(ok, "{errors}");
+    assert_eq!(
+        (none.as_str(), errors.as_str()),
+        ("", "0 packets captured\n")
+    );
+    let (ok, _, errors) = text(&["port", "http"]);
+    assert!(
+        !ok && errors.contains("\"http\" is not a port's number"),
+        "{errors}"
+    );
+
+    // A ring of two files of 1 MiB, through which more than three pass.
+    let ring = cluster.path("ring");
+    let running = cluster
+        .capture(1, &["encap and tcp", "-C", "1", "-W", "2", "-w"])
+        .arg(&ring)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    await_that("the ring's first file", || cluster.path("ring0").exists());
+    transfer(&cluster, 3_600_000);
+    let running = Running {
+        child: running,
+        path: cluster.path("ring1"),
+    };
+    running.end("tcp.flags.fin == 1", 1);
+    for file in ["ring0", "ring1"] {
+        let path = cluster.path(file);
+        let len = path.metadata().unwrap().len();
+        assert!((1..(1 << 20) + (1 << 17)).contains(&len), "{file}: {len}");
+        assert!(!tshark(&path, &[], &["frame.number"]).is_empty());
+    }
+    assert!(!cluster.path("ring2").exists());
+}
+
+#[test]
+fn capture_says_so_when_the_daemon_goes_and_keeps_what_it_has() {
+    let cluster = Cluster::new(Engine::Mmsg, Wire::Packet);
+    let mut running = cluster.begin(1, "kept.pcapng", &["icmp"]);
+    await_that("a captured ping", || {
+        pings(&cluster.lab, Member::Pod(1, 1), (2, 1));
+        packets_so_far(&running.path, "icmp").is_some_and(|count| count > 0)
+    });
+    let daemon = cluster.lab.daemon_pids()[0];
+    kill(Pid::from_raw(daemon), Signal::SIGTERM).unwrap();
+    let mut errors = String::new();
+    let mut stderr = running.child.stderr.take().unwrap();
+    stderr.read_to_string(&mut errors).unwrap();
+    assert_eq!(running.child.wait().unwrap().code(), Some(1));
+    assert!(errors.contains("the daemon ended the capture"), "{errors}");
+    assert!(!tshark(&running.path, &[], &["icmp.type"]).is_empty());
+}

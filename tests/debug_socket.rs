@@ -1,0 +1,149 @@
+//! The status socket of a real daemon against everybody who should get nothing from it: other users, garbage,
+//! clients that say nothing, captures nobody reads. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
+mod common;
+
+use std::fs::{self, Permissions};
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::{LODEN, lab, pings, spec};
+use loden::lab::{Backend, Interrupt, Lab, Member, wait};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+const STATUS: &str = "{\"query\":\"status\"}\n";
+
+fn up() -> Lab {
+    let mut lab = lab(spec(2, Backend::Udp));
+    lab.await_connected().unwrap();
+    lab
+}
+
+fn status_works(socket: &Path) -> bool {
+    let mut command = Command::new(LODEN);
+    let command = command.args(["status", "--json", "--socket"]).arg(socket);
+    command.output().unwrap().status.success()
+}
+
+/// What a user gets for a question, or the complaint of the tool that asks.
+fn answer_to(user: &str, socket: &Path) -> String {
+    let mut child = Command::new("setpriv")
+        .args(["--reuid", user, "--clear-groups", "socat", "-t5", "-"])
+        .arg(format!("UNIX-CONNECT:{}", socket.display()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Refused already, perhaps.
+    let _sent = child.stdin.take().unwrap().write_all(STATUS.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn other_users_are_refused_by_mode_and_where_that_was_opened_by_who_they_are() {
+    let lab = up();
+    let socket = lab.status_socket(1);
+    assert_eq!(
+        fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    for dir in socket.ancestors().skip(1) {
+        if dir.starts_with("/run/loden-lab") {
+            fs::set_permissions(dir, Permissions::from_mode(0o755)).unwrap();
+        }
+    }
+    let refused = answer_to("65534", &socket);
+    assert!(refused.contains("Permission denied"), "{refused}");
+    fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
+    let refused = answer_to("65534", &socket);
+    assert!(
+        !refused.contains("version") && !refused.contains("denied"),
+        "{refused}"
+    );
+    let answered = answer_to("0", &socket);
+    assert!(answered.contains("\"version\""), "{answered}");
+}
+
+/// Resident memory of a process in KiB.
+fn resident(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS"))
+        .unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// A capture that was answered and is not read.
+fn unread_capture(socket: &Path) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let ask = b"{\"query\":\"capture\",\"filter\":\"\",\"snap_len\":65536,\"segments\":false}\n";
+    stream.write_all(ask).unwrap();
+    let mut first = [0; 8];
+    stream.read_exact(&mut first).unwrap();
+    (&first != b"{\"error\"").then_some(stream)
+}
+
+#[test]
+fn garbage_silence_and_unread_captures_cost_little_and_keep_nobody_out() {
+    let lab = up();
+    let socket = lab.status_socket(1);
+    let daemon = lab.daemon_pids()[0];
+    assert!(status_works(&socket));
+    let before = resident(daemon);
+    let mut held = Vec::new();
+    for number in 0..100_usize {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream
+            .set_write_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
+        // Each may have been hung up on already.
+        match number % 4 {
+            0 => drop(stream.write_all(&vec![b'x'; 1 << 20])),
+            1 => drop(
+                stream.write_all(b"{\"query\":\"capture\",\"filter\":\"((((\",\"snap_len\":1}\n"),
+            ),
+            2 => drop(stream.shutdown(Shutdown::Write)),
+            _ => {}
+        }
+        held.push(stream);
+        if number % 25 == 0 {
+            assert!(status_works(&socket), "with {number} others");
+        }
+    }
+    assert!(status_works(&socket));
+    // Captures that nobody reads: as many as are allowed, over and over, while traffic flows.
+    for _ in 0..5 {
+        let mut captures = Vec::new();
+        // Those of the round before end when the daemon notices.
+        let all = || {
+            captures.extend(unread_capture(&socket));
+            Ok((captures.len() == 4).then_some(()))
+        };
+        wait::until("four captures", LIMIT, &Interrupt::default(), all).unwrap();
+        assert!(unread_capture(&socket).is_none(), "a fifth capture");
+        assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
+        assert!(status_works(&socket), "beside four captures");
+    }
+    drop(held);
+    let grown = resident(daemon).saturating_sub(before);
+    assert!(grown < 16 << 10, "{grown} KiB more than before");
+    assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
+}
