@@ -12,6 +12,7 @@
 mod net;
 
 use loden::bench::iperf;
+use loden::bench::system::Path;
 use loden::datapath::EngineKind;
 use loden::lab::{Lab, Member, Wire};
 use net::{Node, Shape, adds_up, ip, lab, pair};
@@ -27,7 +28,7 @@ fn pods(wire: Wire, shape: &Shape) -> (Lab, [Node; 2]) {
 }
 
 fn gigabits(lab: &Lab, seconds: u32) -> f64 {
-    let result = iperf::run(lab, Member::Pod(1, 1), (2, 1), 1, seconds).unwrap();
+    let result = iperf::run(lab, &Path::of_pods(lab, 1, 2).unwrap(), 1, false, seconds).unwrap();
     result.bits_per_second / 1e9
 }
 

@@ -9,7 +9,7 @@ mod etcd;
 mod kube;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use dropin::Cluster;
@@ -29,8 +29,8 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     unreachable!("in vain: {what}");
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn a_node_gets_its_pod_cidr_and_says_what_flannel_says() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -63,8 +63,8 @@ fn a_node_gets_its_pod_cidr_and_says_what_flannel_says() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn what_is_missing_is_named_with_its_remedy_and_waited_for() {
     let etcd = Etcd::start();
     let mut server = ApiServer::start(&etcd);
@@ -114,8 +114,8 @@ fn what_is_missing_is_named_with_its_remedy_and_waited_for() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn others_come_change_and_go_and_hostile_ones_cost_only_themselves() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -177,8 +177,8 @@ fn others_come_change_and_go_and_hostile_ones_cost_only_themselves() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn what_we_say_is_restored_and_what_we_lose_is_told() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
@@ -216,8 +216,8 @@ fn what_we_say_is_restored_and_what_we_lose_is_told() {
     });
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn a_watch_survives_the_server_and_what_it_missed_while_history_was_compacted() {
     let etcd = Etcd::start();
     let mut server = ApiServer::start(&etcd);
@@ -257,10 +257,12 @@ fn a_watch_survives_the_server_and_what_it_missed_while_history_was_compacted() 
 
 /// A daemon as the manifest starts it.
 fn daemon(cluster: &Cluster, server: &ApiServer, node: u8, net_config: &Path) -> Command {
-    let mut command = cluster.command(
-        node,
-        &["-kube-subnet-mgr", "-ip-masq", "-healthz-port=8080"],
-    );
+    let args = ["-kube-subnet-mgr", "-ip-masq", "-healthz-port=8080"];
+    let mut command = match node {
+        1 => cluster.command(node, &args),
+        // Its Node says which of its addresses it is to use.
+        _ => cluster.bare(node, &args),
+    };
     command
         .arg("-kubeconfig-file")
         .arg(server.kubeconfig("daemon"))
@@ -270,14 +272,16 @@ fn daemon(cluster: &Cluster, server: &ApiServer, node: u8, net_config: &Path) ->
     command
 }
 
-#[test]
 #[ignore = "needs what scripts/setup --kube builds"]
+#[test]
 fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     let cluster = Cluster::new(2, "unused");
     let server = ApiServer::start(&cluster.etcd);
     let net_config = server.settings("n1").net_config;
     server.add_node("n1", "198.18.1.0/24", &json!({}));
     server.add_node("n2", "", &json!({}));
+    cluster.ip(2, "addr add 198.51.100.77/24 dev eth0");
+    server.annotate("n2", "node-public-ip=198.51.100.77");
     let start = |node| cluster.spawn_command(node, daemon(&cluster, &server, node, &net_config));
     let first = start(1);
     first.wait_for_log("written: ready");
@@ -294,6 +298,7 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     let assigned = r#"{"spec":{"podCIDR":"198.18.2.0/24","podCIDRs":["198.18.2.0/24"]}}"#;
     server.kubectl(&["patch", "node", "n2", "-p", assigned]);
     second.wait_for_log("written: ready");
+    assert_eq!(server.annotation("n2", "public-ip"), "198.51.100.77");
     cluster.reaches(1, 2);
     cluster.reaches(2, 1);
 
@@ -307,5 +312,122 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
     for daemon in [first, second] {
         assert!(!daemon.log().contains("panicked"));
         assert_eq!(daemon.stop(), 0);
+    }
+}
+
+#[ignore = "needs what scripts/setup --kube builds"]
+#[test]
+fn the_manifest_grants_what_is_needed_and_nothing_else() {
+    let etcd = Etcd::start();
+    let server = ApiServer::start(&etcd);
+    let account = "--as=system:serviceaccount:kube-flannel:flannel";
+    let rights = server.kubectl(&["auth", "can-i", "--list", "--no-headers", account]);
+    let rights: Vec<String> = rights
+        .lines()
+        .filter(|line| !line.starts_with(' ') && !line.contains("selfsubject"))
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    assert_eq!(
+        rights,
+        ["nodes [] [] [get list watch]", "nodes/status [] [] [patch]"]
+    );
+    let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy");
+    for variant in ["kubernetes", "kubernetes-privileged"] {
+        let path = format!("{deploy}/{variant}");
+        let accepted = server.kubectl(&["apply", "--dry-run=server", "-o", "json", "-k", &path]);
+        let privileged = accepted.contains(r#""privileged": true"#);
+        assert_eq!(privileged, variant == "kubernetes-privileged");
+    }
+}
+
+/// What helm makes of our chart with these settings.
+fn helm(settings: &[&str]) -> Output {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/helm/loden");
+    let mut command = Command::new(kube::program("helm"));
+    command.args(["template", "flannel", chart, "--namespace", "default"]);
+    for setting in settings {
+        command.args(["--set", setting]);
+    }
+    command.output().unwrap()
+}
+
+#[ignore = "needs what scripts/setup --kube builds"]
+#[test]
+fn the_chart_takes_flannels_values_and_the_server_takes_what_comes_out() {
+    let etcd = Etcd::start();
+    let server = ApiServer::start(&etcd);
+    let common = r#""EnableNFTables":false"#;
+    for (settings, net_conf) in [
+        (
+            vec![],
+            format!(r#"{{"Backend":{{"Type":"udp"}},{common},"Network":"10.244.0.0/16"}}"#),
+        ),
+        (
+            vec![
+                "flannel.backend=vxlan",
+                "flannel.backendPort=4789",
+                "flannel.vni=7",
+                "flannel.mtu=1400",
+                "flannel.directRouting=true",
+                "podCidrv6=fd00:10:244::/56",
+            ],
+            format!(
+                r#"{{"Backend":{{"DirectRouting":true,"MTU":1400,"Port":4789,"Type":"vxlan","VNI":7}},"EnableIPv6":true,{common},"IPv6Network":"fd00:10:244::/56","Network":"10.244.0.0/16"}}"#
+            ),
+        ),
+        (
+            vec![
+                "flannel.backend=wireguard",
+                "flannel.backendPort=51820",
+                "flannel.tunnelMode=separate",
+                "podCidr=",
+                "podCidrv6=fd00:10:244::/56",
+            ],
+            format!(
+                r#"{{"Backend":{{"ListenPort":51820,"Mode":"separate","Type":"wireguard"}},"EnableIPv4":false,"EnableIPv6":true,{common},"IPv6Network":"fd00:10:244::/56"}}"#
+            ),
+        ),
+    ] {
+        let output = helm(&settings);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{settings:?}: {error}");
+        let accepted = server.dry_run(&String::from_utf8(output.stdout).unwrap());
+        let accepted: serde_json::Value = serde_json::from_str(&accepted).unwrap();
+        let items = accepted["items"].as_array().unwrap();
+        let config = items
+            .iter()
+            .find(|item| item["kind"] == "ConfigMap")
+            .unwrap();
+        let text = config["data"]["net-conf.json"].as_str().unwrap();
+        let rendered: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert_eq!(rendered.to_string(), net_conf);
+    }
+
+    let text = |settings: &[&str]| String::from_utf8(helm(settings).stdout).unwrap();
+    let all = text(&[]);
+    for expected in [
+        "--healthz-port=8081",
+        "livenessProbe",
+        "name: install-cni\n",
+    ] {
+        assert!(all.contains(expected), "{all}");
+    }
+    let none = text(&[
+        "flannel.healthz.port=0",
+        "flannel.skipCNIConfigInstallation=true",
+    ]);
+    for unexpected in ["healthz", "Probe", "name: install-cni\n"] {
+        assert!(!none.contains(unexpected), "{unexpected}");
+    }
+    assert!(text(&["flannel.privileged=true"]).contains("privileged: true"));
+    let secret = text(&["global.imagePullSecrets[0].name=mine"]);
+    assert!(secret.contains("imagePullSecrets:\n  - name: mine"));
+    for wrong in [
+        "flannel.backendPort=70000",
+        "flannel.tunnelMode=odd",
+        "podCidr=all",
+        "netpol.enabled=true",
+    ] {
+        assert!(!helm(&[wrong]).status.success(), "{wrong}");
     }
 }

@@ -11,6 +11,7 @@ mod net;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
+use loden::bench::system::Path;
 use loden::datapath::EngineKind;
 use loden::lab::{Lab, Member, NetNs, Wire, command};
 use loden::sys::socket::{IntOption, set};
@@ -188,8 +189,8 @@ fn pods_reach_pods_behind_a_kernel_vtep() {
             runs(from, (to, *addr));
         }
         for (from, to) in [(1, 2), (2, 1)] {
-            let from = Member::Pod(from, 1);
-            let result = loden::bench::iperf::run(&lab, from, (to, 1), 4, 1).unwrap();
+            let path = Path::of_pods(&lab, from, to).unwrap();
+            let result = loden::bench::iperf::run(&lab, &path, 4, false, 1).unwrap();
             assert!(result.bytes > 0.0, "{result:?}");
         }
         let status = node.status();

@@ -1,6 +1,7 @@
 //! Owns what each fuzz target asserts, one file per target with one `run`. Never needs libFuzzer, so that
 //! `tests/fuzz_replay.rs` runs the committed corpora on every build.
 
+pub mod annotations;
 pub mod capture_filter;
 pub mod capture_record;
 pub mod checksum;
@@ -25,6 +26,7 @@ pub type Target = fn(&[u8]);
 
 /// Every target by the name it has in `fuzz_targets` and `corpus`.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("annotations", annotations::run),
     ("capture_filter", capture_filter::run),
     ("capture_record", capture_record::run),
     ("checksum", checksum::run),

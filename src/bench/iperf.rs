@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::Error;
-use crate::lab::{Lab, Member, wait};
+use super::system::Path;
+use crate::lab::{Lab, wait};
 
 /// iperf3's own port.
 const PORT: u16 = 5201;
@@ -25,19 +26,20 @@ pub struct TcpResult {
     pub retransmits: f64,
 }
 
-/// Sends over `streams` connections from `from` to the pod `to` (node, number) for `seconds`.
+/// Sends over `streams` connections along `path` for `seconds`; with `both`, over as many the other way at the same
+/// time.
 ///
 /// # Errors
 /// [`Error::Lab`] if a program fails, [`Error::Report`] if the client's report is not understood.
 pub fn run(
     lab: &Lab,
-    from: Member,
-    to: (u8, u8),
+    path: &Path,
     streams: u8,
+    both: bool,
     seconds: u32,
 ) -> Result<TcpResult, Error> {
-    let target = Member::Pod(to.0, to.1);
-    let addr = lab.pod_addr(to.0, to.1)?.to_string();
+    let target = path.to;
+    let addr = path.addr.to_string();
     let mut server = Command::new("iperf3");
     server.args(["-s", "-1", "-4", "-p", &PORT.to_string()]);
     let mut server = lab.spawn(target, "iperf3-server", &mut server)?;
@@ -58,7 +60,10 @@ pub fn run(
         "3000",
     ]);
     client.args(["-t", &seconds.to_string(), "-P", &streams.to_string()]);
-    let client = lab.spawn(from, "iperf3-client", &mut client)?;
+    if both {
+        client.arg("--bidir");
+    }
+    let client = lab.spawn(path.from, "iperf3-client", &mut client)?;
     let limit = Duration::from_secs(u64::from(seconds)) + EXTRA;
     parse(&client.finish(limit, lab.interrupt())?)
 }
@@ -72,6 +77,8 @@ struct Report {
 struct End {
     sum_sent: Sent,
     sum_received: Received,
+    sum_sent_bidir_reverse: Option<Sent>,
+    sum_received_bidir_reverse: Option<Received>,
 }
 
 #[derive(Deserialize)]
@@ -80,7 +87,7 @@ struct Sent {
     retransmits: f64,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Received {
     bytes: f64,
     bits_per_second: f64,
@@ -91,20 +98,22 @@ fn parse(text: &str) -> Result<TcpResult, Error> {
         program: "iperf3",
         reason: error.to_string(),
     })?;
-    let End {
-        sum_sent,
-        sum_received,
-    } = report.end;
-    if sum_received.bytes <= 0.0 {
+    let end = report.end;
+    let back = end.sum_received_bidir_reverse.unwrap_or_default();
+    let bytes = end.sum_received.bytes + back.bytes;
+    if bytes <= 0.0 {
         return Err(Error::Report {
             program: "iperf3",
             reason: "no byte arrived".to_owned(),
         });
     }
     Ok(TcpResult {
-        bits_per_second: sum_received.bits_per_second,
-        bytes: sum_received.bytes,
-        retransmits: sum_sent.retransmits,
+        bits_per_second: end.sum_received.bits_per_second + back.bits_per_second,
+        bytes,
+        retransmits: end.sum_sent.retransmits
+            + end
+                .sum_sent_bidir_reverse
+                .map_or(0.0, |sent| sent.retransmits),
     })
 }
 
@@ -124,6 +133,22 @@ mod tests {
                 bits_per_second: 800.0,
                 bytes: 100.0,
                 retransmits: 3.0
+            }
+        );
+    }
+
+    #[test]
+    fn both_directions_of_a_run_both_ways_count() {
+        let text = r#"{"end":{
+            "sum_sent":{"retransmits":3},"sum_received":{"bytes":100,"bits_per_second":800.0},
+            "sum_sent_bidir_reverse":{"retransmits":4},
+            "sum_received_bidir_reverse":{"bytes":10,"bits_per_second":80.0}}}"#;
+        assert_eq!(
+            parse(text).unwrap(),
+            TcpResult {
+                bits_per_second: 880.0,
+                bytes: 110.0,
+                retransmits: 7.0
             }
         );
     }

@@ -1,31 +1,43 @@
-//! `loden bench`: what is compared, how one number is taken, and how the numbers become a table. Never
-//! builds a topology itself ([`crate::lab`] does), and never reads the daemon's own counters: everything is
-//! measured from the pods and from the process clocks, so that every system is measured alike.
+//! `loden bench`: what is compared, how one number is taken, and how the numbers become a table and a report. Never
+//! builds a topology itself ([`crate::lab`] does). What is compared is measured from the ends and from the clocks of
+//! processes and machine, so that every system is measured alike; loden's own counters only explain.
 //!
 //! | Module | Owns |
 //! |---|---|
-//! | [`system`] | what is compared: plain routing, kernel VXLAN, loden, the portable engine |
-//! | [`scenario`] | what is done with it: streams, bursts, single packets, idle latency |
+//! | [`system`] | what is compared: the wire, plain routing, kernel VXLAN, loden's engines, other programs |
+//! | [`scenario`] | what is done with it, by text id: streams, bursts, single packets, latency |
 //! | [`measure`] | taking one [`Sample`](measure::Sample) of one scenario on one lab |
-//! | [`iperf`], [`udp`] | the traffic: iperf3, and numbered packets of our own |
-//! | [`process_clock`] | processor time of the daemons |
-//! | [`quick`] | the order of a run: interleaved repetitions on the labs of one wire after the other |
-//! | [`goal`] | ratios within a repetition, and the floors they are held against |
-//! | [`report`], [`table`] | the result as data, and as text |
+//! | [`iperf`], [`udp`], [`tcp`], [`lossless`] | the traffic: iperf3, and packets and requests of our own |
+//! | [`meter`], [`process_clock`], [`dataplane`] | what it cost: processors, context switches, system calls |
+//! | [`run`] | the order of a run: interleaved repetitions on the labs of one underlay after the other |
+//! | [`quick`] | what the quick benchmark takes of it |
+//! | [`stats`], [`ratio`], [`goal`] | medians, ratios within a repetition, and the goals they are held against |
+//! | [`report`] | the result as data |
+//! | [`table`], [`page`], [`plot`] | the same as text, as Markdown and HTML, and as pictures |
+//! | [`compare`] | two reports, and what became slower |
 //!
 //! Figures of different runs do not compare: the machine is shared and its speed drifts. Ratios within one
-//! repetition do, and the median of three of them is what a floor is held against.
+//! repetition do, and the median of three of them is what a goal is held against.
 
+pub mod compare;
+pub mod dataplane;
 pub mod goal;
 pub mod iperf;
+pub mod lossless;
 pub mod measure;
+pub mod meter;
+pub mod page;
+pub mod plot;
 pub mod process_clock;
 pub mod quick;
+pub mod ratio;
 pub mod report;
+pub mod run;
 pub mod scenario;
 pub mod stats;
 pub mod system;
 pub mod table;
+pub mod tcp;
 pub mod udp;
 
 /// Why a benchmark could not be run. Nothing of it is left behind in any case.
@@ -57,6 +69,17 @@ pub enum Error {
         /// How many were sent.
         sent: u64,
     },
+    /// A daemon does not tell about itself.
+    #[error(transparent)]
+    Status(#[from] crate::debug::socket::SocketError),
+    /// A report could not be drawn.
+    #[error("cannot draw the figure of {what}: {reason}")]
+    Plot {
+        /// Which.
+        what: String,
+        /// What the drawing library says.
+        reason: String,
+    },
     /// The process clock of a daemon could not be read.
     #[error("cannot read the process clock of process {pid}: {source}")]
     Clock {
@@ -76,6 +99,22 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether a signal is the cause.
+    #[must_use]
+    pub fn is_interruption(&self) -> bool {
+        match self {
+            Self::Lab(crate::lab::Error::Interrupted) => true,
+            Self::Measuring { source, .. } => source.is_interruption(),
+            Self::Lab(_)
+            | Self::Report { .. }
+            | Self::Silence { .. }
+            | Self::Status(_)
+            | Self::Plot { .. }
+            | Self::Clock { .. }
+            | Self::Io { .. } => false,
+        }
+    }
+
     fn io<E: Into<std::io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::Io {
             doing,

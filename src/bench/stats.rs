@@ -1,9 +1,9 @@
 //! Owns the arithmetic on repetitions: median and spread. Pure.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The middle of some repetitions, and how far apart they lie.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// The median.
     pub median: f64,
@@ -29,6 +29,19 @@ impl Summary {
             min: *sorted.first()?,
             max: *sorted.last()?,
         })
+    }
+
+    /// How far apart they lie, over the median: 0 if they agree. Not a number if they do not and their median is 0.
+    #[must_use]
+    pub fn spread(&self) -> f64 {
+        let width = self.max - self.min;
+        if width == 0.0 {
+            0.0
+        } else if self.median == 0.0 {
+            f64::NAN
+        } else {
+            width / self.median.abs()
+        }
     }
 }
 
@@ -60,6 +73,14 @@ mod tests {
                 max: 100.0
             }
         );
+    }
+
+    #[test]
+    fn the_spread_is_the_width_in_medians() {
+        let spread = |values: &[f64]| Summary::of(values).unwrap().spread();
+        assert_eq!(spread(&[4.0, 5.0, 6.0]), 0.4);
+        assert_eq!(spread(&[0.0, 0.0]), 0.0);
+        assert!(spread(&[0.0, 0.0, 1.0]).is_nan());
     }
 
     #[test]

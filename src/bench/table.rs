@@ -2,7 +2,8 @@
 
 use std::fmt::{self, Write as _};
 
-use super::goal::{Bound, Verdict};
+use super::goal::Verdict;
+use super::quick;
 use super::report::Report;
 use super::scenario::{Metric, Scenario};
 use super::stats::Summary;
@@ -27,16 +28,16 @@ pub fn render(report: &Report) -> Result<String, fmt::Error> {
     writeln!(text, "median of {} [smallest - largest]", report.reps)?;
     for wire in report.cells.wires() {
         heading(&mut text, report, &format!("{} wire", cli_name(&wire)))?;
-        for scenario in Scenario::ALL {
-            for &metric in scenario.metrics() {
+        for scenario in report.cells.scenarios_on(wire) {
+            for &metric in quick::metrics(scenario.load) {
                 row(&mut text, report, wire, scenario, metric)?;
             }
         }
-        if let Some(rates) = report.rates.get(&wire) {
+        for bed in report.rates.iter().filter(|bed| bed.wire == wire) {
             writeln!(
                 text,
                 "  offered UDP rates, packets/s: bursts {}, one at a time {}",
-                rates.burst, rates.single
+                bed.rates.burst, bed.rates.single
             )?;
         }
     }
@@ -72,7 +73,7 @@ fn row(
     let systems = report.cells.systems();
     let summaries: Vec<Option<Summary>> = systems
         .iter()
-        .map(|&system| report.cells.summary(wire, scenario, system, metric))
+        .map(|system| report.cells.summary(wire, scenario, system, metric))
         .collect();
     if summaries.iter().all(Option::is_none) {
         return Ok(());
@@ -80,7 +81,7 @@ fn row(
     write!(
         text,
         "{:<LABEL$}",
-        format!("  {scenario}, {}", metric.unit())
+        format!("  {}, {}", scenario.describe(), metric.unit())
     )?;
     for summary in summaries {
         write!(
@@ -92,7 +93,7 @@ fn row(
     writeln!(text)
 }
 
-fn cell(summary: Summary) -> String {
+pub(super) fn cell(summary: Summary) -> String {
     format!(
         "{} [{} - {}]",
         number(summary.median),
@@ -102,20 +103,17 @@ fn cell(summary: Summary) -> String {
 }
 
 fn line(verdict: &Verdict) -> String {
-    let bound = match verdict.bound {
-        Bound::AtLeast(floor) => format!(">= {floor}"),
-        Bound::AtMost(ceiling) => format!("<= {ceiling}"),
-    };
-    let met = if verdict.met { "met" } else { "MISSED" };
     format!(
-        "{:<72} {:>22} {bound:>9}  {met}",
+        "{:<72} {:>22} {:>9}  {}",
         verdict.what,
-        cell(verdict.ratio)
+        verdict.measured.map_or_else(|| "-".to_owned(), cell),
+        verdict.bound.to_string(),
+        verdict.outcome
     )
 }
 
 /// Three digits, however large: more would be noise.
-fn number(value: f64) -> String {
+pub(super) fn number(value: f64) -> String {
     match value.abs() {
         large if large >= 100.0 => format!("{value:.0}"),
         middle if middle >= 10.0 => format!("{value:.1}"),
@@ -126,6 +124,7 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::goal::{Bound, Outcome};
     use super::*;
 
     #[test]
@@ -142,10 +141,12 @@ mod tests {
             max: 0.6,
         };
         let verdict = Verdict {
+            goal: "floor".to_owned(),
             what: "x".to_owned(),
-            ratio,
+            measured: Some(ratio),
             bound: Bound::AtLeast(0.55),
-            met: false,
+            outcome: Outcome::Missed,
+            why: None,
         };
         assert!(
             line(&verdict).ends_with("0.50 [0.40 - 0.60]   >= 0.55  MISSED"),

@@ -1,6 +1,7 @@
 //! Owns `loden bench`: its arguments, its progress on standard error and its result on standard output.
 //! Never measures; [`crate::bench`] does.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,12 +10,19 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 
-use crate::bench::quick::{self, Plan};
+mod full;
+mod progress;
+
+use crate::bench::quick;
+use crate::bench::ratio::Rule;
+use crate::bench::run::{self, Extent, Plan};
 use crate::bench::scenario::Scenario;
-use crate::bench::system::System;
+use crate::bench::system::{Programs, System};
 use crate::bench::table;
+use crate::bench::tcp::{self, Ask};
 use crate::bench::udp::{self, Traffic};
-use crate::lab::{Interrupt, Wire};
+use crate::lab::{Interrupt, Store, Wire};
+use progress::Progress;
 
 /// Arguments of `loden bench`.
 #[derive(Args, Debug)]
@@ -28,12 +36,22 @@ pub struct BenchArgs {
 enum BenchCommand {
     /// Compare loden with plain routing, kernel VXLAN and its own portable engine, in about three minutes
     Quick(QuickArgs),
+    /// Measure a matrix of systems, scenarios and wires, and write a report
+    Run(full::RunArgs),
+    /// Compare two reports, and fail if a figure became worse
+    Compare(full::CompareArgs),
     /// Send numbered packets (run inside a pod by the benchmark)
     #[command(hide = true)]
     UdpSend(SendArgs),
     /// Receive and count numbered packets (run inside a pod by the benchmark)
     #[command(hide = true)]
     UdpSink(SinkArgs),
+    /// Answer TCP requests (run inside a pod by the benchmark)
+    #[command(hide = true)]
+    TcpServe(ServeArgs),
+    /// Send TCP requests (run inside a pod by the benchmark)
+    #[command(hide = true)]
+    TcpAsk(AskArgs),
 }
 
 #[derive(Args, Debug)]
@@ -51,10 +69,10 @@ struct QuickArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["superpacket", "packet", "packet-no-gro"])]
     wires: Vec<Wire>,
     /// The systems, separated by commas
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["plain", "vxlan", "loden", "portable"])]
+    #[arg(long, value_delimiter = ',', default_values = ["plain", "vxlan", "loden", "portable"])]
     systems: Vec<System>,
-    /// What is done with them, separated by commas [default: everything]
-    #[arg(long, value_enum, value_delimiter = ',')]
+    /// What is done with them, separated by commas [default: tcp-1,tcp-8,udp-64-burst,udp-64,latency-idle]
+    #[arg(long, value_delimiter = ',')]
     scenarios: Vec<Scenario>,
     /// The program to measure as the daemon [default: this program]
     #[arg(long)]
@@ -65,6 +83,8 @@ struct QuickArgs {
 struct SendArgs {
     #[arg(long)]
     dest: SocketAddr,
+    #[arg(long)]
+    len: u16,
     #[arg(long)]
     rate: u32,
     #[arg(long)]
@@ -83,6 +103,24 @@ struct SinkArgs {
     limit_ms: u64,
 }
 
+#[derive(Args, Debug)]
+struct ServeArgs {
+    #[arg(long)]
+    listen: SocketAddr,
+    #[arg(long)]
+    limit_ms: u64,
+}
+
+#[derive(Args, Debug)]
+struct AskArgs {
+    #[arg(long)]
+    dest: SocketAddr,
+    #[arg(long)]
+    connect: bool,
+    #[arg(long)]
+    time_ms: u64,
+}
+
 /// Runs `loden bench`.
 ///
 /// # Errors
@@ -90,13 +128,33 @@ struct SinkArgs {
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Quick(args) => run_quick(args),
+        BenchCommand::Run(args) => full::run(&args, command_line()),
+        BenchCommand::Compare(args) => full::compare(args),
+        BenchCommand::TcpServe(ServeArgs { listen, limit_ms }) => {
+            Ok(tcp::serve(listen, Duration::from_millis(limit_ms))?)
+        }
+        BenchCommand::TcpAsk(AskArgs {
+            dest,
+            connect,
+            time_ms,
+        }) => {
+            let ask = if connect {
+                Ask::Connections
+            } else {
+                Ask::Requests
+            };
+            let answered = tcp::ask(dest, ask, Duration::from_millis(time_ms))?;
+            print(&serde_json::to_string(&answered)?)
+        }
         BenchCommand::UdpSend(SendArgs {
             dest,
+            len,
             rate,
             burst,
             time_ms,
         }) => {
             let traffic = Traffic {
+                len,
                 rate,
                 burst,
                 time: Duration::from_millis(time_ms),
@@ -128,15 +186,25 @@ fn run_quick(args: QuickArgs) -> anyhow::Result<()> {
         wires: args.wires,
         systems: args.systems,
         scenarios: if args.scenarios.is_empty() {
-            Scenario::ALL.to_vec()
+            quick::SCENARIOS.to_vec()
         } else {
             args.scenarios
         },
-        daemon,
+        extent: Extent::Floors,
+        programs: Programs {
+            loden: daemon,
+            others: BTreeMap::new(),
+            store: Store::Local,
+        },
         program,
+        command: command_line(),
+        rule: Rule::ANY,
     };
+    if let Some(system) = plan.systems.iter().find(|system| system.needs_program()) {
+        anyhow::bail!("{system} is not part of a quick benchmark: use `loden bench run`");
+    }
     let interrupt = Interrupt::on_signals().context("cannot listen for signals")?;
-    let report = quick::run(&plan, &interrupt, &mut progress)?;
+    let report = run::run(&plan, &interrupt, &mut Progress::lines())?;
     let text = if args.json {
         serde_json::to_string_pretty(&report)?
     } else {
@@ -145,11 +213,20 @@ fn run_quick(args: QuickArgs) -> anyhow::Result<()> {
     print(&text)
 }
 
-fn progress(line: &str) {
-    // Nobody may be reading progress; the result goes elsewhere.
-    if let Err(error) = writeln!(io::stderr().lock(), "bench: {line}") {
-        tracing::trace!(%error, "progress was not shown");
-    }
+/// The command that does this again, as one would type it; the program by its name alone.
+fn command_line() -> String {
+    let words = std::env::args_os().skip(1).map(|word| {
+        let word = word.to_string_lossy().into_owned();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./,:@+".contains(c);
+        match word.is_empty() || !word.chars().all(plain) {
+            true => format!("'{}'", word.replace('\'', r"'\''")),
+            false => word,
+        }
+    });
+    std::iter::once("loden".to_owned())
+        .chain(words)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn print(text: &str) -> anyhow::Result<()> {

@@ -128,6 +128,7 @@ fn up(args: UpArgs) -> anyhow::Result<()> {
         store: args.store,
         engine: args.engine,
         workers: args.workers,
+        traffic_rules: args.store == Store::Etcd,
         daemon: Some(daemon),
         ..Spec::new(args.name.name, args.nodes)
     };

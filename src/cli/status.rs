@@ -298,7 +298,7 @@ fn drops(page: &mut Page, drops: &Value) {
     }
 }
 
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
+pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
@@ -307,7 +307,7 @@ fn count(value: &Value) -> u64 {
 }
 
 /// A value as words: texts without quotes, lists with commas, nothing for null.
-fn plain(value: &Value) -> String {
+pub(super) fn plain(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         Value::String(text) => clean(text),
@@ -337,13 +337,13 @@ fn duration(seconds: u64) -> String {
 
 /// Text that is laid out line by line.
 #[derive(Default)]
-struct Page {
-    text: String,
+pub(super) struct Page {
+    pub(super) text: String,
 }
 
 impl Page {
     /// A title and its text, wrapped at [`WIDTH`] behind the title.
-    fn section(&mut self, title: &str, text: &str) {
+    pub(super) fn section(&mut self, title: &str, text: &str) {
         let mut line = format!("{title:INDENT$}");
         let mut empty = true;
         for word in text.split_whitespace() {
@@ -377,7 +377,7 @@ impl Page {
         self.text.push('\n');
     }
 
-    fn blank(&mut self) {
+    pub(super) fn blank(&mut self) {
         self.text.push('\n');
     }
 }

@@ -98,29 +98,23 @@ impl Environment {
         })
     }
 
-    /// Refuses to configure the plugin's own namespace: what is there are the node's interfaces.
-    fn check_netns(&self) -> Result<(), CniError> {
-        let own = || {
-            let identity = |meta: fs::Metadata| (meta.dev(), meta.ino());
-            let own = identity(fs::metadata("/proc/thread-self/ns/net")?);
-            io::Result::Ok(identity(fs::metadata(&self.netns)?) == own)
-        };
-        let exempt = self.netns_override == "1" || self.netns_override.eq_ignore_ascii_case("true");
-        if exempt {
-            return Ok(());
+    /// Whether the namespace is the plugin's own, whose interfaces are the node's, and nobody wants that.
+    fn is_own_netns(&self) -> io::Result<bool> {
+        if self.netns_override == "1" || self.netns_override.eq_ignore_ascii_case("true") {
+            return Ok(false);
         }
-        match own() {
-            Ok(false) => Ok(()),
-            Ok(true) => Err(CniError::new(
-                NETNS,
-                "plugin's netns and netns from CNI_NETNS should not be the same",
-            )),
-            Err(e) => Err(CniError::new(
-                NETNS,
-                format!("CNI_NETNS: cannot open {}: {e}", self.netns.display()),
-            )),
-        }
+        let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+        let own = identity(Path::new("/proc/thread-self/ns/net"))?;
+        Ok(identity(Path::new(&self.netns))? == own)
     }
+}
+
+/// The error about a namespace that is the plugin's own.
+fn own_netns() -> CniError {
+    CniError::new(
+        NETNS,
+        "plugin's netns and netns from CNI_NETNS should not be the same",
+    )
 }
 
 /// `[a-zA-Z0-9][a-zA-Z0-9_.-]*`, so never a path.
@@ -270,7 +264,15 @@ impl<'a> Plugin<'a> {
 
     fn add(&self, answer: &mut Answer) -> Result<(), CniError> {
         let of = self.environment.attachment()?;
-        self.environment.check_netns()?;
+        match self.environment.is_own_netns() {
+            Ok(false) => {}
+            Ok(true) => return Err(own_netns()),
+            Err(e) => {
+                let path = self.environment.netns.display();
+                let msg = format!("CNI_NETNS: cannot open {path}: {e}");
+                return Err(CniError::new(NETNS, msg));
+            }
+        }
         let config = self.delegate_config()?;
         let json = compact(&config);
         let _infallible = writeln!(
@@ -291,12 +293,9 @@ impl<'a> Plugin<'a> {
 
     fn del(&self, answer: &mut Answer) -> Result<(), CniError> {
         let of = self.environment.attachment()?;
-        // The namespace may be gone; only our own is worth an error.
-        match self.environment.check_netns() {
-            Err(e) if !self.environment.netns.is_empty() && e.msg.starts_with("plugin's") => {
-                return Err(e);
-            }
-            _ => {}
+        // One that is gone has taken the interface with it, and the rest is to be undone all the same.
+        if let Ok(true) = self.environment.is_own_netns() {
+            return Err(own_netns());
         }
         self.undo(&of, Vec::new(), answer)
     }

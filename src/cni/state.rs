@@ -71,11 +71,9 @@ impl<'a> State<'a> {
         if same(&shared, path)? {
             absent(fs::remove_file(&shared))?;
         }
-        match fs::hard_link(temp, &shared) {
-            // Another interface's, or the original's.
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            linked => linked?,
-        }
+        // That name may be another interface's, or the original's; and a file system without links costs no pod
+        // its network.
+        let _for_the_original = fs::hard_link(temp, &shared);
         fs::rename(temp, path)?;
         File::open(self.dir)?.sync_all()
     }

@@ -2,6 +2,7 @@
 //! decides when to open it, or when to look at it.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -114,6 +115,15 @@ impl Carrier {
     /// Whether the kernel waits for a look because of what was published.
     pub(super) const fn is_stale(&self) -> bool {
         self.stale
+    }
+
+    /// The tunnel of ours that carries what goes to or comes from `addr`.
+    pub(super) fn tunnel_of(&self, addr: IpAddr) -> Option<&Tunnel> {
+        let carries = |tunnel: &&Tunnel| {
+            let networks = &tunnel.desired.networks;
+            networks.iter().any(|network| network.contains(&addr))
+        };
+        self.tunnels.iter().find(carries).or(self.tunnels.first())
     }
 
     /// The numbers of the devices.

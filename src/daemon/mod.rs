@@ -15,6 +15,7 @@
 
 mod backoff;
 mod carrier;
+mod explain;
 mod hold;
 mod lock;
 mod news;

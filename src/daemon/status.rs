@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::Daemon;
 use super::carrier::Carrier;
+use super::explain::{Question, explain};
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
@@ -122,6 +123,23 @@ pub(super) async fn answer<S: LeaseStore, K: Kernel>(
             let begun = capture(session, &filter, snap_len, segments);
             begun.unwrap_or_else(|why| Answer::error(&why))
         }
+        Request::Explain {
+            from,
+            to,
+            len,
+            whole,
+        } => {
+            let question = Question {
+                from,
+                to,
+                len,
+                whole,
+            };
+            match explain(daemon, session, question).await {
+                Ok(explanation) => Answer::Document(value(explanation)),
+                Err(why) => Answer::error(&why),
+            }
+        }
     }
 }
 
@@ -206,7 +224,11 @@ async fn document<S: LeaseStore, K: Kernel>(
         drops: drops(&datapath.total),
         datapath,
     };
-    // Every field is a number, a text or a list of them, and every key is a text.
+    value(document)
+}
+
+/// A document's every field is a number, a text or a list of them, and every key is a text.
+fn value(document: impl Serialize) -> Value {
     serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
 }
 

@@ -130,6 +130,27 @@ fn lock(options: &TrafficOptions) -> Result<Option<NameLock>, DaemonError> {
     Ok(None)
 }
 
+/// How the host's own firewall treats the tunnel now.
+pub(super) async fn admission(
+    options: &TrafficOptions,
+    registration: &Registration,
+) -> Result<Admission, String> {
+    let mode = if registration.config.enable_nftables {
+        Mode::Nftables
+    } else {
+        Mode::Iptables
+    };
+    let unread = |error: Error| format!("the host's own firewall: {error}");
+    let firewall = Firewall::open(options.programs.clone(), mode).await;
+    let firewall = firewall.map_err(unread)?;
+    let Some(port) = registration.plan.port() else {
+        return Ok(Admission::Open);
+    };
+    let choice = registration.choice();
+    let found = firewall.admission(port, &choice.name, choice.addr).await;
+    found.map_err(unread)
+}
+
 /// Tells how the host's own firewall treats the tunnel, and yields to it where we can.
 fn report(admission: &Admission, plan: &mut Plan) {
     let (Some(refusal), Some(port)) = (admission.refusal(), plan.port()) else {

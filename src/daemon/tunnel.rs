@@ -10,6 +10,7 @@ use crate::backend::data_plane::DataPlane;
 use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::reconcile::{self, Outcome, reconcile};
 use crate::backend::udp;
+use crate::datapath::foretell::Foretold;
 use crate::datapath::tap::Taps;
 use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
 
@@ -106,6 +107,11 @@ impl Tunnel {
         if let Some(datapath) = &self.datapath {
             datapath.publish(&reachable(routes, self.is_ipv4));
         }
+    }
+
+    /// Asks the data plane what would become of a packet; none while it is being closed.
+    pub(super) fn foretell(&self, ask: impl FnOnce(&Datapath) -> Foretold) -> Option<Foretold> {
+        self.datapath.as_ref().map(ask)
     }
 
     pub(super) fn taps(&self) -> Option<&Taps> {

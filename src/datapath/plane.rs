@@ -42,9 +42,9 @@ impl Engine {
 /// An opened data plane: device and sockets exist; workers run between [`Datapath::start`] and
 /// [`Datapath::stop`]. Dropping it stops the workers and closes everything; the TUN device goes with it.
 pub struct Datapath {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     device: String,
-    publisher: Mutex<Publisher<Table>>,
+    pub(super) publisher: Mutex<Publisher<Table>>,
     engines: Vec<Engine>,
     wakers: Vec<Waker>,
     threads: Vec<JoinHandle<()>>,

@@ -10,7 +10,7 @@ use super::plan::{self, PodNet};
 use super::process::Tracked;
 use super::spec::cli_name;
 use super::wait::{self, Interrupt};
-use super::{Error, Member, NetNs, Spec, Store, command};
+use super::{Dialect, Error, Member, NetNs, Spec, Store, command};
 
 /// A daemon writes `subnet.env` as soon as it has a lease and a device; on a busy machine that may take
 /// a while, and only a failing lab ever waits this long.
@@ -32,7 +32,7 @@ pub(crate) fn create_store(spec: &Spec, lab_dir: &Path) -> Result<(), Error> {
         .map_err(Error::io("write", config.display().to_string()))
 }
 
-/// Starts an etcd on the underlay's bridge, waits for it, and writes flannel's network configuration. No traffic
+/// Starts an etcd in `netns`, waits for it, and writes flannel's network configuration. No traffic
 /// rules are asked for that the kernel may lack, so they are in nftables.
 ///
 /// # Errors
@@ -43,8 +43,9 @@ pub(crate) fn start_etcd(
     lab_dir: &Path,
     interrupt: &Interrupt,
 ) -> Result<Tracked, Error> {
-    let client = format!("http://{}:2379", plan::STORE_V4);
-    let peer = format!("http://{}:2380", plan::STORE_V4);
+    let (_, addr) = plan::store(spec);
+    let client = format!("http://{addr}:2379");
+    let peer = format!("http://{addr}:2380");
     let mut command = Command::new("etcd");
     command
         .args(["--name", "lab", "--data-dir"])
@@ -107,20 +108,23 @@ pub(crate) fn start(spec: &Spec, lab_dir: &Path, node: u8) -> Result<Tracked, Er
 fn daemon(program: &Path, spec: &Spec, lab_dir: &Path, node: u8) -> Command {
     let files = node_dir(lab_dir, node);
     let mut command = Command::new(program);
+    if spec.dialect == Dialect::Loden {
+        command
+            .args(["daemon", "--status-socket"])
+            .arg(status_socket(lab_dir, node));
+    }
     command
-        .args(["daemon", "--iface", "eth0", "--public-ip"])
+        .args(["--iface", "eth0", "--public-ip"])
         .arg(plan::underlay_v4(node).to_string())
         .arg("--subnet-file")
-        .arg(files.join("subnet.env"))
-        .arg("--status-socket")
-        .arg(status_socket(lab_dir, node));
+        .arg(files.join("subnet.env"));
+    if !spec.traffic_rules {
+        command.arg("--iptables-forward-rules=false");
+    }
     match spec.store {
-        // Measured against backends without traffic rules, so without them.
-        Store::Local => command
-            .args(["--iptables-forward-rules=false", "--local-store"])
-            .arg(store_dir(lab_dir)),
+        Store::Local => command.arg("--local-store").arg(store_dir(lab_dir)),
         Store::Etcd => {
-            let endpoint = format!("http://{}:2379", plan::STORE_V4);
+            let endpoint = format!("http://{}:2379", plan::store(spec).1);
             command.arg("--etcd-endpoints").arg(endpoint)
         }
     };

@@ -10,7 +10,9 @@ use super::plan::{self, PodNet};
 use super::process::Tracked;
 use super::state::{self, Claim, Layout, PodRecord};
 use super::wait::{self, Interrupt};
-use super::{Backend, Error, Member, NetNs, Spec, Store, agent, command, teardown, wiring};
+use super::{
+    Backend, Error, Member, NetNs, Spec, Store, agent, command, teardown, wireguard, wiring,
+};
 
 /// Leases spread to every daemon within this time, or something is wrong.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
@@ -71,15 +73,19 @@ impl Lab {
     fn populate(&mut self) -> Result<(), Error> {
         self.create_underlay()?;
         let nets = match self.spec().backend {
-            Backend::None => self.chosen_nets(plan::UNDERLAY_MTU),
+            Backend::None => self.chosen_nets(0),
             Backend::Plain => {
                 self.on_every_node("ip", plan::plain_routes)?;
-                self.chosen_nets(plan::UNDERLAY_MTU)
+                self.chosen_nets(0)
             }
             Backend::ByHand => {
                 self.on_every_node("ip", plan::vxlan_links)?;
                 self.on_every_node("bridge", plan::vxlan_fdb)?;
-                self.chosen_nets(plan::VXLAN_MTU)
+                self.chosen_nets(plan::VXLAN_OVERHEAD)
+            }
+            Backend::WireguardGo => {
+                self.start_wireguard()?;
+                self.chosen_nets(wireguard::OVERHEAD)
             }
             Backend::Udp | Backend::Vxlan | Backend::HostGw => self.start_daemons()?,
         };
@@ -117,7 +123,9 @@ impl Lab {
         Ok(())
     }
 
-    fn chosen_nets(&self, mtu: u16) -> Vec<PodNet> {
+    /// What the lab chooses where no daemon does, under `overhead` bytes of headers.
+    fn chosen_nets(&self, overhead: u16) -> Vec<PodNet> {
+        let mtu = self.spec().underlay_mtu - overhead;
         (1..=self.spec().nodes)
             .map(|node| PodNet::chosen(node, mtu))
             .collect()
@@ -136,7 +144,8 @@ impl Lab {
         match self.spec().store {
             Store::Local => agent::create_store(&self.layout.spec, &self.dir)?,
             Store::Etcd => {
-                let netns = self.netns(Member::Underlay);
+                let (member, _) = plan::store(self.spec());
+                let netns = self.netns(member);
                 self.store = Some(agent::start_etcd(
                     &self.layout.spec,
                     &netns,
@@ -153,6 +162,17 @@ impl Lab {
             .zip(&mut self.daemons)
             .map(|(node, daemon)| agent::await_subnet(daemon, &self.dir, node, &self.interrupt))
             .collect()
+    }
+
+    fn start_wireguard(&mut self) -> Result<(), Error> {
+        for node in 1..=self.layout.spec.nodes {
+            let daemon = wireguard::start(&self.layout.spec, &self.dir, node)?;
+            self.daemons.push(daemon);
+        }
+        for (node, daemon) in (1..).zip(&mut self.daemons) {
+            wireguard::configure(&self.layout.spec, node, daemon, &self.interrupt)?;
+        }
+        Ok(())
     }
 
     fn attach_pods(&mut self, node: u8, net: &PodNet) -> Result<(), Error> {
@@ -251,6 +271,16 @@ impl Lab {
             .ok_or_else(|| Error::NotFound {
                 thing: format!("pod {member} in lab {}", self.spec().name),
             })
+    }
+
+    /// A node's overlay address, which is its pods' gateway.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if the node has no pod.
+    pub fn node_addr(&self, node: u8) -> Result<Ipv4Addr, Error> {
+        // The first pod's address is the next one after the gateway's (`PodNet::pod`).
+        self.pod_addr(node, 1)
+            .map(|addr| Ipv4Addr::from(u32::from(addr).saturating_sub(1)))
     }
 
     /// The process numbers of the daemons, in the order of their nodes.

@@ -24,6 +24,7 @@
 //! | [`plan`] | addresses and the text of the `ip` batches (pure) |
 //! | [`build`] | [`Lab`]: the order of building |
 //! | [`agent`] | the daemons of a `udp` lab and the files they share |
+//! | [`wireguard`] | wireguard-go and its configuration |
 //! | [`teardown`] | removal, and finding what was left |
 //! | [`netns`] | entering a namespace from safe code |
 //! | [`process`] | processes that are only ended when they are still themselves |
@@ -41,11 +42,12 @@ pub mod spec;
 mod state;
 pub mod teardown;
 pub mod wait;
+mod wireguard;
 mod wiring;
 
 pub use build::Lab;
 pub use error::Error;
 pub use netns::NetNs;
-pub use spec::{Backend, Engine, LabName, Member, Spec, Store, Wire};
+pub use spec::{Backend, Dialect, Engine, LabName, Member, Spec, Store, Wire};
 pub use state::{Layout, PodRecord, RUN_DIR};
 pub use wait::Interrupt;

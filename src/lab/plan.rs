@@ -5,13 +5,25 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::spec::{Member, Spec, Store};
 
-/// Where the etcd of a lab is, on the underlay's bridge: no node has this address.
-pub const STORE_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 254);
+/// Where the etcd of a lab of three nodes or more is, on the underlay's bridge: no node has this address.
+const BRIDGE_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 254);
+
+/// Where the etcd of a lab is. Two nodes have no bridge between them: the first node holds it then.
+#[must_use]
+pub const fn store(spec: &Spec) -> (Member, Ipv4Addr) {
+    if spec.has_underlay_bridge() {
+        (Member::Underlay, BRIDGE_V4)
+    } else {
+        (Member::Node(1), underlay_v4(1))
+    }
+}
 
 /// The underlay's MTU: Ethernet's.
 pub const UNDERLAY_MTU: u16 = 1500;
-/// What VXLAN over IPv4 leaves of it (outer IPv4, UDP, VXLAN and Ethernet headers take 50 bytes).
-pub const VXLAN_MTU: u16 = UNDERLAY_MTU - 50;
+/// The MTU of an underlay with jumbo frames, as most switches and clouds allow.
+pub const JUMBO_MTU: u16 = 9000;
+/// What VXLAN over IPv4 takes of the underlay's MTU: outer IPv4, UDP, VXLAN and Ethernet headers.
+pub const VXLAN_OVERHEAD: u16 = 50;
 /// The overlay network of every lab, from the benchmarking range (RFC 2544).
 pub const NETWORK: &str = "198.18.0.0/16";
 
@@ -98,6 +110,7 @@ impl PodNet {
 #[must_use]
 pub fn create(spec: &Spec) -> Vec<String> {
     let ns = |member| spec.name.namespace(member);
+    let mtu = spec.underlay_mtu;
     let mut lines: Vec<String> = spec
         .members()
         .map(|m| format!("netns add {}", ns(m)))
@@ -106,18 +119,18 @@ pub fn create(spec: &Spec) -> Vec<String> {
         for member in spec.node_members() {
             let (node, bridge) = (ns(member), ns(Member::Underlay));
             lines.push(format!(
-                "link add eth0 netns {node} type veth peer name {member} netns {bridge}"
+                "link add eth0 mtu {mtu} netns {node} type veth peer name {member} mtu {mtu} netns {bridge}"
             ));
         }
     } else if spec.nodes == 2 {
         let (first, second) = (ns(Member::Node(1)), ns(Member::Node(2)));
         lines.push(format!(
-            "link add eth0 netns {first} type veth peer name eth0 netns {second}"
+            "link add eth0 mtu {mtu} netns {first} type veth peer name eth0 mtu {mtu} netns {second}"
         ));
     } else {
         // A lone node still has an external interface that is up: a bridge needs no other end.
         lines.push(format!(
-            "link add eth0 netns {} type bridge",
+            "link add eth0 mtu {mtu} netns {} type bridge",
             ns(Member::Node(1))
         ));
     }
@@ -128,7 +141,7 @@ pub fn create(spec: &Spec) -> Vec<String> {
 #[must_use]
 pub fn underlay_bridge(spec: &Spec) -> Vec<String> {
     let mut lines = vec![
-        "link add br0 type bridge".to_owned(),
+        format!("link add br0 mtu {} type bridge", spec.underlay_mtu),
         "link set br0 up".to_owned(),
     ];
     lines.extend(
@@ -136,7 +149,7 @@ pub fn underlay_bridge(spec: &Spec) -> Vec<String> {
             .map(|member| format!("link set {member} master br0 up")),
     );
     if spec.store == Store::Etcd {
-        lines.push(format!("addr add {STORE_V4}/24 dev br0"));
+        lines.push(format!("addr add {BRIDGE_V4}/24 dev br0"));
         lines.push("link set lo up".to_owned());
     }
     lines
@@ -205,7 +218,7 @@ pub fn pod(pod: u8, net: &PodNet) -> Vec<String> {
 pub fn plain_routes(spec: &Spec, node: u8) -> Vec<String> {
     others(spec, node)
         .map(|peer| {
-            let subnet = PodNet::chosen(peer, UNDERLAY_MTU).base();
+            let subnet = PodNet::chosen(peer, spec.underlay_mtu).base();
             format!("route add {subnet}/24 via {}", underlay_v4(peer))
         })
         .collect()
@@ -221,10 +234,11 @@ fn vtep_mac(node: u8) -> String {
 /// transmit queue of 0, the subnet's first address as /32, and the peer's as the next hop.
 #[must_use]
 pub fn vxlan_links(spec: &Spec, node: u8) -> Vec<String> {
-    let base = |n| PodNet::chosen(n, VXLAN_MTU).base();
+    let mtu = spec.underlay_mtu - VXLAN_OVERHEAD;
+    let base = |n| PodNet::chosen(n, mtu).base();
     let mut lines = vec![
         format!(
-            "link add flannel.1 mtu {VXLAN_MTU} txqueuelen 0 address {mac} \
+            "link add flannel.1 mtu {mtu} txqueuelen 0 address {mac} \
              type vxlan id 1 local {local} dev eth0 dstport 8472 nolearning",
             mac = vtep_mac(node),
             local = underlay_v4(node),
@@ -253,7 +267,7 @@ pub fn vxlan_fdb(spec: &Spec, node: u8) -> Vec<String> {
         .collect()
 }
 
-fn others(spec: &Spec, node: u8) -> impl Iterator<Item = u8> {
+pub(super) fn others(spec: &Spec, node: u8) -> impl Iterator<Item = u8> {
     (1..=spec.nodes).filter(move |&peer| peer != node)
 }
 

@@ -9,9 +9,15 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::plan::UNDERLAY_MTU;
 
 /// The prefix of every namespace a lab makes.
 pub const NAMESPACE_PREFIX: &str = "loden-";
+
+/// The least that IPv6 asks of a link (RFC 8200, section 5).
+const MIN_UNDERLAY_MTU: u16 = 1280;
+/// What a veth pair can have.
+const MAX_UNDERLAY_MTU: u16 = 65535;
 
 /// The name that keeps labs apart: 1 to 32 of `a-z 0-9 -`, neither first nor last a dash.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -185,6 +191,8 @@ pub enum Backend {
     Vxlan,
     /// Likewise, with routes.
     HostGw,
+    /// One `wireguard-go` per node; two nodes at most.
+    WireguardGo,
 }
 
 impl Backend {
@@ -192,7 +200,7 @@ impl Backend {
     #[must_use]
     pub const fn daemons(self) -> Option<&'static str> {
         match self {
-            Self::None | Self::Plain | Self::ByHand => None,
+            Self::None | Self::Plain | Self::ByHand | Self::WireguardGo => None,
             Self::Udp => Some("udp"),
             Self::Vxlan => Some("vxlan"),
             Self::HostGw => Some("host-gw"),
@@ -207,7 +215,7 @@ pub enum Store {
     /// In a directory that all of them share.
     #[default]
     Local,
-    /// In an etcd on the underlay's bridge, as flannel keeps them.
+    /// In an etcd on the underlay, as flannel keeps them.
     Etcd,
 }
 
@@ -219,6 +227,17 @@ pub enum Engine {
     Mmsg,
     /// One packet per system call, no offloads: the oracle.
     Portable,
+}
+
+/// Whose arguments a daemon understands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dialect {
+    /// `loden daemon`.
+    #[default]
+    Loden,
+    /// `flanneld`: no subcommand, and only what flannel has, so an etcd is needed.
+    Flanneld,
 }
 
 /// The text that `value` has on the command line.
@@ -240,6 +259,8 @@ pub struct Spec {
     pub pods: u8,
     /// How the underlay behaves.
     pub wire: Wire,
+    /// The underlay's MTU in bytes.
+    pub underlay_mtu: u16,
     /// What joins the pods.
     pub backend: Backend,
     /// Where the daemons keep their leases.
@@ -251,6 +272,13 @@ pub struct Spec {
     pub workers: Option<u8>,
     /// The program to start as the daemon, for the backends that have one.
     pub daemon: Option<PathBuf>,
+    /// Whose arguments it understands.
+    #[serde(default)]
+    pub dialect: Dialect,
+    /// Whether the daemons set the forward rules that they set by default. Backends without a daemon have none,
+    /// so what is compared with them has none either.
+    #[serde(default)]
+    pub traffic_rules: bool,
 }
 
 impl Spec {
@@ -267,11 +295,14 @@ impl Spec {
             nodes,
             pods: 1,
             wire: Wire::Superpacket,
+            underlay_mtu: UNDERLAY_MTU,
             backend: Backend::None,
             store: Store::Local,
             engine: None,
             workers: None,
             daemon: None,
+            dialect: Dialect::Loden,
+            traffic_rules: false,
         }
     }
 
@@ -291,19 +322,42 @@ impl Spec {
                 "0 to 250",
             );
         }
-        if self.backend.daemons().is_some() && self.daemon.is_none() {
+        let daemons = self.backend.daemons().is_some();
+        let wireguard = self.backend == Backend::WireguardGo;
+        if (daemons || wireguard) && self.daemon.is_none() {
             return invalid(
                 "the daemon's program",
                 String::new(),
                 "given when the backend is one of daemons",
             );
         }
+        if wireguard && self.nodes > 2 {
+            return invalid(
+                "the number of nodes",
+                self.nodes.to_string(),
+                "1 or 2 with wireguard-go",
+            );
+        }
         let etcd = self.store == Store::Etcd;
-        if etcd && (self.backend.daemons().is_none() || !self.has_underlay_bridge()) {
+        if etcd && !daemons {
             return invalid(
                 "the store",
                 "etcd".to_owned(),
-                "local, unless the backend is one of daemons and there are three nodes or more",
+                "local, unless the backend is one of daemons",
+            );
+        }
+        if self.dialect == Dialect::Flanneld && !etcd {
+            return invalid(
+                "the store",
+                "local".to_owned(),
+                "etcd: flanneld knows no other",
+            );
+        }
+        if !(MIN_UNDERLAY_MTU..=MAX_UNDERLAY_MTU).contains(&self.underlay_mtu) {
+            return invalid(
+                "the underlay's MTU",
+                self.underlay_mtu.to_string(),
+                "1280 to 65535",
             );
         }
         Ok(())

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::netns::NETNS_DIR;
 use super::process::Identity;
 use super::state::{self, Claim, RUN_DIR};
-use super::{Error, LabName, command};
+use super::{Error, LabName, Member, command, wireguard};
 
 /// What belonged to a lab and is gone now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -156,6 +156,11 @@ fn delete_namespaces(name: &LabName, problems: &mut Vec<Error>) -> Vec<String> {
         problems.push(error);
         Vec::new()
     });
+    for namespace in &found {
+        if let Some((name, Member::Node(node))) = LabName::of_namespace(namespace) {
+            problems.extend(wireguard::remove_socket(&name, node).err());
+        }
+    }
     // One command each: a batch would stop at the first that another teardown has removed meanwhile.
     for namespace in &found {
         let deleted = command::run(None, "ip", &["netns", "del", namespace]);

@@ -37,7 +37,7 @@ const ADMIN: &str = "admin-of-a-test";
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// A program that `scripts/setup --kube` has built.
-fn program(name: &str) -> PathBuf {
+pub(crate) fn program(name: &str) -> PathBuf {
     let module = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/apiserver/go.mod");
     let module = fs::read_to_string(module).unwrap();
     let version = module
@@ -114,7 +114,10 @@ impl ApiServer {
             .arg("--service-account-issuer=https://kubernetes.default.svc")
             .arg("--authorization-mode=Node,RBAC")
             .arg(format!("--token-auth-file={}", file("tokens")))
-            .arg("--service-cluster-ip-range=198.19.0.0/16")
+            .args([
+                "--service-cluster-ip-range=198.19.0.0/16",
+                "--allow-privileged=true",
+            ])
             // There is nobody who would make them.
             .arg("--disable-admission-plugins=ServiceAccount")
             .stdin(Stdio::null())
@@ -201,10 +204,10 @@ impl ApiServer {
         self.check(args, self.try_kubectl(args, ""))
     }
 
-    /// Makes or changes an object.
-    pub(crate) fn apply(&self, object: &Value) {
-        let args = ["apply", "-f", "-"];
-        self.check(&args, self.try_kubectl(&args, &object.to_string()));
+    /// Objects as the API server would take them; it must take them.
+    pub(crate) fn dry_run(&self, yaml: &str) -> String {
+        let args = ["apply", "--dry-run=server", "-o", "json", "-f", "-"];
+        self.check(&args, self.try_kubectl(&args, yaml))
     }
 
     /// A Node with this pod CIDR; none for the empty text.

@@ -13,10 +13,11 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, process_clock};
-use crate::lab::{Lab, Member, wait};
-
-pub use probe::PAYLOAD_LEN;
+use super::Error;
+use super::meter::{Meter, Spent};
+use super::system::Path as Route;
+use crate::lab::process::Tracked;
+use crate::lab::{Lab, wait};
 
 /// Where the sink listens.
 pub const PORT: u16 = 5301;
@@ -26,6 +27,8 @@ const EXTRA: Duration = Duration::from_secs(10);
 /// What to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traffic {
+    /// UDP payload bytes of each datagram; at least 20.
+    pub len: u16,
     /// Datagrams per second.
     pub rate: u32,
     /// Datagrams per send; more than one are sent at once with `UDP_SEGMENT`, and the sink takes them with
@@ -37,7 +40,7 @@ pub struct Traffic {
 
 /// Which of the processors that this program may use an end of the traffic runs on.
 #[derive(Clone, Copy, Debug)]
-enum Processor {
+pub(super) enum Processor {
     First,
     Last,
 }
@@ -47,7 +50,7 @@ impl Processor {
     ///
     /// Left to itself, the scheduler now wakes the sink on the sender's processor, which is quick, and now
     /// on another, which is not, for seconds at a time: an idle run would measure its luck.
-    fn stay(self) -> Result<(), Error> {
+    pub(super) fn stay(self) -> Result<(), Error> {
         let this_thread = Pid::from_raw(0);
         let allowed = sched_getaffinity(this_thread).map_err(Error::io("list the processors"))?;
         let mut usable = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu) == Ok(true));
@@ -67,6 +70,8 @@ impl Processor {
 pub struct Sent {
     /// Datagrams that the kernel accepted.
     pub sent: u64,
+    /// How long that took, which is longer than asked for if the sender could not keep its pace.
+    pub elapsed_ns: u64,
 }
 
 /// What the sink prints. Latencies are nanoseconds from before the send call to after the receive call.
@@ -82,69 +87,143 @@ pub struct Received {
     pub p50_ns: u64,
     /// 99th percentile of the latency.
     pub p99_ns: u64,
+    /// 99.9th percentile of the latency.
+    pub p999_ns: u64,
 }
 
-/// One run: both ends' reports and the processor time of the daemons.
-#[derive(Clone, Copy, Debug)]
+/// One run: both ends' reports and what it cost.
+#[derive(Clone, Debug)]
 pub struct UdpResult {
     /// The sender's report.
-    pub sent: u64,
+    pub sent: Sent,
     /// The sink's report.
     pub at_sink: Received,
-    /// Processor time of the lab's daemons, from before the first packet to after the last.
-    pub cpu: Duration,
+    /// What it cost, from before the first packet to after the last.
+    pub spent: Spent,
 }
 
 impl UdpResult {
     /// Datagrams that did not arrive.
     #[must_use]
     pub const fn lost(&self) -> u64 {
-        self.sent.saturating_sub(self.at_sink.received)
+        self.sent.sent.saturating_sub(self.at_sink.received)
     }
 }
 
-/// Sends `traffic` from the first pod of node 1 to the first pod of node 2. `program` is this program.
+/// A sink that receives, and the sender that is to come.
+#[derive(Debug)]
+pub struct Flow {
+    sink: Tracked,
+    sender: Option<Tracked>,
+    limit: Duration,
+}
+
+impl Flow {
+    /// Starts a sink on `port` and waits until it receives. `program` is this program.
+    ///
+    /// # Errors
+    /// [`Error::Lab`] if it does not start.
+    pub fn open(
+        lab: &Lab,
+        program: &Path,
+        path: &Route,
+        port: u16,
+        traffic: &Traffic,
+    ) -> Result<Self, Error> {
+        let limit = traffic.time + EXTRA;
+        let mut sink = Command::new(program);
+        sink.args([
+            "bench",
+            "udp-sink",
+            "--listen",
+            &format!("{}:{port}", path.addr),
+        ]);
+        sink.args(["--limit-ms", &limit.as_millis().to_string()]);
+        if traffic.burst > 1 {
+            sink.arg("--gro");
+        }
+        let mut sink = lab.spawn(path.to, &format!("udp-sink-{port}"), &mut sink)?;
+        wait::until_bound(&lab.netns(path.to), "udp", port, lab.interrupt(), || {
+            sink.check_running()
+        })?;
+        Ok(Self {
+            sink,
+            sender: None,
+            limit,
+        })
+    }
+
+    /// Starts the sender.
+    ///
+    /// # Errors
+    /// [`Error::Lab`] if it does not start.
+    pub fn send(
+        &mut self,
+        lab: &Lab,
+        program: &Path,
+        path: &Route,
+        port: u16,
+        traffic: &Traffic,
+    ) -> Result<(), Error> {
+        let mut sender = Command::new(program);
+        sender.args([
+            "bench",
+            "udp-send",
+            "--dest",
+            &format!("{}:{port}", path.addr),
+        ]);
+        for (flag, value) in [
+            ("--len", u128::from(traffic.len)),
+            ("--rate", u128::from(traffic.rate)),
+            ("--burst", u128::from(traffic.burst)),
+            ("--time-ms", traffic.time.as_millis()),
+        ] {
+            sender.args([flag, &value.to_string()]);
+        }
+        self.sender = Some(lab.spawn(path.from, &format!("udp-send-{port}"), &mut sender)?);
+        Ok(())
+    }
+
+    /// Waits for both ends' reports.
+    ///
+    /// # Errors
+    /// [`Error::Lab`] if an end fails, [`Error::Report`] if its report is not understood, [`Error::Silence`] if no
+    /// packet arrived.
+    pub fn finish(self, lab: &Lab) -> Result<(Sent, Received), Error> {
+        let sent = match self.sender {
+            Some(sender) => report(&sender.finish(self.limit, lab.interrupt())?)?,
+            None => Sent {
+                sent: 0,
+                elapsed_ns: 0,
+            },
+        };
+        let at_sink: Received = report(&self.sink.finish(self.limit, lab.interrupt())?)?;
+        if at_sink.received == 0 {
+            return Err(Error::Silence { sent: sent.sent });
+        }
+        Ok((sent, at_sink))
+    }
+}
+
+/// Sends `traffic` along `path`. `program` is this program.
 ///
 /// # Errors
-/// [`Error::Lab`] if a program fails, [`Error::Report`] if its report is not understood,
-/// [`Error::Silence`] if no packet arrived.
-pub fn run(lab: &Lab, program: &Path, traffic: &Traffic) -> Result<UdpResult, Error> {
-    let target = Member::Pod(2, 1);
-    let addr = format!("{}:{PORT}", lab.pod_addr(2, 1)?);
-    let limit = traffic.time + EXTRA;
-
-    let mut sink = Command::new(program);
-    sink.args(["bench", "udp-sink", "--listen", &addr]);
-    sink.args(["--limit-ms", &limit.as_millis().to_string()]);
-    if traffic.burst > 1 {
-        sink.arg("--gro");
-    }
-    let mut sink = lab.spawn(target, "udp-sink", &mut sink)?;
-    wait::until_bound(&lab.netns(target), "udp", PORT, lab.interrupt(), || {
-        sink.check_running()
-    })?;
-
-    let before = process_clock::total(&lab.daemon_pids())?;
-    let mut sender = Command::new(program);
-    sender.args(["bench", "udp-send", "--dest", &addr]);
-    sender.args([
-        "--rate",
-        &traffic.rate.to_string(),
-        "--burst",
-        &traffic.burst.to_string(),
-    ]);
-    sender.args(["--time-ms", &traffic.time.as_millis().to_string()]);
-    let sender = lab.spawn(Member::Pod(1, 1), "udp-send", &mut sender)?;
-    let sent: Sent = report(&sender.finish(limit, lab.interrupt())?)?;
-    let at_sink: Received = report(&sink.finish(limit, lab.interrupt())?)?;
-    let cpu = process_clock::total(&lab.daemon_pids())?.saturating_sub(before);
-    if at_sink.received == 0 {
-        return Err(Error::Silence { sent: sent.sent });
-    }
+/// As [`Flow`]'s.
+pub fn run(
+    lab: &Lab,
+    program: &Path,
+    path: &Route,
+    traffic: &Traffic,
+    meter: &Meter,
+) -> Result<UdpResult, Error> {
+    let mut flow = Flow::open(lab, program, path, PORT, traffic)?;
+    let before = meter.read(lab)?;
+    flow.send(lab, program, path, PORT, traffic)?;
+    let (sent, at_sink) = flow.finish(lab)?;
     Ok(UdpResult {
-        sent: sent.sent,
+        sent,
         at_sink,
-        cpu,
+        spent: meter.read(lab)?.since(&before),
     })
 }
 

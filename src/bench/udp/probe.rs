@@ -1,16 +1,14 @@
 //! Owns the bytes of a numbered datagram. Pure.
 //!
 //! ```text
-//! 0        4                12                20                          64
+//! 0        4                12                20                          N
 //! │ magic  │ number         │ time stamp, ns  │ zeros                     │
 //! ```
 //!
 //! All integers are big-endian. The number [`END`] marks the end of a run.
 
-/// UDP payload bytes of every datagram, which makes 92 bytes with the IPv4 and UDP headers.
-pub const PAYLOAD_LEN: usize = 64;
-/// The same, as `UDP_SEGMENT` wants it.
-pub(super) const SEGMENT_LEN: u16 = 64;
+/// What every datagram holds; the rest of it is zeros.
+pub(super) const HEAD_LEN: usize = 20;
 /// Tells our datagrams from strays.
 const MAGIC: [u8; 4] = *b"ldnB";
 /// The number that no datagram has: the sender is done.
@@ -26,8 +24,12 @@ pub(super) enum Probe {
 }
 
 impl Probe {
-    /// Writes the datagram over the first bytes of `payload`; the rest stays.
-    pub(super) fn write(self, payload: &mut [u8; PAYLOAD_LEN]) {
+    /// Writes the datagram over the first bytes of `payload`; the rest stays. One that is too short stays as it is,
+    /// and is then not one of ours.
+    pub(super) fn write(self, payload: &mut [u8]) {
+        let Some((payload, _)) = payload.split_first_chunk_mut::<HEAD_LEN>() else {
+            return;
+        };
         let (number, stamp) = match self {
             Self::Packet { number, stamp_ns } => (number, stamp_ns),
             Self::End => (END, 0),
@@ -52,8 +54,6 @@ impl Probe {
     }
 }
 
-const _: () = assert!(SEGMENT_LEN as usize == PAYLOAD_LEN);
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,7 +67,7 @@ mod tests {
             },
             Probe::End,
         ] {
-            let mut payload = [0xa5; PAYLOAD_LEN];
+            let mut payload = [0xa5; 64];
             probe.write(&mut payload);
             assert_eq!(Probe::parse(&payload), Some(probe));
         }
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn strays_and_fragments_are_not_ours() {
-        let mut payload = [0; PAYLOAD_LEN];
+        let mut payload = [0; 64];
         assert_eq!(Probe::parse(&payload), None);
         Probe::End.write(&mut payload);
         assert_eq!(Probe::parse(&payload[..19]), None);

@@ -10,7 +10,7 @@ use nix::sys::prctl::set_timerslack;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::time::ClockId;
 
-use super::probe::{PAYLOAD_LEN, Probe, SEGMENT_LEN};
+use super::probe::{HEAD_LEN, Probe};
 use super::{Processor, Sent, Traffic};
 use crate::bench::Error;
 use crate::lab::wait::pause;
@@ -43,7 +43,8 @@ pub fn run(dest: SocketAddr, traffic: &Traffic) -> Result<Sent, Error> {
 
     let burst = traffic.burst.max(1);
     let interval = Duration::from_secs(1) * u32::from(burst) / traffic.rate.max(1);
-    let mut buffer = vec![[0_u8; PAYLOAD_LEN]; usize::from(burst)];
+    let len = usize::from(traffic.len).max(HEAD_LEN);
+    let mut buffer = vec![0_u8; len * usize::from(burst)];
     let (start, mut due) = (Instant::now(), Duration::ZERO);
     let mut sent = 0;
     while due < traffic.time {
@@ -52,29 +53,36 @@ pub fn run(dest: SocketAddr, traffic: &Traffic) -> Result<Sent, Error> {
             pause(early);
         }
         let stamp_ns = monotonic_ns()?;
-        for (number, payload) in (sent..).zip(&mut buffer) {
+        for (number, payload) in (sent..).zip(buffer.chunks_mut(len)) {
             Probe::Packet { number, stamp_ns }.write(payload);
         }
-        if send(&socket, buffer.as_flattened(), burst > 1)? {
+        let segment = (burst > 1).then_some(traffic.len);
+        if send(&socket, &buffer, segment)? {
             sent += u64::from(burst);
         }
         due += interval;
     }
-    let mut mark = [0; PAYLOAD_LEN];
+    let elapsed_ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    let mut mark = [0; HEAD_LEN];
     Probe::End.write(&mut mark);
     for _ in 0..END_MARKS {
         pause(QUIET);
-        send(&socket, &mark, false)?;
+        send(&socket, &mark, None)?;
     }
-    Ok(Sent { sent })
+    Ok(Sent { sent, elapsed_ns })
 }
 
-/// Whether the kernel took the datagrams.
-fn send(socket: &UdpSocket, payload: &[u8], segmented: bool) -> Result<bool, Error> {
-    let control = [ControlMessage::UdpGsoSegments(&SEGMENT_LEN)];
-    let control = if segmented { &control[..] } else { &[] };
+/// Whether the kernel took the datagrams, each `segment` bytes long.
+fn send(socket: &UdpSocket, payload: &[u8], segment: Option<u16>) -> Result<bool, Error> {
+    let control = segment.as_ref().map(ControlMessage::UdpGsoSegments);
     let iov = [IoSlice::new(payload)];
-    match sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::empty(), None) {
+    match sendmsg::<()>(
+        socket.as_raw_fd(),
+        &iov,
+        control.as_slice(),
+        MsgFlags::empty(),
+        None,
+    ) {
         Ok(_) => Ok(true),
         // Refused: the sink has its reports and is gone before the last end mark.
         Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => Ok(false),

@@ -153,19 +153,19 @@ impl Tally {
             reordered: self.reordered,
             p50_ns: self.latency.value_at_quantile(0.5),
             p99_ns: self.latency.value_at_quantile(0.99),
+            p999_ns: self.latency.value_at_quantile(0.999),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::probe::PAYLOAD_LEN;
     use super::*;
 
     fn tally(numbers: &[u64]) -> Received {
         let mut tally = Tally::new().unwrap();
         for &number in numbers {
-            let mut payload = [0; PAYLOAD_LEN];
+            let mut payload = [0; 64];
             Probe::Packet {
                 number,
                 stamp_ns: 1_000_000,

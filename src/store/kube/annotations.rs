@@ -10,7 +10,7 @@ use crate::addr::UnderlayAddr;
 use crate::lease::{BackendData, LeaseAttrs, MAX_ATTRS_LEN};
 
 /// A node's annotations, as the API has them.
-pub(super) type Texts = BTreeMap<String, String>;
+pub type Texts = BTreeMap<String, String>;
 
 /// What flannel writes for a backend without data.
 const NULL: &str = "null";
@@ -103,7 +103,7 @@ impl Annotations {
     /// # Errors
     ///
     /// The first annotation that is wrong.
-    pub(super) fn read(&self, texts: &Texts) -> Result<LeaseAttrs, Wrong> {
+    pub fn read(&self, texts: &Texts) -> Result<LeaseAttrs, Wrong> {
         let public_ip = self.addr(texts, "public-ip")?;
         let public_ipv6 = self.addr(texts, "public-ipv6")?;
         if public_ip.is_none() && public_ipv6.is_none() {
@@ -165,7 +165,11 @@ impl Annotations {
 
     /// What has to change for the annotations to say `attrs`: the keys that differ, each with its new text. The
     /// addresses of `public-ip-overwrite` and `public-ipv6-overwrite` take the place of ours.
-    pub(super) fn changes(&self, now: &Texts, attrs: &LeaseAttrs) -> Result<Texts, Wrong> {
+    ///
+    /// # Errors
+    ///
+    /// Whichever of those two is no address.
+    pub fn changes(&self, now: &Texts, attrs: &LeaseAttrs) -> Result<Texts, Wrong> {
         let overwrite: Option<Ipv4Addr> = self.addr(now, "public-ip-overwrite")?;
         let overwrite_v6: Option<Ipv6Addr> = self.addr(now, "public-ipv6-overwrite")?;
         let v4 = overwrite.or(attrs.public_ip);

@@ -36,7 +36,7 @@ use tokio::sync::{OnceCell, mpsc, watch as latest};
 use super::{AcquireRequest, LeaseStore, RenewError, StoreError, StoreEvent};
 use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, Subnets};
-pub use annotations::{Annotations, PrefixError, Wrong};
+pub use annotations::{Annotations, PrefixError, Texts, Wrong};
 pub use node::NodeFault;
 pub use settings::{Identity, KubeSettings, KubeSettingsError, NET_CONFIG};
 

@@ -165,7 +165,10 @@ impl Watch {
         }
         self.store.condition_seen(network_unavailable(node));
         let held = self.store.own(|own| own.as_ref().map(|own| own.subnets));
-        if held.is_some() && subnets(node, &self.config).ok() != held {
+        // A Node without any is one that the watch is yet to hear more of: nobody can take a pod CIDR away.
+        if let (Some(held), Ok(now)) = (held, subnets(node, &self.config))
+            && held != now
+        {
             self.lose();
             return true;
         }
