@@ -120,6 +120,11 @@ impl Cluster {
     }
 
     fn start(&mut self, n: u8) {
+        self.start_with(n, &[]);
+    }
+
+    /// A daemon with further flags.
+    fn start_with(&mut self, n: u8, flags: &[&str]) {
         let file = fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -137,6 +142,7 @@ impl Cluster {
             .arg(self.lab.dir().join("store"))
             .arg("--subnet-file")
             .arg(self.file(n, "subnet.env"))
+            .args(flags)
             .stdin(Stdio::null())
             .stderr(file);
         let child = self.lab.netns(Member::Node(n)).spawn(&mut command).unwrap();
@@ -171,15 +177,14 @@ impl Cluster {
         let waited = wait::until(what, limit, &Interrupt::default(), || {
             Ok(condition().then_some(()))
         });
-        if waited.is_err() {
-            let nodes = 1..=u8::try_from(self.daemons.len()).unwrap();
-            let logs: Vec<String> = nodes.map(|n| self.log(n)).collect();
-            panic!(
-                "no {what}; node 1 has {:#?}; logs:\n{}",
-                self.state(1),
-                logs.join("\n---\n")
-            );
-        }
+        let nodes = 1..=u8::try_from(self.daemons.len()).unwrap();
+        let logs: Vec<String> = nodes.map(|n| self.log(n)).collect();
+        assert!(
+            waited.is_ok(),
+            "no {what}; node 1 has {:#?}; logs:\n{}",
+            self.state(1),
+            logs.join("\n---\n")
+        );
     }
 
     /// `ip ARGS` inside a member, with N for the node's number; must succeed.
@@ -307,6 +312,55 @@ fn transfers(cluster: &Cluster, to: &str) {
         let args = ["-c", to, "-n", "20M"];
         cluster.lab.run(Member::Pod(1, 1), "iperf3", &args).is_ok()
     });
+}
+
+#[test]
+fn nodes_that_carry_vxlan_in_user_space_and_those_whose_kernel_does_reach_each_other() {
+    let mut cluster = Cluster::idle(3, DUAL, VXLAN);
+    cluster.start_with(1, &["--vxlan=user"]);
+    cluster.start(2);
+    cluster.start_with(3, &["--vxlan=user", "--engine=portable"]);
+    let nodes = [1, 2, 3];
+    for (from, to) in nodes
+        .into_iter()
+        .flat_map(|from| nodes.map(|to| (from, to)))
+    {
+        if from != to {
+            cluster.await_ping(from, &format!("198.18.{to}.2"));
+            cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
+        }
+    }
+    transfers(&cluster, "198.18.2.2");
+    transfers(&cluster, "fd00:18:0:2::2");
+    let transports = |n| {
+        let peers = cluster.status(n)["peers"].as_array().cloned().unwrap();
+        let mut transports: Vec<Value> = peers.iter().map(|it| it["transport"].clone()).collect();
+        transports.dedup();
+        transports
+    };
+    assert_eq!(transports(1), ["vxlan in user space"]);
+    assert_eq!(transports(2), ["vxlan"]);
+    // What the lease says is what the kernel's peers need, whoever carries the packets.
+    for n in nodes {
+        assert!(cluster.lease(n).contains("VtepMAC"), "{}", cluster.lease(n));
+    }
+    let datapath = cluster.status(1)["datapath"].clone();
+    assert_eq!(datapath["device"], "flannel0, flannel1");
+    assert!(
+        datapath["total"]["decap"]["sent"].as_u64().unwrap() > 100,
+        "{datapath:#}"
+    );
+    // The kernel's device that a run before has left is taken away, and comes back with the next.
+    cluster.end(2, Signal::SIGTERM);
+    cluster.start_with(2, &["--vxlan=user"]);
+    cluster.wait_until("no device of the kernel's", || {
+        cluster.shown(2, "ip", "-o link show flannel.1").is_empty()
+    });
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.end(2, Signal::SIGTERM);
+    cluster.start(2);
+    cluster.await_ping(3, "fd00:18:0:2::2");
+    assert_eq!(cluster.shown(2, "ip", "-o link show flannel.1").len(), 1);
 }
 
 #[test]
@@ -607,7 +661,10 @@ fn peers_that_change_leave_no_trace_of_what_they_were() {
             .iter()
             .any(|line| line.starts_with("198.18.3.0/24"))
     });
-    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+    for (signal, gone, new) in [
+        (Signal::SIGKILL, "198.18.3.0-24", b),
+        (Signal::SIGTERM, "198.18.9.0-24", a),
+    ] {
         let mac = cluster.mac(1, "flannel.1");
         cluster.end(1, signal);
         assert!(
@@ -616,10 +673,6 @@ fn peers_that_change_leave_no_trace_of_what_they_were() {
                 .iter()
                 .any(|line| line.starts_with("198.18.2.0/24"))
         );
-        let (gone, new) = match signal {
-            Signal::SIGKILL => ("198.18.3.0-24", b),
-            _ => ("198.18.9.0-24", a),
-        };
         cluster.put("198.18.9.0-24", &peer("192.0.2.9", "02:00:00:00:00:0d"));
         cluster.delete(gone);
         cluster.put("198.18.2.0-24", &peer("192.0.2.6", new));
@@ -678,4 +731,35 @@ fn network_that_changes_from_vxlan_to_host_gw_node_by_node_stays_connected() {
         });
     }
     connected(&cluster);
+}
+
+#[test]
+fn interface_that_is_removed_and_comes_back_brings_devices_and_routes_back() {
+    for backend in [VXLAN, HOST_GW] {
+        let cluster = Cluster::new(3, V4, backend);
+        cluster.await_ping(1, "198.18.2.2");
+        let before = cluster.state(1);
+        // Node 1's end of the wire; the other end is in the bridge's namespace and goes with it.
+        let (bridge, node) = (Member::Underlay, cluster.lab.netns(Member::Node(1)));
+        cluster.ip(Member::Node(1), "link set eth0 down", 1);
+        cluster.ip(Member::Node(1), "link set eth0 name gone0", 1);
+        cluster.wait_until("word of it", || {
+            !cluster.status(1)["conflicts"]
+                .as_array()
+                .unwrap()
+                .is_empty()
+        });
+        cluster.ip(Member::Node(1), "link del gone0", 1);
+        let made = format!("link add n1 type veth peer name eth0 netns {}", node.name());
+        cluster.ip(bridge, &made, 1);
+        let has_bridge = cluster.run(bridge, "ip", "-o link show type bridge");
+        let name = has_bridge.split(": ").nth(1).unwrap().to_owned();
+        cluster.ip(bridge, &format!("link set n1 master {name} up"), 1);
+        for line in ["addr add 192.0.2.1/24 dev eth0", "link set eth0 up"] {
+            cluster.ip(Member::Node(1), line, 1);
+        }
+        cluster.wait_until("state as before", || cluster.state(1) == before);
+        cluster.await_ping(1, "198.18.2.2");
+        cluster.await_ping(3, "198.18.1.2");
+    }
 }

@@ -3,8 +3,7 @@
 
 #![expect(
     clippy::unwrap_used,
-    clippy::print_stderr,
-    reason = "a test that cannot prepare itself must fail; figures are for whoever asks with --nocapture"
+    reason = "a test that cannot prepare itself must fail"
 )]
 
 #[path = "common/ns.rs"]

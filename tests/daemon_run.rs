@@ -275,6 +275,69 @@ fn second_daemon_on_the_same_network_or_port_is_refused_before_it_writes_anythin
 }
 
 #[test]
+fn second_daemon_with_another_network_leaves_the_traffic_rules_to_the_first() {
+    let nft = |network: &str, port: u16| {
+        format!(
+            r#"{{"Network":"{network}","EnableNFTables":true,"Backend":{{"Type":"udp","Port":{port}}}}}"#
+        )
+    };
+    let node = Node::new(&nft("198.18.0.0/16", 8285));
+    let rules = || {
+        let list = ["netns", "exec", node.ns.name(), "nft", "list", "ruleset"];
+        let output = Command::new("ip").args(list).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let first = node.start(&["--iface", "eth0", "--ip-masq"]);
+    let before = rules();
+    assert!(before.contains("198.18.0.0/16 ip daddr"), "{before}");
+
+    let store = node.path("other-store");
+    fs::create_dir(&store).unwrap();
+    fs::write(store.join("config"), nft("198.19.0.0/16", 8286)).unwrap();
+    let env = node.path("run/other.env");
+    let [store, env] = [&store, &env].map(|path| path.to_str().unwrap());
+    let other = [
+        "--iface",
+        "eth0",
+        "--local-store",
+        store,
+        "--subnet-file",
+        env,
+    ];
+    let (code, error) = node.fails(&[&other[..], &["--ip-masq"]].concat());
+    assert_eq!(code, 1);
+    let pid = format!("another daemon (pid {})", first.child.id());
+    for part in [pid.as_str(), "traffic rules", "--ip-masq=false"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    // Without rules of its own it runs, and neither touches what the other has.
+    for args in [&[][..], &["--iptables-forward-rules=false"]] {
+        let log = node.path("other-log");
+        let mut command = node.loden(&[&other[..], args].concat());
+        let child = command.stderr(fs::File::create(&log).unwrap()).spawn();
+        let second = Daemon {
+            child: child.unwrap(),
+            log,
+        };
+        second.wait_for_log("written: ready");
+        assert_eq!(second.log().contains("no forward rules"), args.is_empty());
+        assert_eq!(node.ns.addrs("flannel1").len(), 1);
+        assert_eq!(rules(), before);
+        assert_eq!(second.stop(), 0);
+    }
+    assert_eq!(rules(), before);
+    assert!(!first.log().contains("repaired"), "{}", first.log());
+    assert_eq!(first.stop(), 0);
+
+    // What nobody keeps any more, it takes over.
+    let second = node.spawn(node.loden(&[&other[..], &["--ip-masq"]].concat()));
+    second.wait_for_log("written: ready");
+    assert_eq!(rules().matches("198.18.0.0/16").count(), 0);
+    assert!(rules().contains("198.19.0.0/16 ip daddr"));
+    assert_eq!(second.stop(), 0);
+}
+
+#[test]
 fn what_a_killed_daemon_leaves_behind_does_not_hinder_the_next() {
     let node = Node::new(CONFIG);
     let mut killed = node.start(&["--iface", "eth0"]);
@@ -499,6 +562,31 @@ fn address_that_changes_moves_the_lease_in_the_local_store_too() {
     assert_eq!(node.env(), env);
     assert_eq!(fs::read_dir(node.path("store/subnets")).unwrap().count(), 1);
     assert_eq!(again.stop(), 0);
+    node.assert_clean();
+}
+
+#[test]
+fn external_interface_that_gets_another_name_is_followed() {
+    let node = Node::new(CONFIG);
+    node.ns.ip("route add default via 192.0.2.254 dev eth0");
+    let daemon = node.start(&[]);
+    let env = node.env();
+    for deed in [
+        "link set eth0 down",
+        "link set eth0 name uplink",
+        "link set uplink up",
+        "route replace default via 192.0.2.254 dev uplink",
+    ] {
+        node.ns.ip(deed);
+    }
+    daemon.wait_until("the new name", || {
+        let status = node.status();
+        status["interface"]["name"] == "uplink" && status["ready"] == true
+    });
+    assert_eq!(node.env(), env);
+    let conflicts = || node.status()["conflicts"].clone();
+    daemon.wait_until("calm", || conflicts() == Value::Array(Vec::new()));
+    assert_eq!(daemon.stop(), 0);
     node.assert_clean();
 }
 

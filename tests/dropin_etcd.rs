@@ -6,6 +6,8 @@
 mod dropin;
 #[path = "common/etcd.rs"]
 mod etcd;
+#[path = "common/seeded.rs"]
+mod seeded;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -232,6 +234,72 @@ fn deleted_lease_of_a_dead_node_is_withdrawn_after_the_hold() {
 }
 
 #[test]
+fn host_that_left_while_the_daemon_was_down_gets_no_traffic_after_its_start() {
+    let cluster = Cluster::new(2, NFT);
+    let (one, two) = (cluster.start(1, &[]), cluster.start(2, &[]));
+    cluster.reaches(1, 2);
+    let target = cluster.base(2);
+    one.signal(Signal::SIGKILL);
+    drop(one);
+    assert_eq!(two.stop(), 0);
+    let key = cluster.base(2) + "-24";
+    cluster.etcd.delete(&format!("subnets/{key}"), false);
+    let one = cluster.start(1, &[]);
+    assert_eq!(cluster.status(1)["peers"], serde_json::json!([]));
+    let source = cluster.base(1);
+    let ping = format!("-n -q -c3 -i0.2 -W1 -I {source} {target}");
+    cluster.try_exec(1, "ping", &ping);
+    let encap = |what: &str| {
+        let status = cluster.status(1);
+        status["datapath"]["total"]["encap"][what].as_u64()
+    };
+    one.wait_until("the packets to be looked at", || encap("read") >= Some(3));
+    assert_eq!(encap("sent"), Some(0));
+    assert_eq!(one.stop(), 0);
+}
+
+/// `LODEN_ROUNDS` decides how often.
+#[test]
+fn daemons_that_race_for_the_last_free_subnet_never_share_it() {
+    let one_free = r#"{"Network":"198.18.0.0/28","SubnetLen":30,"SubnetMax":"198.18.0.4",
+"Backend":{"Type":"udp"}}"#;
+    let cluster = Cluster::new(2, one_free);
+    let rounds = seeded::seeds(3);
+    for round in rounds.clone() {
+        for node in [1, 2] {
+            cluster.forget_env(node);
+        }
+        cluster.etcd.delete("subnets/", true);
+        let daemons = [1, 2].map(|node| cluster.spawn(node, &[]));
+        let ready = || {
+            daemons
+                .each_ref()
+                .map(|d| d.log().contains("written: ready"))
+        };
+        let refused = || {
+            daemons
+                .each_ref()
+                .map(|d| d.log().contains("out of subnets"))
+        };
+        daemons[0].wait_until("one to have it and one not", || {
+            ready() == refused().map(|refused| !refused)
+        });
+        let keys = cluster.etcd.keys("subnets/");
+        assert_eq!(keys, ["subnets/198.18.0.4-30"], "round {round}");
+        let (value, _) = cluster.etcd.get(&keys[0]).unwrap();
+        let winner = if ready()[0] { 1 } else { 2 };
+        assert!(
+            value.contains(&format!("198.51.100.{winner}\"")),
+            "round {round}: {value}"
+        );
+        for daemon in daemons {
+            daemon.signal(Signal::SIGKILL);
+        }
+    }
+    println!("{} rounds: one winner each", rounds.count());
+}
+
+#[test]
 fn killed_daemon_is_followed_by_one_that_takes_everything_over() {
     let cluster = Cluster::new(2, NFT);
     let (one, two) = (cluster.start(1, &[]), cluster.start(2, &[]));
@@ -285,6 +353,75 @@ fn iptables_rules_are_the_originals_and_come_back_after_a_flush() {
     one.wait_until("the rules are repaired", || {
         rules().lines().collect::<Vec<_>>() == expected
     });
+    assert_eq!(one.stop(), 0);
+}
+
+/// The whole program in the place of the specification's example node.
+#[test]
+fn everything_a_node_writes_is_the_golden_files_to_the_byte() {
+    let env = include_str!("golden/store/subnet-dual.env");
+    let values = include_str!("golden/store/lease-values.jsonl");
+    let config = |nftables: bool| {
+        // 28 bytes of encapsulation leave 1450.
+        format!(
+            r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"2001:cafe:42::/56",
+"EnableNFTables":{nftables},"Backend":{{"Type":"udp","MTU":1478}}}}"#
+        )
+    };
+    // The golden rules are of another IPv6 network.
+    let networks = |golden: &str| golden.replace("fd00:10:244:", "2001:cafe:42:");
+    let cluster = Cluster::new(1, &config(false));
+    // The subnet of the run before is asked for, as after a reboot.
+    cluster.write_env(1, env);
+    let args = ["-ip-masq", "-public-ip=1.2.3.4"];
+    let one = cluster.start(1, &args);
+    assert_eq!(cluster.read_env(1), env);
+    let key = "subnets/10.244.1.0-24&2001:cafe:42:1::-64";
+    assert_eq!(cluster.etcd.keys("subnets/"), [key]);
+    let (value, lease) = cluster.etcd.get(key).unwrap();
+    assert_eq!(Some(value.as_str()), values.lines().next());
+    assert_ne!(lease, 0);
+    for (program, golden) in [
+        (
+            "iptables",
+            include_str!("golden/firewall/list-iptables-v4.txt"),
+        ),
+        (
+            "ip6tables",
+            include_str!("golden/firewall/list-iptables-v6.txt"),
+        ),
+    ] {
+        let listing = [
+            ("nat", "POSTROUTING", "FLANNEL-POSTRTG"),
+            ("filter", "FORWARD", "FLANNEL-FWD"),
+        ]
+        .map(|(table, hook, chain)| {
+            let list = |chain| cluster.exec(1, program, &["-t", table, "-S", chain]);
+            let jumps = list(hook);
+            let jumps = jumps.lines().filter(|line| line.starts_with("-A"));
+            let jumps: String = jumps.map(|line| format!("{line}\n")).collect();
+            jumps + &list(chain)
+        });
+        assert_eq!(listing.concat(), networks(golden), "{program}");
+    }
+    assert_eq!(one.stop(), 0);
+
+    cluster.configure(&config(true));
+    let one = cluster.start(1, &args);
+    assert_eq!(cluster.read_env(1), env);
+    for (table, golden) in [
+        (
+            "ip flannel-ipv4",
+            include_str!("golden/firewall/nft-list-v4.txt"),
+        ),
+        (
+            "ip6 flannel-ipv6",
+            include_str!("golden/firewall/nft-list-v6.txt"),
+        ),
+    ] {
+        let listing = cluster.exec(1, "nft", &[&format!("list table {table}")]);
+        assert_eq!(listing, networks(golden));
+    }
     assert_eq!(one.stop(), 0);
 }
 

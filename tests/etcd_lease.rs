@@ -428,6 +428,39 @@ fn another_daemon_with_our_public_ip_is_noticed() {
 }
 
 #[test]
+fn a_claim_on_everything_locks_nobody_out_and_takes_nothing_away() {
+    let etcd = Etcd::start();
+    etcd.configure(SMALL);
+    // Earlier than all.
+    etcd.put("subnets/198.18.0.0-28", &vxlan_value(9));
+    etcd.run(async || {
+        let (first, second) = (etcd.store(), etcd.store());
+        let held = first.acquire(request(1)).await.unwrap();
+        let other = second.acquire(request(2)).await.unwrap();
+        assert_ne!(held.subnets, other.subnets);
+        assert_eq!(
+            etcd.store().acquire(request(1)).await.unwrap().subnets,
+            held.subnets
+        );
+        first.renew(&held).await.unwrap();
+        // Known from the run before only.
+        etcd.delete(&format!("subnets/{}", held.subnets), false);
+        let asking = AcquireRequest {
+            previous: Some(held.subnets),
+            ..request(1)
+        };
+        assert_eq!(
+            etcd.store().acquire(asking).await.unwrap().subnets,
+            held.subnets
+        );
+        assert!(
+            etcd.get("subnets/198.18.0.0-28").is_some(),
+            "not ours to remove"
+        );
+    });
+}
+
+#[test]
 fn our_own_lease_that_nobody_can_read_any_more_is_told_and_renewing_it_ends_that() {
     let etcd = Etcd::start();
     etcd.configure(CONFIG);

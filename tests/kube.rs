@@ -3,6 +3,11 @@
 
 #[path = "common/dropin.rs"]
 mod dropin;
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
 #[path = "common/etcd.rs"]
 mod etcd;
 #[path = "common/kube.rs"]

@@ -36,7 +36,7 @@ const OUR_VALUE: &str = r#"{"PublicIP":"198.51.100.1","PublicIPv6":null}"#;
 const GARBAGE: [&str; 3] = ["README", "198.18.110.7-24", "198.18.110.0-24hi"];
 
 /// Leases that claim more than anybody's share.
-const CLAIMS: [&str; 3] = ["198.18.64.0-18", "203.0.113.0-24", "198.18.128.0-23"];
+const CLAIMS: [&str; 3] = ["198.18.0.0-17", "203.0.113.0-24", "198.18.128.0-23"];
 
 /// What others may have on a node, and remove again: `ip` adds it and takes it away.
 const FOREIGN: [&str; 5] = [

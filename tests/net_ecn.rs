@@ -10,6 +10,7 @@ mod net;
 
 use std::net::SocketAddr;
 
+use loden::datapath::EngineKind;
 use loden::lab::{NetNs, Wire, command};
 use net::{Node, Shape, adds_up, lab, pair, run, tun_v4};
 
@@ -73,17 +74,14 @@ fn send_each(a: &Node, to: SocketAddr) {
 
 /// What a router between the nodes, the inner receiver and the drop counter see of [`send_each`], unmarked and
 /// with every outer header marked CE on the way.
-fn crosses(ecn: bool, outer: [u64; 4], marked_inner: [u64; 4], marked_drops: u64) {
+fn crosses(shape: &Shape, outer: [u64; 4], marked_inner: [u64; 4], marked_drops: u64) {
     let lab = lab(2, 0, Wire::PacketNoGro);
-    let shape = Shape {
-        ecn,
-        ..Shape::default()
-    };
-    let (a, b) = pair(&lab, &shape);
+    let (a, b) = pair(&lab, shape);
+    let port = b.addr.port();
     let sink = b.udp();
     let to = sink.local_addr().unwrap();
     assert_eq!(to.ip(), tun_v4(2));
-    let on_the_wire = Counters::new(&b.netns, "outer", "udp dport 8285");
+    let on_the_wire = Counters::new(&b.netns, "outer", &format!("udp dport {port}"));
     let delivered = Counters::new(
         &b.netns,
         "inner",
@@ -105,7 +103,7 @@ fn crosses(ecn: bool, outer: [u64; 4], marked_inner: [u64; 4], marked_drops: u64
     run(
         &b.netns,
         "nft",
-        "add rule ip router c udp dport 8285 ip ecn set ce",
+        &format!("add rule ip router c udp dport {port} ip ecn set ce"),
     );
     send_each(&a, to);
     let status = b.wait_status("all", |status| status.total.decap.read == 8 * SOME);
@@ -120,7 +118,10 @@ fn crosses(ecn: bool, outer: [u64; 4], marked_inner: [u64; 4], marked_drops: u64
 fn between_peers_that_know_ecn_marks_arrive_and_not_ect_is_dropped() {
     let mut marked = [0; 4];
     marked[CE] = 3 * SOME;
-    crosses(true, [SOME; 4], marked, SOME);
+    for shape in [Shape::default(), Shape::vxlan(EngineKind::Mmsg, false)] {
+        let shape = Shape { ecn: true, ..shape };
+        crosses(&shape, [SOME; 4], marked, SOME);
+    }
 }
 
 #[test]
@@ -130,5 +131,5 @@ fn towards_others_the_outer_header_is_never_ect() {
     // Whoever marks such a packet breaks the rules; what an ECN-capable sender sent may still carry the mark.
     let mut marked = [0; 4];
     marked[CE] = 3 * SOME;
-    crosses(false, outer, marked, SOME);
+    crosses(&Shape::default(), outer, marked, SOME);
 }

@@ -232,10 +232,20 @@ fn offloads_engage(shape: &Shape) {
 
 #[test]
 fn a_flow_keeps_one_source_port_and_flows_use_many() {
+    spreads(&Shape::default(), 0);
+}
+
+#[test]
+fn flows_in_vxlan_use_many_source_ports_too() {
+    spreads(&Shape::vxlan(EngineKind::Mmsg, false), 22);
+}
+
+/// `header_len`: what stands in front of the inner packet.
+fn spreads(shape: &Shape, header_len: usize) {
     let lab = lab(2, 1, Wire::Packet);
     let shape = Shape {
         workers: 2,
-        ..Shape::default()
+        ..shape.clone()
     };
     let a = Node::start(&lab, 1, &shape, &[1, 2]);
     let (here, addr) = pod(&lab, 1);
@@ -251,7 +261,7 @@ fn a_flow_keeps_one_source_port_and_flows_use_many() {
             socket.send_to(b"who", to).unwrap();
             let mut buf = [0; 100];
             let (len, outer) = witness.recv_from(&mut buf).unwrap();
-            let sliced = etherparse::SlicedPacket::from_ip(&buf[..len]).unwrap();
+            let sliced = etherparse::SlicedPacket::from_ip(&buf[header_len..len]).unwrap();
             let Some(etherparse::TransportSlice::Udp(udp)) = sliced.transport else {
                 panic!("{sliced:?}")
             };

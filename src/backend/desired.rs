@@ -86,7 +86,7 @@ pub struct Retained {
 }
 
 /// A peer that gets no way, or a wrong one, and why.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Refused {
     /// Its lease.
     pub lease: Subnets,

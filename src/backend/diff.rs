@@ -203,7 +203,9 @@ impl Resolved {
                 mac,
                 to: public,
             };
-            if let Some((_, other)) = self.forwards.get(&(link, mac)) {
+            // A node that was given another lease is at the same place with both until the first one ends.
+            let held = self.forwards.get(&(link, mac));
+            if let Some((_, other)) = held.filter(|(held, _)| *held != forward) {
                 return Err(format!(
                     "its VtepMAC {mac} is also that of lease {other}: give the nodes different ones"
                 ));

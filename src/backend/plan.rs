@@ -5,12 +5,14 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use super::data_plane::DataPlane;
 use super::desired::{Desired, Peer, Refused, Retained};
 use super::host_gw::{self, HostGw};
 use super::udp::{self, MtuTooSmall, Underlay};
 use super::vxlan::{self, Vxlan};
 use crate::addr::Mtu;
-use crate::config::{Backend, NetworkConfig, UdpBackend};
+use crate::config::{Backend, NetworkConfig, SourcePort, UdpBackend};
+use crate::datapath::PeerRoute;
 use crate::iface::{
     self, Candidate, Choice, Decision, Family, NoInterface, Selector, Snapshot, Stack, Wanted,
 };
@@ -125,6 +127,17 @@ pub enum PlanError {
         /// The interface.
         name: String,
     },
+    /// Our own data plane carries the packets, and cannot do what is asked for.
+    #[error(
+        "Backend.{key} needs the kernel's VXLAN device, and packets are carried in user space ({why}): turn {key} off, \
+         or run a kernel with VXLAN"
+    )]
+    NeedsKernel {
+        /// The key.
+        key: &'static str,
+        /// Why the kernel does not carry them.
+        why: String,
+    },
     /// There is no external interface, or not with an address of every family.
     #[error(transparent)]
     Interface(#[from] NoInterface),
@@ -140,7 +153,7 @@ pub enum Plan {
         /// Its end of the tunnel.
         underlay: Underlay,
     },
-    /// The kernel's VXLAN.
+    /// The kernel's VXLAN, or ours in its place.
     Vxlan(Vxlan),
     /// Routes.
     HostGw(HostGw),
@@ -323,6 +336,72 @@ impl Plan {
     pub fn keep(&mut self, before: &Self) {
         if let (Self::Vxlan(vxlan), Self::Vxlan(before)) = (self, before) {
             vxlan.keep_macs_of(before);
+            vxlan.keep_place_of(before);
+        }
+    }
+
+    /// Why our own data plane does what the backend has the kernel do elsewhere; `None` where it does not.
+    #[must_use]
+    pub fn in_user_space(&self) -> Option<&str> {
+        match self {
+            Self::Vxlan(vxlan) => vxlan.in_user_space(),
+            Self::Udp { .. } | Self::HostGw(_) => None,
+        }
+    }
+
+    /// Which ports datagrams are sent from, where that is ours to say.
+    pub const fn source_port_mut(&mut self) -> Option<&mut SourcePort> {
+        match self {
+            Self::Udp { backend, .. } => Some(&mut backend.source_port),
+            Self::Vxlan(vxlan) => vxlan.source_port_mut(),
+            Self::HostGw(_) => None,
+        }
+    }
+
+    /// What the backend asks of our own data plane; nothing, where the kernel carries the packets.
+    #[must_use]
+    pub fn data_planes(
+        &self,
+        config: &NetworkConfig,
+        subnets: &Subnets,
+        choice: &Choice,
+    ) -> Vec<DataPlane> {
+        match self {
+            Self::Udp { backend, underlay } => {
+                vec![udp::data_plane(config, backend, underlay, subnets, choice)]
+            }
+            Self::Vxlan(vxlan) => vxlan.data_planes(config, subnets),
+            Self::HostGw(_) => Vec::new(),
+        }
+    }
+
+    /// The forwarding table of our own data plane for these peers, and the leases that get no route and are not
+    /// [refused](Self::desired) for it.
+    pub fn routes<'a>(
+        &self,
+        leases: impl Iterator<Item = &'a Lease>,
+    ) -> (Vec<PeerRoute>, Vec<Refused>) {
+        match self {
+            Self::Udp { underlay, .. } => {
+                let (routes, unreachable) = underlay.routes(leases);
+                let family = Family::of(underlay.bind.ip());
+                let refused = unreachable.into_iter().map(|lease| Refused {
+                    lease: lease.subnets,
+                    why: format!("it publishes no {family} address: its packets have no route"),
+                });
+                (routes, refused.collect())
+            }
+            Self::Vxlan(vxlan) if vxlan.in_user_space().is_some() => {
+                let ours = leases.filter(|lease| self.is_of_our_kind(lease));
+                let both = |lease: &'a Lease| {
+                    [Family::V4, Family::V6].into_iter().filter_map(|family| {
+                        let peer = vxlan.peer(lease, family).ok().flatten()?;
+                        vxlan.route(&peer, lease.extension.ecn)
+                    })
+                };
+                (ours.flat_map(both).collect(), Vec::new())
+            }
+            Self::Vxlan(_) | Self::HostGw(_) => (Vec::new(), Vec::new()),
         }
     }
 
@@ -338,8 +417,10 @@ impl Plan {
             networks: udp::networks(config),
             own: udp::nets(subnets),
             devices: match self {
-                Self::Vxlan(vxlan) => vxlan.devices(Some(subnets)),
-                Self::Udp { .. } | Self::HostGw(_) => Vec::new(),
+                Self::Vxlan(vxlan) if vxlan.in_user_space().is_none() => {
+                    vxlan.devices(Some(subnets))
+                }
+                Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) => Vec::new(),
             },
             ..Desired::default()
         };
@@ -362,6 +443,8 @@ impl Plan {
             }
             for family in [Family::V4, Family::V6] {
                 match self.peer(lease, family) {
+                    // The kernel knows nothing of the peers of our own data plane.
+                    Ok(_) if self.in_user_space().is_some() => {}
                     Ok(peer) => desired.peers.extend(peer),
                     Err(why) => refused.push(Refused {
                         lease: lease.subnets,

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::desired::{Desired, Refused};
 use super::device::{self, DeviceError};
 use super::diff::{Observed, Step, difference};
-use super::kernel::{Edit, Kernel, KernelError, Link};
+use super::kernel::{Edit, Kernel, KernelError, Link, PROTOCOL_LODEN};
 
 /// Failures that are told one by one; the rest is a number.
 const MAX_FAILURES: usize = 8;
@@ -89,6 +89,42 @@ impl Report {
             }
         }
     }
+}
+
+/// Removes all that a daemon, ours or flannel's, leaves behind on purpose: the routes that are marked as ours, and the
+/// VXLAN devices with what is on them. What was removed, and what the kernel refused.
+pub async fn remove(kernel: &impl Kernel) -> (Vec<String>, Vec<KernelError>) {
+    let (mut removed, mut errors) = (Vec::new(), Vec::new());
+    match kernel.routes().await {
+        Ok(routes) => {
+            let ours = routes
+                .iter()
+                .filter(|route| route.protocol == PROTOCOL_LODEN);
+            let edits: Vec<Edit> = ours.copied().map(Edit::DeleteRoute).collect();
+            for (edit, result) in edits.iter().zip(kernel.edit(&edits).await) {
+                match (edit, result) {
+                    (Edit::DeleteRoute(route), Ok(())) => {
+                        removed.push(format!("route {}", route.net))
+                    }
+                    (_, Ok(())) => {}
+                    (_, Err(error)) => errors.push(error),
+                }
+            }
+        }
+        Err(error) => errors.push(error),
+    }
+    match kernel.links().await {
+        Ok(links) => {
+            for link in links.iter().filter(|link| device::is_flannels(link)) {
+                match kernel.delete_link(link.index).await {
+                    Ok(()) => removed.push(format!("device {}", link.name)),
+                    Err(error) => errors.push(error),
+                }
+            }
+        }
+        Err(error) => errors.push(error),
+    }
+    (removed, errors)
 }
 
 /// Removes the devices of a run with other settings, known by kind, name and an address inside the network.

@@ -5,10 +5,11 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
 use ipnet::IpNet;
 
+use super::data_plane::DataPlane;
 use super::reconcile::Desired;
 use crate::addr::{Mtu, udp_overhead};
 use crate::config::{NetworkConfig, SourceCheck, SourcePort, UdpBackend};
-use crate::datapath::{self, Local, PeerRoute};
+use crate::datapath::{self, Encapsulation, Local, PeerRoute};
 use crate::iface::{Choice, Family, Stack, Wanted};
 use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
 
@@ -111,18 +112,16 @@ impl Underlay {
         &self,
         leases: impl Iterator<Item = &'a Lease>,
     ) -> (Vec<PeerRoute>, Vec<&'a Lease>) {
-        let mut routes = Vec::new();
+        let mut routes = Vec::with_capacity(leases.size_hint().0);
         let mut unreachable = Vec::new();
         for lease in leases {
             match self.endpoint_of(&lease.attrs) {
-                Some(addr) => {
-                    routes.extend(nets(&lease.subnets).into_iter().map(|net| PeerRoute {
-                        net,
-                        addr,
-                        mac: None,
-                        ecn: lease.extension.ecn,
-                    }))
-                }
+                Some(addr) => routes.extend(each_net(&lease.subnets).map(|net| PeerRoute {
+                    net,
+                    addr,
+                    mac: None,
+                    ecn: lease.extension.ecn,
+                })),
                 None => unreachable.push(lease),
             }
         }
@@ -131,7 +130,8 @@ impl Underlay {
 }
 
 /// Link-local addresses mean something on one link only.
-fn endpoint(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
+#[must_use]
+pub fn endpoint(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
     match ip {
         IpAddr::V6(v6) if v6.is_unicast_link_local() => {
             SocketAddrV6::new(v6, port, 0, scope).into()
@@ -143,8 +143,12 @@ fn endpoint(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
 /// The subnets of a lease in both families.
 #[must_use]
 pub fn nets(subnets: &Subnets) -> Vec<IpNet> {
+    each_net(subnets).collect()
+}
+
+fn each_net(subnets: &Subnets) -> impl Iterator<Item = IpNet> + use<> {
     let v4 = subnets.v4().map(IpNet::V4);
-    v4.into_iter().chain(subnets.v6().map(IpNet::V6)).collect()
+    v4.into_iter().chain(subnets.v6().map(IpNet::V6))
 }
 
 /// The overlay networks of both families.
@@ -187,6 +191,26 @@ pub fn device(config: &NetworkConfig, underlay: &Underlay, subnets: &Subnets) ->
     }
 }
 
+/// What the backend asks of our own data plane.
+#[must_use]
+pub fn data_plane(
+    config: &NetworkConfig,
+    backend: &UdpBackend,
+    underlay: &Underlay,
+    subnets: &Subnets,
+    choice: &Choice,
+) -> DataPlane {
+    DataPlane {
+        encapsulation: Encapsulation::Plain,
+        bind: underlay.bind,
+        mtu: underlay.mtu,
+        source_check: source_check(backend),
+        source_port: source_port(backend.source_port),
+        local: local(subnets, choice),
+        device: device(config, underlay, subnets),
+    }
+}
+
 /// `SourceCheck` for the data plane.
 #[must_use]
 pub const fn source_check(backend: &UdpBackend) -> datapath::SourceCheck {
@@ -198,8 +222,8 @@ pub const fn source_check(backend: &UdpBackend) -> datapath::SourceCheck {
 
 /// `SourcePort` for the data plane.
 #[must_use]
-pub const fn source_port(backend: &UdpBackend) -> datapath::SourcePort {
-    match backend.source_port {
+pub const fn source_port(source_port: SourcePort) -> datapath::SourcePort {
+    match source_port {
         SourcePort::Spread => datapath::SourcePort::Spread,
         SourcePort::Fixed => datapath::SourcePort::Fixed,
     }

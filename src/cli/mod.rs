@@ -6,6 +6,7 @@ mod capture;
 mod cleanup;
 mod daemon;
 mod docker_opts;
+mod explain;
 mod go_flags;
 mod install_conf;
 pub mod lab;
@@ -22,6 +23,7 @@ use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 
 pub use capture::CaptureArgs;
 pub use daemon::DaemonArgs;
+pub use explain::ExplainArgs;
 pub use status::StatusArgs;
 pub use top::TopArgs;
 
@@ -67,6 +69,8 @@ enum Command {
     Status(StatusArgs),
     /// Show packets of the overlay and what becomes of them
     Capture(Box<CaptureArgs>),
+    /// Say what becomes of a packet between two addresses, and why
+    Explain(ExplainArgs),
     /// Show rates, peers and drops as they happen
     Top(TopArgs),
     /// Remove the traffic rules that a daemon has left on this node
@@ -170,6 +174,7 @@ impl Invocation {
             Command::Daemon(args) => args.verbosity,
             Command::Status(_)
             | Command::Capture(_)
+            | Command::Explain(_)
             | Command::Top(_)
             | Command::Cleanup
             | Command::DockerOpts(_)
@@ -193,6 +198,7 @@ impl Invocation {
             Command::Daemon(args) => daemon::run(*args, self.as_flanneld, &self.understood),
             Command::Status(args) => status::run(&args),
             Command::Capture(args) => capture::run(&args),
+            Command::Explain(args) => explain::run(&args),
             Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
             Command::DockerOpts(args) => docker_opts::run(&args),

@@ -122,7 +122,10 @@ fn render(answer: &Value) -> String {
         );
         page.section("device", &text);
     }
-    let own = at("/backend") == "udp";
+    watch(&mut page, answer);
+    let own = at("/datapath/workers")
+        .as_array()
+        .is_some_and(|all| !all.is_empty());
     if own {
         data_plane(&mut page, answer);
         page.blank();
@@ -148,6 +151,28 @@ fn render(answer: &Value) -> String {
         }
     }
     page.text
+}
+
+/// How far the daemon follows the store.
+fn watch(page: &mut Page, answer: &Value) {
+    let at = |path: &str| answer.pointer(path).unwrap_or(&Value::Null);
+    let text = |path: &str| plain(at(path));
+    if at("/watch").is_object() {
+        let millis = |path: &str| format!("{:.1} ms", at(path).as_f64().unwrap_or(0.0) * 1e3);
+        page.section(
+            "watch",
+            &format!(
+                "{} revisions behind, oldest news {} old; {} events in effect, at most {} after they came; {} \
+                 tables made, a worker stood still for one for at most {}",
+                text("/watch/revisions_behind"),
+                millis("/watch/oldest_seconds"),
+                text("/watch/lag/count"),
+                millis("/watch/lag/longest_seconds"),
+                text("/watch/publications/count"),
+                millis("/datapath/table_takes/longest_seconds"),
+            ),
+        );
+    }
 }
 
 /// Our own data plane's engine, and what it uses.
@@ -273,7 +298,7 @@ fn drops(page: &mut Page, drops: &Value) {
     }
 }
 
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
+pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
@@ -282,7 +307,7 @@ fn count(value: &Value) -> u64 {
 }
 
 /// A value as words: texts without quotes, lists with commas, nothing for null.
-fn plain(value: &Value) -> String {
+pub(super) fn plain(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         Value::String(text) => clean(text),
@@ -312,13 +337,13 @@ fn duration(seconds: u64) -> String {
 
 /// Text that is laid out line by line.
 #[derive(Default)]
-struct Page {
-    text: String,
+pub(super) struct Page {
+    pub(super) text: String,
 }
 
 impl Page {
     /// A title and its text, wrapped at [`WIDTH`] behind the title.
-    fn section(&mut self, title: &str, text: &str) {
+    pub(super) fn section(&mut self, title: &str, text: &str) {
         let mut line = format!("{title:INDENT$}");
         let mut empty = true;
         for word in text.split_whitespace() {
@@ -352,7 +377,7 @@ impl Page {
         self.text.push('\n');
     }
 
-    fn blank(&mut self) {
+    pub(super) fn blank(&mut self) {
         self.text.push('\n');
     }
 }
@@ -380,12 +405,14 @@ mod tests {
                        "received": 2, "dropped": 0, "path_mtu": 1400, "gso_withdrawn": "EIO"}],
             "refused": [{"what": "lease \u{1b}[31m", "why": "it overlaps our own"}],
             "conflicts": ["route 198.18.9.0/24 on eth1 takes part of it elsewhere"],
+            "watch": {"revisions_behind": 3, "oldest_seconds": 0.0125, "lag": {"count": 77, "longest_seconds": 0.25},
+                      "publications": {"count": 5}},
             "drops": [
                 {"reason": "no_route", "encap": 3, "decap": 0, "remedy": "check that a lease exists"},
                 {"reason": "malformed", "encap": 0, "decap": 0, "remedy": "find the sender"},
             ],
             "datapath": {
-                "engine": "mmsg", "limits": {"rcvbuf": 4_194_304},
+                "engine": "mmsg", "table_takes": {"longest_seconds": 0.000_21}, "limits": {"rcvbuf": 4_194_304},
                 "capabilities": [{"name": "udp-gso", "used": true},
                                  {"name": "tun-uso4", "used": false, "reason": "kernel too old"}],
                 "workers": [{}, {}],
@@ -404,6 +431,8 @@ mod tests {
             "not lo: no usable",
             "198.18.3.0/24 of 198.18.0.0/16, for another 23h58m",
             "7 dropped by the kernel",
+            "3 revisions behind, oldest news 12.5 ms old; 77 events in effect, at most 250.0 ms",
+            "stood still for one for at most 0.2 ms",
             "mmsg, 2 workers",
             "not tun-uso4: kernel too old",
             "rcvbuf 4194304",

@@ -1,14 +1,16 @@
 //! Owns what carries the packets of a session: our data plane, or the kernel programmed for every peer. Never
 //! decides when to open it, or when to look at it.
 
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::register::Registration;
-use super::tunnel::Tunnel;
+use super::tunnel::{Events, Tunnel, event_channels};
 use super::{DaemonError, Options};
 use crate::backend::desired::{Desired, Refused};
 use crate::backend::kernel::{Change, Kernel};
-use crate::backend::plan::Plan;
 use crate::backend::reconcile::Outcome;
 use crate::backend::settle::{self, settle};
 use crate::datapath::PeerRoute;
@@ -26,8 +28,10 @@ pub(super) struct Wanted {
 /// What carries the packets. Dropping it takes our data plane away; what the kernel was programmed with stays and
 /// goes on carrying packets, as the original leaves it.
 pub(super) struct Carrier {
-    /// Our data plane, for the backends that have it.
-    pub(super) tunnel: Option<Tunnel>,
+    /// Our data plane, where it carries the packets: one tunnel, or one per family.
+    pub(super) tunnels: Vec<Tunnel>,
+    /// What its workers say.
+    pub(super) events: Events,
     wanted: Wanted,
     /// The kernel may not hold what is wanted.
     stale: bool,
@@ -61,16 +65,22 @@ impl Carrier {
         kernel: &impl Kernel,
         wanted: Wanted,
     ) -> Result<Self, DaemonError> {
-        let tunnel = match &registration.plan {
-            Plan::Udp { backend, underlay } => {
-                let ends = (backend, underlay);
-                Some(Tunnel::open(options, registration, ends, kernel, &wanted.routes).await?)
-            }
-            Plan::Vxlan(_) | Plan::HostGw(_) => None,
-        };
+        let Registration {
+            config,
+            plan,
+            lease,
+            ..
+        } = registration;
+        let (on_event, events) = event_channels();
+        let mut tunnels = Vec::new();
+        for plane in plan.data_planes(config, &lease.subnets, registration.choice()) {
+            let on_event = Arc::clone(&on_event);
+            tunnels.push(Tunnel::open(options, plane, on_event, kernel, &wanted.routes).await?);
+        }
         let begun = Instant::now();
         let mut carrier = Self {
-            tunnel,
+            tunnels,
+            events,
             wanted,
             stale: true,
             swept: false,
@@ -81,7 +91,7 @@ impl Carrier {
         if let Some(failures) = failures {
             tracing::warn!("{failures}");
         }
-        if carrier.tunnel.is_none() {
+        if carrier.tunnels.is_empty() {
             tracing::info!(
                 "{} is up: MTU {}, {} peers, after {:?}",
                 registration.plan.name(),
@@ -95,7 +105,7 @@ impl Carrier {
 
     /// Takes over what is wanted now: at once in our data plane, at the next look in the kernel.
     pub(super) fn publish(&mut self, wanted: Wanted) {
-        if let Some(tunnel) = &self.tunnel {
+        for tunnel in &self.tunnels {
             tunnel.publish(&wanted.routes);
         }
         self.stale |= wanted.desired != self.wanted.desired;
@@ -107,10 +117,19 @@ impl Carrier {
         self.stale
     }
 
+    /// The tunnel of ours that carries what goes to or comes from `addr`.
+    pub(super) fn tunnel_of(&self, addr: IpAddr) -> Option<&Tunnel> {
+        let carries = |tunnel: &&Tunnel| {
+            let networks = &tunnel.desired.networks;
+            networks.iter().any(|network| network.contains(&addr))
+        };
+        self.tunnels.iter().find(carries).or(self.tunnels.first())
+    }
+
     /// The numbers of the devices.
     pub(super) fn devices(&self) -> impl Iterator<Item = u32> {
-        let tunnel = self.tunnel.iter().map(|tunnel| tunnel.index);
-        tunnel.chain(self.report.devices.iter().copied())
+        let tunnels = self.tunnels.iter().map(|tunnel| tunnel.index);
+        tunnels.chain(self.report.devices.iter().copied())
     }
 
     /// Whether a peer is reached by a route through its node.
@@ -124,7 +143,7 @@ impl Carrier {
     pub(super) async fn look(&mut self, kernel: &impl Kernel) -> Looked {
         let begun = Instant::now();
         let mut repaired = None;
-        if let Some(tunnel) = &self.tunnel {
+        for tunnel in &self.tunnels {
             match tunnel.repair(kernel).await {
                 Ok(Outcome::Done(actions)) if actions.is_empty() => {}
                 Ok(Outcome::Done(actions)) => {
@@ -139,11 +158,11 @@ impl Carrier {
                     return Looked::Incomplete(format!("device {device} stays as it is: {error}"));
                 }
             }
-            // Nothing in the kernel depends on single peers.
-            if !self.stale {
-                self.look_took = begun.elapsed();
-                return repaired.map_or(Looked::Unchanged, Looked::Repaired);
-            }
+        }
+        // With a data plane of ours, nothing in the kernel depends on single peers.
+        if !self.tunnels.is_empty() && !self.stale {
+            self.look_took = begun.elapsed();
+            return repaired.map_or(Looked::Unchanged, Looked::Repaired);
         }
         let was_stale = self.stale;
         let failures = match self.settle(kernel).await {
@@ -177,8 +196,13 @@ impl Carrier {
         for change in &report.changed {
             tracing::debug!("{change}");
         }
-        let told = |refused: &Refused| !self.report.refused.contains(refused);
-        tell(report.refused.iter().filter(|refused| told(refused)));
+        let told: HashSet<&Refused> = self.report.refused.iter().collect();
+        tell(
+            report
+                .refused
+                .iter()
+                .filter(|refused| !told.contains(refused)),
+        );
         let failures = match report.failed {
             0 => None,
             failed => Some(format!(
@@ -193,18 +217,20 @@ impl Carrier {
 
     /// Whether a change may be about what we keep.
     pub(super) fn concerns(&self, change: Change, external: u32) -> bool {
-        let link = |index: u32| match &self.tunnel {
-            Some(tunnel) => index == tunnel.index,
-            None => index == external || self.report.devices.contains(&index),
+        let in_kernel = self.tunnels.is_empty();
+        let is_ours = |index: u32| self.tunnels.iter().any(|tunnel| tunnel.index == index);
+        let link = |index: u32| {
+            is_ours(index)
+                || (in_kernel && (index == external || self.report.devices.contains(&index)))
         };
         match change {
             Change::Link(index) | Change::Address(index) => link(index),
-            Change::Neighbour(index) => {
-                self.tunnel.is_none() && self.report.devices.contains(&index)
-            }
-            Change::Route(net) => match &self.tunnel {
-                Some(tunnel) => tunnel.desired.networks.contains(&net),
-                None => {
+            Change::Neighbour(index) => in_kernel && self.report.devices.contains(&index),
+            Change::Route(net) => match self.tunnels.as_slice() {
+                tunnels @ [_, ..] => tunnels
+                    .iter()
+                    .any(|tunnel| tunnel.desired.networks.contains(&net)),
+                [] => {
                     let desired = &self.wanted.desired;
                     // A route of ours, or one that decides whether a peer is on a link.
                     desired

@@ -15,9 +15,11 @@
 
 mod backoff;
 mod carrier;
+mod explain;
 mod hold;
 mod lock;
 mod news;
+mod publication;
 mod register;
 mod renewal;
 mod session;
@@ -116,6 +118,19 @@ pub struct Options {
     pub pin: bool,
     /// The engine of the data plane.
     pub engine: EngineKind,
+    /// Who carries the packets of the `vxlan` backend.
+    pub vxlan: VxlanPlace,
+}
+
+/// Who carries the packets of the `vxlan` backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum VxlanPlace {
+    /// The kernel's device, or our own data plane where the kernel makes none.
+    Auto,
+    /// The kernel's device.
+    Kernel,
+    /// Our own data plane.
+    User,
 }
 
 /// Why the daemon ended by itself. Each text names the missing thing and the remedy.
@@ -268,7 +283,7 @@ async fn serve(options: &Options) -> Result<(), DaemonError> {
 }
 
 async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), DaemonError> {
-    let _lock = lock::SubnetLock::take(&options.subnet_file)?;
+    let _lock = lock::SubnetLock::take(&options.subnet_file).await?;
     let (scrape, scrapes) = mpsc::channel(SCRAPES);
     let health = Arc::new(Health::default());
     if let Some(addr) = options.health {

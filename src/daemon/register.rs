@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 
-use super::DaemonError;
+use super::{DaemonError, Options, VxlanPlace};
 use crate::backend::device::{self, DeviceError};
 use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
 use crate::backend::plan::{self, Ends, Plan};
@@ -43,12 +43,13 @@ impl Registration {
 pub(super) async fn register(
     store: &impl LeaseStore,
     kernel: &impl Kernel,
-    wanted: &Wanted,
+    options: &Options,
     previous: Option<Subnets>,
 ) -> Result<Registration, DaemonError> {
     let config = patiently("network configuration", || store.network_config()).await?;
     warn_about(&config);
     let set = patiently("node's public IPs", || store.public_ips()).await?;
+    let wanted = &options.wanted;
     let wanted = Wanted {
         public_ip: wanted.public_ip.or(set.0),
         public_ipv6: wanted.public_ipv6.or(set.1),
@@ -60,7 +61,12 @@ pub(super) async fn register(
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
     let mut plan = Plan::new(&config, ends.clone())?;
-    prepare(kernel, &mut plan).await?;
+    prepare(kernel, &mut plan, options.vxlan).await?;
+    if let Plan::Vxlan(vxlan) = &plan
+        && vxlan.leaves_direct_routing()
+    {
+        tracing::warn!("DirectRouting has no effect on this node: VXLAN is carried in user space");
+    }
     let request = AcquireRequest {
         attrs: plan.attrs(),
         previous,
@@ -168,10 +174,25 @@ fn choose(
 
 /// Makes the devices whose MAC addresses the lease publishes, as the original does. What this cannot do is found
 /// out before anything else is changed.
-pub(super) async fn prepare(kernel: &impl Kernel, plan: &mut Plan) -> Result<(), DeviceError> {
+pub(super) async fn prepare(
+    kernel: &impl Kernel,
+    plan: &mut Plan,
+    place: VxlanPlace,
+) -> Result<(), DaemonError> {
     let Plan::Vxlan(vxlan) = plan else {
         return Ok(());
     };
+    if place == VxlanPlace::User {
+        for name in vxlan.device_names() {
+            // Of a run before, with the port that our own data plane takes.
+            let link = kernel.link(name).await?.filter(device::is_flannels);
+            if let Some(link) = link {
+                tracing::info!("device {name} is taken away: VXLAN is carried in user space");
+                kernel.delete_link(link.index).await?;
+            }
+        }
+        return Ok(vxlan.move_to_user_space("--vxlan user".to_owned())?);
+    }
     for wanted in vxlan.devices(None) {
         let there = kernel.link(&wanted.name).await?;
         if let Some(link) = there {
@@ -179,7 +200,13 @@ pub(super) async fn prepare(kernel: &impl Kernel, plan: &mut Plan) -> Result<(),
         }
     }
     for wanted in vxlan.devices(None) {
-        device::ensure(kernel, &wanted).await?;
+        match device::ensure(kernel, &wanted).await {
+            Err(error @ DeviceError::NoVxlan(_)) if place == VxlanPlace::Auto => {
+                tracing::warn!("VXLAN is carried in user space, on the same port: {error}");
+                return Ok(vxlan.move_to_user_space(error.to_string())?);
+            }
+            ensured => drop(ensured?),
+        }
     }
     Ok(())
 }

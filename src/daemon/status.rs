@@ -1,7 +1,7 @@
 //! Owns the document that `loden status` shows. Never changes anything.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::Daemon;
 use super::carrier::Carrier;
+use super::explain::{Question, explain};
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
@@ -21,7 +22,7 @@ use crate::datapath::{self, DropReason};
 use crate::debug::socket::{Answer, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
-use crate::telemetry::metrics::Snapshot;
+use crate::telemetry::metrics::{Snapshot, Watch};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -46,6 +47,8 @@ struct Document<'a> {
     peers: Vec<PeerDocument>,
     /// Leases and files that are not used, and why.
     refused: Vec<RefusedDocument>,
+    /// How far the store's news has come.
+    watch: Watch,
     /// What on the node competes with the overlay, or changed under it.
     conflicts: Vec<String>,
     /// Every reason for a drop, with both directions' counts.
@@ -120,6 +123,23 @@ pub(super) async fn answer<S: LeaseStore, K: Kernel>(
             let begun = capture(session, &filter, snap_len, segments);
             begun.unwrap_or_else(|why| Answer::error(&why))
         }
+        Request::Explain {
+            from,
+            to,
+            len,
+            whole,
+        } => {
+            let question = Question {
+                from,
+                to,
+                len,
+                whole,
+            };
+            match explain(daemon, session, question).await {
+                Ok(explanation) => Answer::Document(value(explanation)),
+                Err(why) => Answer::error(&why),
+            }
+        }
     }
 }
 
@@ -135,7 +155,7 @@ fn capture(
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so there is nothing to capture: {why}")
     })?;
-    let tunnel = carrier.tunnel.as_ref().ok_or_else(|| {
+    let tunnel = carrier.tunnels.first().ok_or_else(|| {
         format!(
             "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
             plan.name()
@@ -193,6 +213,7 @@ async fn document<S: LeaseStore, K: Kernel>(
         devices,
         peers: peers(session, &datapath),
         refused: refused(session),
+        watch: watch(session),
         conflicts: registration
             .conflicts
             .iter()
@@ -203,7 +224,11 @@ async fn document<S: LeaseStore, K: Kernel>(
         drops: drops(&datapath.total),
         datapath,
     };
-    // Every field is a number, a text or a list of them, and every key is a text.
+    value(document)
+}
+
+/// A document's every field is a number, a text or a list of them, and every key is a text.
+fn value(document: impl Serialize) -> Value {
     serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
 }
 
@@ -235,6 +260,7 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
         leases_refused: session.peers.refused().len() as u64,
         leases_held: session.hold.len() as u64,
         reopened: daemon.reopened,
+        watch: watch(session),
         device_looks: counts.looks,
         device_repairs: counts.repairs,
         rules_looks: rules.looks,
@@ -245,8 +271,20 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
 
 fn datapath_of(session: &Session) -> datapath::Status {
     let carrier = session.carrier.as_ref();
-    let tunnel = carrier.and_then(|carrier| carrier.tunnel.as_ref());
-    tunnel.map(Tunnel::status).unwrap_or_default()
+    let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
+    let all = tunnels.iter().map(Tunnel::status);
+    all.reduce(datapath::Status::beside).unwrap_or_default()
+}
+
+fn watch(session: &Session) -> Watch {
+    let publication = &session.publication;
+    let progress = publication.progress();
+    Watch {
+        revisions_behind: progress.revisions_behind(),
+        oldest_seconds: progress.oldest(Instant::now()).as_secs_f64(),
+        lag: publication.lag(),
+        publications: publication.cost(),
+    }
 }
 
 fn device(link: Link) -> DeviceDocument {

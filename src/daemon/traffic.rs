@@ -13,11 +13,16 @@ use super::{DaemonError, TrafficOptions};
 use crate::addr::OverlayPrefix;
 use crate::backend::plan::Plan;
 use crate::config::{NetworkConfig, SourcePort, SubnetPool};
+use crate::datapath::lock::{LockError, NameLock};
 use crate::firewall::{
     Admission, Error, Family, FamilyRules, Firewall, Keeper, KeeperStatus, Masquerade, Mode,
     Notrack, Rules, Underlay,
 };
 use crate::lease::Subnets;
+
+/// The name that whoever keeps the traffic rules of a network namespace holds: the chains and tables have fixed names,
+/// so that two daemons would each remove the other's.
+const KEEPS_RULES: &str = "traffic-rules";
 
 /// Where the kernel says that bridged packets pass iptables.
 const BRIDGE_CALLS: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
@@ -28,6 +33,8 @@ pub(super) struct Traffic {
     status: Option<watch::Receiver<KeeperStatus>>,
     /// Dropped last: without it the keeper goes on with what it has.
     _wanted: watch::Sender<Rules>,
+    /// The rules are ours to keep.
+    lock: Option<NameLock>,
     /// What is not as it should be and will not be repaired.
     missing: Option<String>,
 }
@@ -44,6 +51,8 @@ impl Drop for Traffic {
 pub(super) struct Prepared {
     firewall: Result<Firewall, Error>,
     admission: Admission,
+    /// None if another daemon keeps the rules.
+    lock: Option<NameLock>,
 }
 
 /// Looks at the host before anything is opened: changes nothing, except that source ports stay fixed where the
@@ -52,6 +61,7 @@ pub(super) async fn prepare(
     options: &TrafficOptions,
     registration: &mut Registration,
 ) -> Result<Prepared, DaemonError> {
+    let lock = lock(options)?;
     let nftables = registration.config.enable_nftables;
     let mode = if nftables {
         Mode::Nftables
@@ -89,7 +99,56 @@ pub(super) async fn prepare(
     Ok(Prepared {
         firewall,
         admission,
+        lock,
     })
+}
+
+/// Takes the traffic rules of this network namespace for us, or says who has them.
+fn lock(options: &TrafficOptions) -> Result<Option<NameLock>, DaemonError> {
+    let pid = match NameLock::take(KEEPS_RULES) {
+        Ok(lock) => return Ok(Some(lock)),
+        Err(LockError::Held { pid }) => pid,
+        Err(LockError::Io(source)) => {
+            return Err(DaemonError::Process {
+                action: "take the traffic rules of this network namespace",
+                source,
+            });
+        }
+    };
+    let other = format!("another daemon (pid {pid}) keeps the traffic rules of this node");
+    if options.masquerade {
+        return Err(DaemonError::Firewall(format!(
+            "{other}: start this one with --ip-masq=false, or stop the other"
+        )));
+    }
+    if options.forward {
+        tracing::warn!(
+            "{other}: no forward rules for this network: where the node drops what it forwards, accept the network \
+             by a rule of your own"
+        );
+    }
+    Ok(None)
+}
+
+/// How the host's own firewall treats the tunnel now.
+pub(super) async fn admission(
+    options: &TrafficOptions,
+    registration: &Registration,
+) -> Result<Admission, String> {
+    let mode = if registration.config.enable_nftables {
+        Mode::Nftables
+    } else {
+        Mode::Iptables
+    };
+    let unread = |error: Error| format!("the host's own firewall: {error}");
+    let firewall = Firewall::open(options.programs.clone(), mode).await;
+    let firewall = firewall.map_err(unread)?;
+    let Some(port) = registration.plan.port() else {
+        return Ok(Admission::Open);
+    };
+    let choice = registration.choice();
+    let found = firewall.admission(port, &choice.name, choice.addr).await;
+    found.map_err(unread)
 }
 
 /// Tells how the host's own firewall treats the tunnel, and yields to it where we can.
@@ -97,11 +156,8 @@ fn report(admission: &Admission, plan: &mut Plan) {
     let (Some(refusal), Some(port)) = (admission.refusal(), plan.port()) else {
         return;
     };
-    let backend = match plan {
-        Plan::Udp { backend, .. } => Some(backend),
-        Plan::Vxlan(_) | Plan::HostGw(_) => None,
-    };
-    match (admission, &backend) {
+    let source_port = plan.source_port_mut();
+    match (admission, &source_port) {
         (Admission::Open, _) => {}
         (Admission::Tracked(_), Some(_)) => tracing::info!(
             "the host's firewall admits UDP port {port} only with connection tracking, which stays on: {refusal}"
@@ -118,10 +174,10 @@ fn report(admission: &Admission, plan: &mut Plan) {
             "the host's firewall does not admit the tunnel: accept UDP port {port}: {refusal}"
         ),
     }
-    if let Some(backend) = backend
+    if let Some(source_port) = source_port
         && !admission.varying_source_ports()
     {
-        backend.source_port = SourcePort::Fixed;
+        *source_port = SourcePort::Fixed;
     }
 }
 
@@ -144,11 +200,13 @@ impl Traffic {
             keeper: None,
             status: None,
             _wanted: wanted,
+            lock: prepared.lock,
             missing: None,
         };
         let firewall = match prepared.firewall {
-            Ok(firewall) => Arc::new(firewall),
-            Err(_said_before) => return Ok(traffic),
+            Ok(firewall) if traffic.lock.is_some() => Arc::new(firewall),
+            // Both were said before.
+            Ok(_) | Err(_) => return Ok(traffic),
         };
         let mut rules = rules(options, registration, &prepared.admission)
             .map_err(|error| DaemonError::Firewall(error.to_string()))?;

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use super::register::Registration;
 use super::{DaemonError, Options};
+use crate::backend::data_plane::DataPlane;
 use crate::backend::kernel::{Kernel, KernelError};
 use crate::backend::reconcile::{self, Outcome, reconcile};
-use crate::backend::udp::{self, Underlay};
-use crate::config::UdpBackend;
+use crate::backend::udp;
+use crate::datapath::foretell::Foretold;
 use crate::datapath::tap::Taps;
-use crate::datapath::{Datapath, Encapsulation, Event, PeerRoute, Settings, Status};
+use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
 const EVENTS: usize = 1024;
@@ -25,6 +25,9 @@ pub(super) struct Events {
     pub(super) fatal: mpsc::Receiver<Event>,
 }
 
+/// How the workers say it.
+pub(super) type OnEvent = Arc<dyn Fn(Event) + Send + Sync>;
+
 /// A running data plane and its configured device. Dropping it drains and stops the workers and takes the device
 /// away.
 pub(super) struct Tunnel {
@@ -33,32 +36,32 @@ pub(super) struct Tunnel {
     pub(super) device: String,
     pub(super) index: u32,
     pub(super) desired: reconcile::Desired,
-    pub(super) events: Events,
+    /// Of the underlay: a table holds only peers that can be reached from here.
+    is_ipv4: bool,
 }
 
 impl Tunnel {
     /// Opens the data plane, configures the device, publishes `routes` and starts the workers.
     pub(super) async fn open(
         options: &Options,
-        registration: &Registration,
-        (backend, underlay): (&UdpBackend, &Underlay),
+        plane: DataPlane,
+        on_event: OnEvent,
         kernel: &impl Kernel,
         routes: &[PeerRoute],
     ) -> Result<Self, DaemonError> {
         let begun = Instant::now();
-        let (on_event, events) = event_channels();
-        let subnets = &registration.lease.subnets;
+        let (bind, mtu) = (plane.bind, plane.mtu);
         let datapath = Datapath::open(Settings {
             engine: options.engine,
             workers: options.workers,
             pin: options.pin,
             device: udp::DEVICE.to_owned(),
-            encapsulation: Encapsulation::Plain,
-            bind: underlay.bind,
-            mtu: underlay.mtu,
-            source_check: udp::source_check(backend),
-            source_port: udp::source_port(backend),
-            local: udp::local(subnets, registration.choice()),
+            encapsulation: plane.encapsulation,
+            bind,
+            mtu,
+            source_check: plane.source_check,
+            source_port: plane.source_port,
+            local: plane.local,
             on_event,
         })?;
         let device = datapath.device().to_owned();
@@ -67,8 +70,8 @@ impl Tunnel {
         let mut tunnel = Self {
             datapath: Some(datapath),
             index: link.index,
-            desired: udp::device(&registration.config, underlay, subnets),
-            events,
+            desired: plane.device,
+            is_ipv4: bind.is_ipv4(),
             device,
         };
         match tunnel.repair(kernel).await? {
@@ -81,14 +84,14 @@ impl Tunnel {
                 // A container with a read-only /proc/sys: answers name the destination instead.
                 Err(error) => tracing::debug!("{error}"),
             }
-            datapath.publish(routes);
+            datapath.publish(&reachable(routes, tunnel.is_ipv4));
             datapath.start().map_err(DaemonError::Workers)?;
         }
         tracing::info!(
             "tunnel {} is up: bound to {}, MTU {}, {} peer routes, after {:?}",
             tunnel.device,
-            underlay.bind,
-            underlay.mtu,
+            bind,
+            mtu,
             routes.len(),
             begun.elapsed()
         );
@@ -102,8 +105,13 @@ impl Tunnel {
 
     pub(super) fn publish(&self, routes: &[PeerRoute]) {
         if let Some(datapath) = &self.datapath {
-            datapath.publish(routes);
+            datapath.publish(&reachable(routes, self.is_ipv4));
         }
+    }
+
+    /// Asks the data plane what would become of a packet; none while it is being closed.
+    pub(super) fn foretell(&self, ask: impl FnOnce(&Datapath) -> Foretold) -> Option<Foretold> {
+        self.datapath.as_ref().map(ask)
     }
 
     pub(super) fn taps(&self) -> Option<&Taps> {
@@ -124,7 +132,14 @@ impl Drop for Tunnel {
     }
 }
 
-fn event_channels() -> (Arc<dyn Fn(Event) + Send + Sync>, Events) {
+/// The routes to peers of one family of the underlay.
+fn reachable(routes: &[PeerRoute], is_ipv4: bool) -> Vec<PeerRoute> {
+    let of_family = |route: &&PeerRoute| route.addr.is_ipv4() == is_ipv4;
+    routes.iter().filter(of_family).cloned().collect()
+}
+
+/// How workers tell the session.
+pub(super) fn event_channels() -> (OnEvent, Events) {
     let (news_sender, news) = mpsc::channel(EVENTS);
     let (fatal_sender, fatal) = mpsc::channel(1);
     let on_event = move |event: Event| {

@@ -6,6 +6,7 @@ pub mod decap;
 pub mod drop;
 pub mod encap;
 pub mod encapsulation;
+pub mod foretell;
 pub mod forward;
 pub mod limiter;
 pub mod lock;

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::lock::{LockError, NameLock};
 use super::portable::{Opened, Portable};
-use super::shared::{Shared, Withdrawable, WorkerCounts};
+use super::shared::{Shared, TABLE_TAKE_BOUNDS, Withdrawable, WorkerCounts};
 use super::stats::Counts;
 use super::status::{self, Status};
 use super::table::{Clock, Table};
@@ -20,6 +20,7 @@ use super::worker::Worker;
 use super::{EngineKind, Event, OpenError, PeerRoute, Settings, SourcePort};
 use crate::route::Publisher;
 use crate::sys::simd;
+use crate::telemetry::histogram::Histogram;
 use crate::tun::{TunCaps, TunDevice, TunError};
 use crate::underlay::{UdpCaps, Underlay};
 
@@ -41,9 +42,9 @@ impl Engine {
 /// An opened data plane: device and sockets exist; workers run between [`Datapath::start`] and
 /// [`Datapath::stop`]. Dropping it stops the workers and closes everything; the TUN device goes with it.
 pub struct Datapath {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     device: String,
-    publisher: Mutex<Publisher<Table>>,
+    pub(super) publisher: Mutex<Publisher<Table>>,
     engines: Vec<Engine>,
     wakers: Vec<Waker>,
     threads: Vec<JoinHandle<()>>,
@@ -251,6 +252,7 @@ impl Datapath {
             limits: self.shared.limits(),
             workers,
             total: worker_status(&encap, &decap),
+            table_takes: self.shared.table_takes.read(),
             peers: table.to_status(),
         }
     }
@@ -319,6 +321,7 @@ impl Shared {
             tun_udp: Withdrawable::default(),
             udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
+            table_takes: Histogram::new(TABLE_TAKE_BOUNDS),
             taps: Arc::new(Taps::new(workers)),
             answers_as_self: AtomicBool::new(false),
             device_gone: AtomicBool::new(false),

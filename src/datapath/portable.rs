@@ -143,7 +143,7 @@ impl Portable {
                 path.encap.wakeups += 1;
                 path.decap.wakeups += 1;
             }
-            let table: &Table = reader.load();
+            let table = shared.table(&mut reader);
             path.tap.begin();
             for _ in 0..ROUNDS {
                 let tun = if gone {

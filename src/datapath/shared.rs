@@ -5,12 +5,15 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::stats::SharedCounts;
-use super::table::{Clock, Peer, RETRY_AFTER_MS};
+use super::table::{Clock, Peer, RETRY_AFTER_MS, Table};
 use super::tap::Taps;
 use super::{Event, Settings, status};
+use crate::route::Reader;
 use crate::sys::mmsg::QueuedError;
+use crate::telemetry::histogram::Histogram;
 use crate::tun::TunCaps;
 use crate::underlay::{UdpCaps, UnderlaySocket};
 use crate::wire::checksum::SumFn;
@@ -71,6 +74,21 @@ pub enum Usable {
     Again,
 }
 
+/// Buckets for the time that a worker stands still for a new table: from what one reference costs to what would
+/// be felt.
+pub const TABLE_TAKE_BOUNDS: &[Duration] = &[
+    Duration::from_nanos(250),
+    Duration::from_nanos(500),
+    Duration::from_micros(1),
+    Duration::from_micros(2),
+    Duration::from_micros(5),
+    Duration::from_micros(10),
+    Duration::from_micros(50),
+    Duration::from_micros(100),
+    Duration::from_millis(1),
+    Duration::from_millis(10),
+];
+
 /// One worker's published counters.
 #[derive(Default)]
 pub struct WorkerCounts {
@@ -102,6 +120,8 @@ pub struct Shared {
     pub udp_gso_withdrawals: AtomicU64,
     /// One entry per worker.
     pub counts: Vec<WorkerCounts>,
+    /// How long workers stood still to take a new table.
+    pub table_takes: Histogram,
     /// Where captures reach the workers.
     pub taps: Arc<Taps>,
     /// The kernel takes IPv4 packets from the device that come from an address of this node, so our answers
@@ -114,6 +134,23 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// The table for one burst. A new one is taken against the clock; otherwise it costs one atomic load.
+    #[inline]
+    pub fn table<'a>(&self, reader: &'a mut Reader<Table>) -> &'a Table {
+        if reader.is_stale() {
+            self.take_table(reader);
+        }
+        reader.held()
+    }
+
+    /// By the monotonic clock, so that it counts, too, if the thread is preempted meanwhile.
+    #[cold]
+    fn take_table(&self, reader: &mut Reader<Table>) {
+        let begun = Instant::now();
+        reader.take();
+        self.table_takes.record(begun.elapsed());
+    }
+
     /// Tells the control plane.
     pub fn event(&self, event: Event) {
         (self.settings.on_event)(event);

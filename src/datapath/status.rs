@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
+use crate::telemetry::histogram::Distribution;
+
 /// The data plane at one moment.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Status {
@@ -22,8 +24,48 @@ pub struct Status {
     pub workers: Vec<Worker>,
     /// Sums over the workers.
     pub total: Worker,
+    /// How long workers stood still to take a new table, one entry per worker and table.
+    pub table_takes: Distribution,
     /// Every next hop.
     pub peers: Vec<Peer>,
+}
+
+impl Status {
+    /// Two data planes as one: the second's workers behind the first's. What is one per device is the first's.
+    #[must_use]
+    pub fn beside(mut self, other: Self) -> Self {
+        self.device = format!("{}, {}", self.device, other.device);
+        self.workers.extend(other.workers);
+        self.total.encap.add(&other.total.encap);
+        self.total.decap.add(&other.total.decap);
+        self.peers.extend(other.peers);
+        self
+    }
+}
+
+impl Counters {
+    fn add(&mut self, other: &Self) {
+        for (reason, count) in &other.drops {
+            *self.drops.entry(reason).or_default() += count;
+        }
+        for (mine, theirs) in [
+            (&mut self.read, other.read),
+            (&mut self.sent, other.sent),
+            (&mut self.answered, other.answered),
+            (&mut self.queued, other.queued),
+            (&mut self.read_bytes, other.read_bytes),
+            (&mut self.sent_bytes, other.sent_bytes),
+            (&mut self.read_superpackets, other.read_superpackets),
+            (&mut self.sent_superpackets, other.sent_superpackets),
+            (&mut self.read_calls, other.read_calls),
+            (&mut self.send_calls, other.send_calls),
+            (&mut self.fragments, other.fragments),
+            (&mut self.replays, other.replays),
+            (&mut self.wakeups, other.wakeups),
+        ] {
+            *mine += theirs;
+        }
+    }
 }
 
 /// A kernel feature and whether it is used.

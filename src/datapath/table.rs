@@ -348,6 +348,22 @@ mod tests {
     }
 
     #[test]
+    fn ports_of_one_address_are_peers_of_their_own() {
+        let routes = [
+            route("198.18.1.0/24", "192.0.2.1:8285", true),
+            route("198.18.2.0/24", "192.0.2.1:8286", true),
+            route("198.18.3.0/24", "192.0.2.1:8286", true),
+            route("198.18.4.0/24", "192.0.2.1:8285", true),
+        ];
+        let table = build(&routes, &Table::default());
+        assert_eq!(table.fib.hops().len(), 2);
+        for (n, port) in [(1, 8285), (2, 8286), (3, 8286), (4, 8285)] {
+            let addr = std::net::Ipv4Addr::new(198, 18, n, 1).into();
+            assert_eq!(table.fib.lookup(addr).unwrap().1.addr.port(), port);
+        }
+    }
+
+    #[test]
     fn two_subnets_of_one_peer_share_it() {
         let routes = [
             route("198.18.1.0/24", "192.0.2.1:8285", true),

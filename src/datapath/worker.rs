@@ -167,7 +167,7 @@ impl Worker {
                 }
                 _ => {}
             }
-            let table: &Table = reader.load();
+            let table = shared.table(&mut reader);
             tap.begin();
             let context = Context {
                 queue: &queue,

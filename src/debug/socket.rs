@@ -6,6 +6,7 @@ use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io::{self, Read as _, Write as _};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
@@ -57,6 +58,17 @@ pub enum Request {
         snap_len: usize,
         /// Superpackets as segments.
         segments: bool,
+    },
+    /// What would become of a packet.
+    Explain {
+        /// Its source.
+        from: IpAddr,
+        /// Its destination.
+        to: IpAddr,
+        /// Its length in bytes.
+        len: u16,
+        /// It must not be fragmented.
+        whole: bool,
     },
 }
 

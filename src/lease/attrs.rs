@@ -212,15 +212,7 @@ mod tests {
 
     #[test]
     fn the_values_of_the_specification_survive_to_the_byte() {
-        for golden in [
-            r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#,
-            r#"{"PublicIP":"192.168.64.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}"#,
-            r#"{"PublicIP":"10.0.0.1","PublicIPv6":"fd00::1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"aa:bb:cc:dd:ee:ff"},"BackendV6Data":{"VNI":1,"VtepMAC":"aa:bb:cc:dd:ee:00"}}"#,
-            r#"{"PublicIP":"192.0.2.7","PublicIPv6":null,"BackendType":"host-gw"}"#,
-            r#"{"PublicIP":"192.0.2.7","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"PublicKey":"YQ==","Port":51820}}"#,
-            r#"{"PublicIP":"192.0.2.7","PublicIPv6":null,"BackendType":"extension","BackendData":"a \"b\\\" \u003cc\u003e"}"#,
-            r#"{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::7"}"#,
-        ] {
+        for golden in include_str!("../../tests/golden/store/lease-values.jsonl").lines() {
             assert_eq!(
                 LeaseAttrs::parse(golden.as_bytes()).unwrap().to_json(),
                 golden

@@ -167,6 +167,7 @@ impl LeaseSet {
         offered.remove(&self.own);
 
         let mut removed = Vec::new();
+        let mut freed = BTreeSet::new();
         let mut updated = Vec::new();
         let mut candidates = BTreeMap::new();
         for (key, lease) in offered {
@@ -184,16 +185,22 @@ impl LeaseSet {
                 },
                 None => {
                     self.refused.remove(&key);
-                    removed.extend(self.withdraw(&key).map(LeaseChange::Removed));
+                    if let Some(lease) = self.withdraw(&key) {
+                        freed.insert(key);
+                        removed.push(LeaseChange::Removed(lease));
+                    }
                 }
             }
         }
-        if !removed.is_empty() {
-            // Something became free: whoever was refused may have a chance now.
+        if !freed.is_empty() {
+            // Whoever was refused for one of them may have a chance now. There may be thousands of others.
             for (key, waiting) in &self.refused {
-                candidates
-                    .entry(*key)
-                    .or_insert_with(|| waiting.lease.clone());
+                if matches!(waiting.reason, Refusal::OverlapsPeer { with } if freed.contains(&with))
+                {
+                    candidates
+                        .entry(*key)
+                        .or_insert_with(|| waiting.lease.clone());
+                }
             }
         }
 

@@ -1,17 +1,26 @@
 //! Owns the hand-over of an immutable table from one writer to many readers. Never blocks a reader, never
 //! lets a reader free a table.
 //!
-//! A reader looks at one atomic pointer per burst; only when it changed does it take a new reference. The
+//! A reader looks at one atomic number per burst; only when it changed does it take a new reference. The
 //! last reference to an old table is always the writer's: it keeps retired tables until nobody else holds
 //! them, because freeing 10 000 routes on the packet path would be a pause.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use arc_swap::{ArcSwap, Cache};
+use arc_swap::ArcSwap;
+
+/// The table that is in force.
+struct Current<T> {
+    table: ArcSwap<T>,
+    /// Counts the publications. It is raised after the table was swapped (release), so whoever sees a number
+    /// (acquire) finds its table or a later one.
+    number: AtomicU64,
+}
 
 /// The writing side; there is one.
 pub struct Publisher<T> {
-    current: Arc<ArcSwap<T>>,
+    current: Arc<Current<T>>,
     retired: Vec<Arc<T>>,
 }
 
@@ -19,7 +28,10 @@ impl<T> Publisher<T> {
     /// Starts with `value`.
     pub fn new(value: T) -> Self {
         Self {
-            current: Arc::new(ArcSwap::from_pointee(value)),
+            current: Arc::new(Current {
+                table: ArcSwap::from_pointee(value),
+                number: AtomicU64::new(0),
+            }),
             retired: Vec::new(),
         }
     }
@@ -27,7 +39,8 @@ impl<T> Publisher<T> {
     /// Makes `value` what readers see from their next [`Reader::load`] on, and frees what no reader holds
     /// any more. At most one retired table per reader stays.
     pub fn publish(&mut self, value: T) {
-        self.retired.push(self.current.swap(Arc::new(value)));
+        self.retired.push(self.current.table.swap(Arc::new(value)));
+        self.current.number.fetch_add(1, Ordering::Release);
         self.collect();
     }
 
@@ -47,24 +60,57 @@ impl<T> Publisher<T> {
     /// A new reader.
     #[must_use]
     pub fn reader(&self) -> Reader<T> {
-        Reader(Cache::new(Arc::clone(&self.current)))
+        let number = self.current.number.load(Ordering::Acquire);
+        Reader {
+            current: Arc::clone(&self.current),
+            number,
+            table: self.current.table.load_full(),
+        }
     }
 
     /// The current table, for the writing side.
     #[must_use]
     pub fn current(&self) -> Arc<T> {
-        self.current.load_full()
+        self.current.table.load_full()
     }
 }
 
 /// The reading side; one per worker.
-pub struct Reader<T>(Cache<Arc<ArcSwap<T>>, Arc<T>>);
+pub struct Reader<T> {
+    current: Arc<Current<T>>,
+    /// The publication that `table` is of, or one before it.
+    number: u64,
+    table: Arc<T>,
+}
 
 impl<T> Reader<T> {
+    /// Whether a table was published since the last [`Reader::take`]: one atomic load.
+    #[inline]
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.current.number.load(Ordering::Acquire) != self.number
+    }
+
+    /// Takes the newest table, and gives the one before back to the writer. Wait-free.
+    pub fn take(&mut self) {
+        self.number = self.current.number.load(Ordering::Acquire);
+        self.table = self.current.table.load_full();
+    }
+
+    /// The table that was taken last.
+    #[inline]
+    #[must_use]
+    pub const fn held(&self) -> &Arc<T> {
+        &self.table
+    }
+
     /// The current table, to be used for one burst. Wait-free: one atomic load when nothing changed.
     #[inline]
     pub fn load(&mut self) -> &Arc<T> {
-        self.0.load()
+        if self.is_stale() {
+            self.take();
+        }
+        self.held()
     }
 }
 

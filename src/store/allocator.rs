@@ -42,6 +42,16 @@ pub fn allocate(
     })
 }
 
+/// Whether a lease claims more than a node of this network may have. Every node refuses it, so that it stands in
+/// nobody's way where no other subnet is free: one such key must not lock all others out.
+#[must_use]
+pub fn exceeds_share(config: &NetworkConfig, subnets: &Subnets) -> bool {
+    fn one<N: OverlayPrefix>(pool: Option<&SubnetPool<N>>, subnet: Option<N>) -> bool {
+        matches!((pool, subnet), (Some(pool), Some(subnet)) if subnet.len_bits() < pool.subnet_len())
+    }
+    one(config.ipv4.as_ref(), subnets.v4()) || one(config.ipv6.as_ref(), subnets.v6())
+}
+
 /// Whether a node of this network may hold `subnets`: each enabled family has one of its pool, and no other
 /// family has one.
 #[must_use]

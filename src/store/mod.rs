@@ -7,12 +7,14 @@ pub mod env_file;
 pub mod etcd;
 pub mod kube;
 pub mod local;
+pub mod progress;
 mod random;
 
 use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -23,6 +25,7 @@ use crate::lease::{AttrsError, KeyError, Lease, LeaseAttrs, LeaseDelta, LeaseExt
 pub use etcd::EtcdStore;
 pub use kube::KubeStore;
 pub use local::LocalStore;
+pub use progress::Progress;
 
 /// How long a lease lasts unless renewed; specification section 5.5.
 pub const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -86,6 +89,12 @@ pub trait LeaseStore: Send + Sync {
     /// Level-triggered: a slow receiver skips states, never the last one. Leases include our own. A store that
     /// cannot be reached says so in `problems` and withdraws nobody.
     fn watch(&self) -> mpsc::Receiver<StoreEvent>;
+
+    /// How far the watch that was started last has come; `None` if the store does not keep track. Whoever takes
+    /// events from the watch says what is in effect.
+    fn progress(&self) -> Option<Arc<Progress>> {
+        None
+    }
 }
 
 /// What a node asks for.

@@ -4,13 +4,15 @@
 use std::fmt;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text::encode};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text::encode};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+use serde::Serialize;
 
+use super::histogram::Distribution;
 use crate::datapath::Status;
 use crate::datapath::status::Counters;
 
@@ -46,6 +48,8 @@ pub struct Snapshot {
     pub leases_refused: u64,
     /// Deleted leases whose routes are still held.
     pub leases_held: u64,
+    /// How far the store's news has come.
+    pub watch: Watch,
     /// Times the data plane was opened again.
     pub reopened: u64,
     /// Looks at the device, and how many led to a repair.
@@ -58,6 +62,19 @@ pub struct Snapshot {
     pub rules_repairs: u64,
     /// The data plane.
     pub datapath: Status,
+}
+
+/// How far the store's news has come.
+#[derive(Debug, Default, Serialize)]
+pub struct Watch {
+    /// Revisions of the store that are not in effect, as far as is known.
+    pub revisions_behind: u64,
+    /// How long the oldest news that is not in effect has been waiting.
+    pub oldest_seconds: f64,
+    /// From the arrival of news until it is in effect.
+    pub lag: Distribution,
+    /// Making a table for the workers, from the leases on.
+    pub publications: Distribution,
 }
 
 /// The figures as OpenMetrics text.
@@ -129,7 +146,7 @@ impl Collector for Snapshot {
         let metric = encoder.encode_descriptor("daemon", "What runs", None, MetricType::Info)?;
         Info::new(info).encode(metric)?;
 
-        let gauges: [(&str, &str, u64); 10] = [
+        let gauges: [(&str, &str, u64); 11] = [
             (
                 "ready",
                 "1 if nothing is missing, as /readyz says",
@@ -161,6 +178,11 @@ impl Collector for Snapshot {
                 "Deleted leases whose routes are still held",
                 self.leases_held,
             ),
+            (
+                "watch_revisions_behind",
+                "Revisions of the store that are not in effect, as far as is known",
+                self.watch.revisions_behind,
+            ),
             ("workers", "Workers that run", status.workers.len() as u64),
             (
                 "device_mtu_bytes",
@@ -183,6 +205,30 @@ impl Collector for Snapshot {
                 "Time until the lease ends",
                 seconds,
             )?;
+        }
+
+        let help = "How long the oldest news from the store that is not in effect has been waiting";
+        let metric =
+            encoder.encode_descriptor("watch_oldest_seconds", help, None, MetricType::Gauge)?;
+        ConstGauge::new(self.watch.oldest_seconds).encode(metric)?;
+        for (name, help, distribution) in [
+            (
+                "watch_lag_seconds",
+                "Time from the arrival of the store's news until it is in effect",
+                &self.watch.lag,
+            ),
+            (
+                "publication_seconds",
+                "Time to make a forwarding table and hand it to the workers",
+                &self.watch.publications,
+            ),
+            (
+                "table_take_seconds",
+                "Time a worker stood still to take a new forwarding table",
+                &status.table_takes,
+            ),
+        ] {
+            histogram(&mut encoder, name, help, distribution)?;
         }
 
         let counters: [(&str, &str, u64); 10] = [
@@ -279,6 +325,22 @@ fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64
     number(value).encode(descriptor)
 }
 
+fn histogram(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    distribution: &Distribution,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+    let buckets = distribution
+        .buckets
+        .iter()
+        .map(|bucket| (bucket.up_to_seconds.unwrap_or(f64::INFINITY), bucket.count));
+    let buckets: Vec<(f64, u64)> = buckets.collect();
+    let (sum, count) = (distribution.sum_seconds, distribution.count);
+    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+}
+
 /// The format has signed gauges only.
 fn number(value: u64) -> ConstGauge<i64> {
     ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX))
@@ -289,6 +351,48 @@ mod tests {
     use super::*;
     use crate::datapath::DropReason;
     use crate::datapath::stats::Counts;
+    use crate::telemetry::histogram::Histogram;
+    use std::time::Duration;
+
+    #[test]
+    fn every_instrument_is_documented_with_its_kind_and_no_other() {
+        let snapshot = Snapshot {
+            lease_expires_seconds: Some(1),
+            ..Snapshot::default()
+        };
+        let text = text(snapshot).unwrap();
+        let told = text.lines().filter_map(|line| {
+            let (name, kind) = line.strip_prefix("# TYPE loden_")?.split_once(' ')?;
+            Some((name, kind))
+        });
+        let documented = include_str!("../../docs/metrics.md").lines();
+        let documented = documented.filter_map(|line| {
+            let mut cells = line.strip_prefix("| `")?.split(" | ");
+            Some((cells.next()?.trim_end_matches('`'), cells.next()?))
+        });
+        let told: std::collections::BTreeSet<_> = told.collect();
+        let documented: std::collections::BTreeSet<_> = documented.collect();
+        assert_eq!(told, documented);
+    }
+
+    #[test]
+    fn histogram_is_told_in_cumulative_buckets_that_end_with_infinity() {
+        const BOUNDS: &[Duration] = &[Duration::from_nanos(250), Duration::from_millis(1)];
+        let histogram = Histogram::new(BOUNDS);
+        for micros in [0, 5, 6, 2_000] {
+            histogram.record(Duration::from_micros(micros));
+        }
+        let mut snapshot = Snapshot::default();
+        snapshot.datapath.table_takes = histogram.read();
+        let text = text(snapshot).unwrap();
+        let expected = "# TYPE loden_table_take_seconds histogram\n\
+            loden_table_take_seconds_sum 0.002011\n\
+            loden_table_take_seconds_count 4\n\
+            loden_table_take_seconds_bucket{le=\"2.5e-7\"} 1\n\
+            loden_table_take_seconds_bucket{le=\"0.001\"} 3\n\
+            loden_table_take_seconds_bucket{le=\"+Inf\"} 4\n# HELP";
+        assert!(text.contains(expected), "{text}");
+    }
 
     #[test]
     fn every_reason_for_a_drop_is_a_series_of_its_own_and_counters_end_in_total_once() {

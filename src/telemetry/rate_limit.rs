@@ -58,6 +58,42 @@ impl<K: Eq + Hash> RateLimit<K> {
     }
 }
 
+/// Lets a number of events through in an interval, whatever they are about.
+#[derive(Debug)]
+pub struct Allowance {
+    interval: Duration,
+    most: u32,
+    since: Option<Instant>,
+    used: u32,
+}
+
+impl Allowance {
+    /// At most `most` events in each `interval`, which begins with its first event.
+    #[must_use]
+    pub const fn new(most: u32, interval: Duration) -> Self {
+        Self {
+            interval,
+            most,
+            since: None,
+            used: 0,
+        }
+    }
+
+    /// Whether the event at `now` deserves a line.
+    pub fn allow(&mut self, now: Instant) -> bool {
+        let begun = self
+            .since
+            .is_some_and(|since| now.saturating_duration_since(since) < self.interval);
+        if !begun {
+            self.since = Some(now);
+            self.used = 0;
+        }
+        let allowed = self.used < self.most;
+        self.used += u32::from(allowed);
+        allowed
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,6 +120,17 @@ mod tests {
         assert_eq!(limit.allow((), start), Some(0));
         assert_eq!(limit.allow((), start), None);
         assert_eq!(limit.allow((), start - INTERVAL), None);
+    }
+
+    #[test]
+    fn allowance_is_used_up_and_comes_back_with_the_next_interval() {
+        let start = Instant::now();
+        let mut allowance = Allowance::new(3, INTERVAL);
+        let allowed =
+            |allowance: &mut Allowance, at| (0..1000).filter(|_| allowance.allow(at)).count();
+        assert_eq!(allowed(&mut allowance, start), 3);
+        assert_eq!(allowed(&mut allowance, start + INTERVAL / 2), 0);
+        assert_eq!(allowed(&mut allowance, start + INTERVAL), 3);
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub(crate) struct Cluster {
 
 /// A pod's namespace.
 pub(crate) struct PodNs {
-    name: String,
+    pub(crate) name: String,
     pub(crate) addr: String,
 }
 
@@ -117,7 +117,7 @@ impl Cluster {
         self.etcd.ctl(&["put", &format!("{PREFIX}/config"), config]);
     }
 
-    fn name(&self, node: u8) -> &str {
+    pub(crate) fn name(&self, node: u8) -> &str {
         &self.nodes[usize::from(node) - 1]
     }
 
@@ -144,13 +144,14 @@ impl Cluster {
         let status = Command::new("ip")
             .args(["netns", "exec", self.name(node), program])
             .args(args.split(' '))
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status();
         assert!(status.is_ok());
     }
 
     /// The command line of a flannel node on etcd.
-    fn program(&self, node: u8, program: &Path, args: &[&str]) -> Command {
+    pub(crate) fn program(&self, node: u8, program: &Path, args: &[&str]) -> Command {
         let mut command = Command::new("ip");
         command
             .args(["netns", "exec", self.name(node)])
@@ -201,17 +202,35 @@ impl Cluster {
         daemon
     }
 
+    pub(crate) fn write_env(&self, node: u8, text: &str) {
+        fs::write(self.env_file(node), text).unwrap();
+    }
+
+    /// As on a machine that never ran a daemon.
+    pub(crate) fn forget_env(&self, node: u8) {
+        let removed = fs::remove_file(self.env_file(node));
+        assert!(removed.is_ok() || !self.env_file(node).exists());
+    }
+
+    pub(crate) fn read_env(&self, node: u8) -> String {
+        fs::read_to_string(self.env_file(node)).unwrap()
+    }
+
     pub(crate) fn env_value(&self, node: u8, key: &str) -> String {
-        let env = fs::read_to_string(self.env_file(node)).unwrap();
+        let env = self.read_env(node);
         let mut lines = env.lines().filter_map(|line| line.split_once('='));
         let (_, value) = lines.find(|(name, _)| *name == key).unwrap();
         value.to_owned()
     }
 
+    /// A node's subnet as `subnet.env` has it: its first host's address, which is the bridge's.
+    fn gateway(&self, node: u8) -> ipnet::Ipv4Net {
+        self.env_value(node, "FLANNEL_SUBNET").parse().unwrap()
+    }
+
     /// The address of a node's tunnel device.
     pub(crate) fn base(&self, node: u8) -> String {
-        self.env_value(node, "FLANNEL_SUBNET")
-            .replace(".1/24", ".0")
+        self.gateway(node).network().to_string()
     }
 
     pub(crate) fn status(&self, node: u8) -> Value {
@@ -298,8 +317,8 @@ impl Cluster {
     pub(crate) fn add_pod(&self, node: u8) -> PodNs {
         let name = format!("{}p", self.name(node));
         run("ip", &["netns", "add", &name]);
-        let gateway = self.env_value(node, "FLANNEL_SUBNET");
-        let addr = gateway.replace(".1/24", ".2");
+        let gateway = self.gateway(node);
+        let addr = std::net::Ipv4Addr::from(u32::from(gateway.addr()) + 1).to_string();
         let pod = PodNs { name, addr };
         self.ip(
             node,
@@ -307,10 +326,13 @@ impl Cluster {
         );
         self.ip(node, &format!("addr add {gateway} dev pod"));
         self.ip(node, "link set pod up");
-        ip_in(&pod.name, &format!("addr add {}/24 dev eth0", pod.addr));
+        let len = gateway.prefix_len();
+        ip_in(&pod.name, &format!("addr add {}/{len} dev eth0", pod.addr));
         ip_in(&pod.name, "link set eth0 up");
-        let via = gateway.replace("/24", "");
-        ip_in(&pod.name, &format!("route add default via {via}"));
+        ip_in(
+            &pod.name,
+            &format!("route add default via {}", gateway.addr()),
+        );
         pod
     }
 
@@ -346,23 +368,25 @@ impl Cluster {
 
     /// Asks a node's health server: the code and the body.
     pub(crate) fn http(&self, node: u8, path: &str) -> (u16, String) {
-        let answer = NetNs::named(self.name(node))
-            .run(|| {
-                let mut socket =
-                    std::net::TcpStream::connect((format!("198.51.100.{node}"), 8080)).unwrap();
-                write!(
-                    socket,
-                    "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-                )
-                .unwrap();
-                let mut answer = String::new();
-                socket.read_to_string(&mut answer).unwrap();
-                answer
-            })
-            .unwrap();
+        self.try_http(node, path).unwrap()
+    }
+
+    /// Likewise, of a server that may not be there yet.
+    pub(crate) fn try_http(&self, node: u8, path: &str) -> std::io::Result<(u16, String)> {
+        let ask = || {
+            let mut socket = std::net::TcpStream::connect((format!("198.51.100.{node}"), 8080))?;
+            write!(
+                socket,
+                "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            )?;
+            let mut answer = String::new();
+            socket.read_to_string(&mut answer)?;
+            Ok::<_, std::io::Error>(answer)
+        };
+        let answer = NetNs::named(self.name(node)).run(ask).unwrap()?;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         let code = head.split(' ').nth(1).unwrap().parse().unwrap();
-        (code, body.to_owned())
+        Ok((code, body.to_owned()))
     }
 }
 
@@ -479,6 +503,10 @@ impl Daemon {
         self.wait_until(text, || self.log().contains(text));
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).unwrap();
         kill(Pid::from_raw(pid), signal).unwrap();
@@ -507,9 +535,11 @@ impl Drop for Daemon {
 }
 
 /// Checks the text as the OpenMetrics specification, version 1.0, asks: every sample belongs to a family that was
-/// typed before, counters end in `_total`, names are of the allowed letters, values are numbers, `# EOF` ends it.
+/// typed before, counters end in `_total`, names are of the allowed letters, values are numbers, the buckets of a
+/// histogram add up to its count, `# EOF` ends it.
 pub(crate) fn check_openmetrics(text: &str) {
     let mut kinds = std::collections::BTreeMap::new();
+    let mut in_buckets = std::collections::BTreeMap::new();
     assert!(text.ends_with("# EOF\n"), "{text}");
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# TYPE ") {
@@ -523,9 +553,10 @@ pub(crate) fn check_openmetrics(text: &str) {
         let (series, value) = line.rsplit_once(' ').unwrap();
         assert!(value.parse::<f64>().is_ok(), "{line}");
         let name = series.split('{').next().unwrap();
-        let family = ["_total", "_info"]
+        let family = ["_total", "_info", "_bucket", "_sum", "_count"]
             .iter()
-            .find_map(|suffix| name.strip_suffix(suffix))
+            .filter_map(|suffix| name.strip_suffix(suffix))
+            .find(|family| kinds.contains_key(family))
             .unwrap_or(name);
         let kind = kinds.get(family).unwrap_or(&"untyped");
         let suffix = &name[family.len()..];
@@ -533,10 +564,31 @@ pub(crate) fn check_openmetrics(text: &str) {
             "counter" => "_total",
             "info" => "_info",
             "gauge" => "",
+            "histogram" => {
+                let value: f64 = value.parse().unwrap();
+                match suffix {
+                    "_bucket" => {
+                        let before = in_buckets.insert(family, value);
+                        assert!(before.is_none_or(|before| before <= value), "{line}");
+                        assert!(series.contains("le=\""), "{line}");
+                    }
+                    "_count" | "_sum" => assert!(value >= 0.0, "{line}"),
+                    _ => unreachable!("{line}"),
+                }
+                suffix
+            }
             other => unreachable!("{line}: {other}"),
         };
         assert_eq!(suffix, expected, "{line}");
         let letters = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
         assert!(name.chars().all(letters), "{line}");
+    }
+    for (family, all) in in_buckets {
+        for line in [
+            format!("\n{family}_count {all}\n"),
+            format!("\n{family}_bucket{{le=\"+Inf\"}} {all}\n"),
+        ] {
+            assert!(text.contains(&line), "{line}{text}");
+        }
     }
 }

@@ -5,6 +5,7 @@
     clippy::unwrap_used,
     reason = "a test that cannot prepare itself must fail"
 )]
+#![allow(dead_code, reason = "every test file uses the part that it needs")]
 
 use std::ops::Range;
 

@@ -376,6 +376,25 @@ fn two_leases_with_one_mac_address_are_not_mixed_up() {
 }
 
 #[test]
+fn node_with_an_old_lease_beside_its_new_one_is_reached_by_both() {
+    let kernel = kernel();
+    let mut old = lease(2, "vxlan");
+    old.subnets = "198.18.9.0-24".parse().unwrap();
+    let report = look(&kernel, &desired(VXLAN, &[lease(2, "vxlan"), old]));
+    assert_eq!(report.refused, []);
+    let lines = overlay(&kernel);
+    for net in ["198.18.2.0", "198.18.9.0"] {
+        let neighbour = format!("neighbour {net} 02:00:00:00:04:02 flannel.1");
+        assert!(lines.contains(&neighbour), "{lines:#?}");
+    }
+    assert_eq!(
+        look(&kernel, &desired(VXLAN, &[lease(2, "vxlan")])).refused,
+        []
+    );
+    assert!(overlay(&kernel).contains("forward 02:00:00:00:04:02 192.0.2.2 flannel.1"));
+}
+
+#[test]
 fn what_the_kernel_refuses_for_one_peer_is_told_and_the_others_are_served() {
     let kernel = kernel();
     kernel.state().refuse = Some("add route 198.18.2.0/24");
@@ -501,6 +520,31 @@ fn network_that_changes_its_backend_keeps_what_is_there_for_nodes_that_have_not_
             .all(|line| line.starts_with("route") && line.contains("eth0")),
         "{lines:#?}"
     );
+}
+
+#[test]
+fn cleanup_removes_what_is_marked_as_ours_and_flannels_devices_and_nothing_else() {
+    let kernel = kernel();
+    let before = (kernel.state().links.clone(), kernel.state().routes.clone());
+    look(
+        &kernel,
+        &desired(DIRECT, &[lease(2, "vxlan"), lease(3, "vxlan")]),
+    );
+    let (removed, errors) = run(remove(&kernel));
+    assert!(errors.is_empty(), "{errors:?}");
+    assert!(
+        removed.contains(&"device flannel.1".to_owned()),
+        "{removed:?}"
+    );
+    assert!(
+        removed.contains(&"route 198.18.2.0/24".to_owned()),
+        "{removed:?}"
+    );
+    assert_eq!(
+        (kernel.state().links.clone(), kernel.state().routes.clone()),
+        before
+    );
+    assert_eq!(run(remove(&kernel)).0, Vec::<String>::new());
 }
 
 #[derive(Clone, Debug)]

@@ -11,6 +11,7 @@ use super::values::{
     HealthPort, PublicIp, Secret, go_bool, health_ip, health_port, pattern, public_ip,
     renew_margin, resync, secret, verbosity,
 };
+use crate::daemon::VxlanPlace;
 use crate::datapath::EngineKind;
 use crate::debug::socket;
 use crate::firewall::ResyncInterval;
@@ -91,6 +92,10 @@ pub struct DaemonArgs {
     /// Implementation of the packet path
     #[arg(long, value_name = "ENGINE", value_enum, default_value_t = EngineKind::Mmsg, help_heading = "Data plane")]
     pub(super) engine: EngineKind,
+
+    /// Who carries the packets of the vxlan backend
+    #[arg(long, value_name = "PLACE", value_enum, default_value_t = VxlanPlace::Auto, help_heading = "Data plane")]
+    pub(super) vxlan: VxlanPlace,
 
     /// Socket that `loden status` asks [default: beside the subnet file, subnet.sock for subnet.env]
     #[arg(long, value_name = "PATH", value_parser = socket_path)]

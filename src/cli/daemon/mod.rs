@@ -187,6 +187,7 @@ impl DaemonArgs {
                 .unwrap_or_else(|| available_parallelism().map_or(1, std::num::NonZero::get)),
             pin: self.pin,
             engine: self.engine,
+            vxlan: self.vxlan,
         })
     }
 }

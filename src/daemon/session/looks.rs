@@ -26,6 +26,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         match opened.await {
             Ok(carrier) => {
                 session.carrier = Some(carrier);
+                session.publication.started(Instant::now());
                 session.down = None;
                 session.backoff.succeeded(Instant::now());
                 session.look_at = Instant::now() + RESYNC;

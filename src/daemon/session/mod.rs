@@ -5,6 +5,7 @@ mod follow;
 mod looks;
 mod peers;
 
+use std::fmt::Display;
 use std::future::pending;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use super::backoff::Backoff;
 use super::carrier::Carrier;
 use super::hold::Hold;
 use super::news::sentence;
+use super::publication::Publication;
 use super::register::{self, Registration};
 use super::renewal::{End, Held, Order, keep};
 use super::status;
@@ -29,7 +31,7 @@ use crate::debug::socket::Server;
 use crate::lease::{LeaseSet, Subnets};
 use crate::store::env_file::SubnetEnv;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
-use crate::telemetry::rate_limit::RateLimit;
+use crate::telemetry::rate_limit::{Allowance, RateLimit};
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.
 const FIRST_PEERS: Duration = Duration::from_secs(1);
@@ -39,6 +41,9 @@ const RESYNC: Duration = Duration::from_secs(10);
 
 /// Repeated log lines about the same thing are this far apart.
 const LOG_EVERY: Duration = Duration::from_secs(60);
+
+/// Lines about single leases in that time; thousands may be wrong at once.
+const LEASE_LINES: u32 = 20;
 
 /// How a session ended.
 pub(super) enum Ended {
@@ -74,6 +79,8 @@ pub(super) struct Session {
     pub(super) env_behind: Option<String>,
     /// Deleted leases whose routes live on for a moment.
     pub(super) hold: Hold,
+    /// When the workers get the next table.
+    pub(super) publication: Publication,
     pub(super) traffic: Option<Traffic>,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
@@ -81,6 +88,7 @@ pub(super) struct Session {
     blackhole_at: Option<Instant>,
     pub(super) counts: Counts,
     log: RateLimit<String>,
+    lease_lines: Allowance,
 }
 
 /// What a session has seen.
@@ -103,7 +111,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
     ) -> Result<Ended, DaemonError> {
         self.health.set(vec!["no lease yet".to_owned()]);
         let mut registration =
-            register::register(self.store, self.kernel, &self.options.wanted, previous).await?;
+            register::register(self.store, self.kernel, self.options, previous).await?;
         let prepared = traffic::prepare(&self.options.traffic, &mut registration).await?;
         let mut events = self.store.watch();
         let now = Instant::now();
@@ -124,6 +132,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             moved: None,
             env_behind: None,
             hold: Hold::default(),
+            publication: Publication::new(self.store.progress(), now),
             traffic: None,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
@@ -135,6 +144,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 repairs: 0,
             },
             log: RateLimit::new(LOG_EVERY),
+            lease_lines: Allowance::new(LEASE_LINES, LOG_EVERY),
         };
         match timeout(FIRST_PEERS, events.recv()).await {
             Ok(Some(event)) => {
@@ -145,6 +155,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let wanted = session.wanted();
         let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
         session.carrier = Some(opened.await?);
+        session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
         session.traffic = Some(started.await?);
@@ -205,6 +216,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             };
             let choose_at = session.choose_at.unwrap_or(wake_at);
             let hold_ends = session.hold.next();
+            let publish_at = session.publication.due();
             let blackhole_at = session.blackhole_at;
             let missing = session.missing(&held);
             self.store.report(&missing);
@@ -213,7 +225,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 event = events.recv(), if !store_ended => match event {
                     Some(event) => {
                         if session.apply(event) {
-                            session.publish();
+                            session.publication.want();
+                        } else {
+                            session.publication.unaffected(Instant::now());
                         }
                     }
                     None => {
@@ -246,8 +260,11 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 () = sleep_until(hold_ends.unwrap_or(wake_at).into()), if hold_ends.is_some() => {
                     let over = session.hold.over(Instant::now());
                     if session.take(over) {
-                        session.publish();
+                        session.publication.want();
                     }
+                }
+                () = sleep_until(publish_at.unwrap_or(wake_at).into()), if publish_at.is_some() => {
+                    session.publish();
                 }
                 () = sleep_until(blackhole_at.unwrap_or(wake_at).into()), if blackhole_at.is_some() => {
                     self.keep_blackhole(&mut session).await;
@@ -319,6 +336,7 @@ impl Session {
         }
         Some(match carrier.is_direct(subnets) {
             true => "route",
+            false if self.registration.plan.in_user_space().is_some() => "vxlan in user space",
             false => self.registration.plan.name(),
         })
     }
@@ -332,6 +350,18 @@ impl Session {
             subnets: registration.lease.subnets,
             mtu: registration.plan.mtu(),
             ip_masq: false,
+        }
+    }
+
+    /// A few lines about leases a minute; `loden status` has them all.
+    fn log_lease(&mut self, text: &dyn Display) {
+        if self.lease_lines.allow(Instant::now()) {
+            tracing::warn!("{text}");
+        } else {
+            self.log_limited(
+                "more leases are not used than the log has room for: `loden status` lists them"
+                    .to_owned(),
+            );
         }
     }
 
@@ -351,13 +381,11 @@ enum Said {
     Fatal(Event),
 }
 
-/// The next event; never, without a data plane of ours.
+/// The next event; never, while nothing is open.
 async fn next_event(carrier: &mut Option<Carrier>) -> Said {
-    let tunnel = carrier.as_mut().and_then(|carrier| carrier.tunnel.as_mut());
-    let Some(tunnel) = tunnel else {
+    let Some(Carrier { events, .. }) = carrier else {
         return pending().await;
     };
-    let events = &mut tunnel.events;
     tokio::select! {
         Some(event) = events.fatal.recv() => Said::Fatal(event),
         Some(event) = events.news.recv() => Said::News(event),

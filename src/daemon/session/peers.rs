@@ -1,13 +1,12 @@
 //! Owns what a session knows of its peers: what the store says, and what follows for whatever carries the packets.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use super::Session;
 use crate::backend::desired::Refused;
-use crate::backend::plan::Plan;
 use crate::daemon::carrier::{Wanted, tell};
 use crate::daemon::renewal::Order;
-use crate::iface::Family;
 use crate::lease::LeaseDelta;
 use crate::store::{Cause, StoreEvent};
 
@@ -18,6 +17,7 @@ impl Session {
     /// Takes news from the store in; whether any peer is concerned.
     pub(super) fn apply(&mut self, event: StoreEvent) -> bool {
         let now = Instant::now();
+        self.publication.taken(now);
         self.counts.store_events += 1;
         self.counts.store_heard = now;
         let (deltas, problems) = match event {
@@ -67,13 +67,18 @@ impl Session {
             tracing::debug!(?change, "peer");
         }
         for refused in &applied.refused {
-            tracing::warn!("{refused}");
+            self.log_lease(refused);
         }
         !applied.changes.is_empty()
     }
 
     /// Takes the peers as they are now to whatever carries the packets.
     pub(super) fn publish(&mut self) {
+        if self.carrier.is_none() {
+            self.publication.put_off();
+            return;
+        }
+        let begun = Instant::now();
         let wanted = self.wanted();
         if let Some(carrier) = &mut self.carrier {
             carrier.publish(wanted);
@@ -81,6 +86,7 @@ impl Session {
                 self.look_soon();
             }
         }
+        self.publication.published(begun, Instant::now());
     }
 
     /// What should be there for the peers as they are now.
@@ -93,21 +99,11 @@ impl Session {
                 .plan
                 .desired(&registration.config, &own, leases);
         desired.complete = self.listed;
-        let mut routes = Vec::new();
-        if let Plan::Udp { underlay, .. } = &registration.plan {
-            let unreachable;
-            (routes, unreachable) = underlay.routes(self.peers.leases());
-            let family = Family::of(underlay.bind.ip());
-            refused.extend(unreachable.into_iter().map(|lease| Refused {
-                lease: lease.subnets,
-                why: format!("it publishes no {family} address: its packets have no route"),
-            }));
-        }
-        tell(
-            refused
-                .iter()
-                .filter(|refused| !self.refused.contains(refused)),
-        );
+        let (routes, unreachable) = registration.plan.routes(self.peers.leases());
+        refused.extend(unreachable);
+        // There may be thousands.
+        let told: HashSet<&Refused> = self.refused.iter().collect();
+        tell(refused.iter().filter(|refused| !told.contains(refused)));
         self.refused = refused;
         Wanted { routes, desired }
     }

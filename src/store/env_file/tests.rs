@@ -24,32 +24,27 @@ fn v4(list: &[&str]) -> Vec<Ipv4Net> {
 
 #[test]
 fn the_bytes_are_those_of_the_specification() {
-    assert_eq!(
-        v4_env().render(),
-        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
-    );
+    let v4 = include_str!("../../../tests/golden/store/subnet-v4.env");
+    assert_eq!(v4_env().render(), v4);
     let dual = SubnetEnv {
         ipv6_network: Some("2001:cafe:42::/56".parse().unwrap()),
         subnets: "10.244.1.0-24&2001:cafe:42:1::-64".parse().unwrap(),
-        ip_masq: false,
         ..v4_env()
     };
-    assert_eq!(
-        dual.render(),
-        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\n\
-         FLANNEL_IPV6_NETWORK=2001:cafe:42::/56\nFLANNEL_IPV6_SUBNET=2001:cafe:42:1::1/64\n\
-         FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
-    );
+    let golden = include_str!("../../../tests/golden/store/subnet-dual.env");
+    assert_eq!(dual.render(), golden);
+    let no_masq = SubnetEnv {
+        ip_masq: false,
+        ..dual
+    };
+    assert_eq!(no_masq.render(), golden.replace("true", "false"));
     let v6_only = SubnetEnv {
         network: None,
         subnets: "0.0.0.0-0&2001:cafe:42:1::-64".parse().unwrap(),
         ..dual
     };
-    assert_eq!(
-        v6_only.render(),
-        "FLANNEL_IPV6_NETWORK=2001:cafe:42::/56\nFLANNEL_IPV6_SUBNET=2001:cafe:42:1::1/64\n\
-         FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
-    );
+    let golden = include_str!("../../../tests/golden/store/subnet-v6.env");
+    assert_eq!(v6_only.render(), golden);
 }
 
 #[test]

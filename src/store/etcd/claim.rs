@@ -15,7 +15,7 @@ use super::failure::{Failure, FailureCause};
 use super::keys::{Keys, Meaning};
 use crate::config::NetworkConfig;
 use crate::lease::{KeyError, Lease, LeaseAttrs, LeaseExtension, Subnets};
-use crate::store::allocator::{allocate, compatible};
+use crate::store::allocator::{allocate, compatible, exceeds_share};
 use crate::store::backoff::Backoff;
 use crate::store::random::random_below;
 use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
@@ -78,11 +78,12 @@ impl Entry {
         self.attrs.as_ref().and_then(LeaseAttrs::node)
     }
 
-    /// Whether somebody else claimed a part of it earlier.
+    /// Whether somebody else claimed a part of it earlier. A claim larger than ours is one that every node refuses.
     fn is_beaten(&self, all: &[Self]) -> bool {
         all.iter().any(|other| {
             other.create_revision < self.create_revision
                 && other.subnets.overlaps(&self.subnets)
+                && (other.attrs.is_none() || !other.subnets.is_larger_than(&self.subnets))
                 && other.node() != self.node()
         })
     }
@@ -176,13 +177,17 @@ async fn attempt_once(
     }
 
     let taken: Vec<Subnets> = entries.iter().map(|entry| entry.subnets).collect();
-    let free = |subnets: &Subnets| !taken.iter().any(|key| key.overlaps(subnets));
+    // What can be read and is refused by everybody.
+    let stands = |entry: &&Entry| entry.attrs.is_none() || !exceeds_share(config, &entry.subnets);
+    let standing: Vec<Subnets> = entries.iter().filter(stands).map(|e| e.subnets).collect();
+    let free = |subnets: &Subnets| !standing.iter().any(|key| key.overlaps(subnets));
     let previous = request
         .previous
         .filter(|previous| compatible(config, previous) && free(previous));
     let subnets = match previous {
         Some(previous) => previous,
-        None => allocate(config, &taken, random_below)?,
+        None => allocate(config, &taken, random_below)
+            .or_else(|full| allocate(config, &standing, random_below).map_err(|_too| full))?,
     };
     let absent = Compare::version(inner.keys.lease(&subnets), CompareOp::Equal, 0);
     Ok(write(inner, connection, &draft(subnets, absent, false)).await?)
@@ -384,6 +389,7 @@ async fn commit_with(
     let earlier = |entry: &&Entry| {
         entry.subnets != draft.subnets
             && entry.subnets.overlaps(&draft.subnets)
+            && !entry.subnets.is_larger_than(&draft.subnets)
             && ours.is_none_or(|ours| entry.create_revision < ours.create_revision)
     };
     // What was held before stays held: only a new claim gives way.

@@ -30,6 +30,7 @@ mod extension;
 mod failure;
 mod keys;
 mod news;
+mod problems;
 mod settings;
 mod view;
 mod watch;
@@ -41,7 +42,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc;
 
-use super::{AcquireRequest, LeaseStore, RenewError, StoreError, StoreEvent};
+use super::{AcquireRequest, LeaseStore, Progress, RenewError, StoreError, StoreEvent};
 use crate::config::NetworkConfig;
 use crate::lease::Lease;
 use claim::Own;
@@ -72,6 +73,8 @@ struct Inner {
     grants: Mutex<VecDeque<i64>>,
     /// Our role may not write extensions.
     no_extensions: AtomicBool,
+    /// Of the watch that was started last.
+    progress: Mutex<Arc<Progress>>,
 }
 
 impl fmt::Debug for Inner {
@@ -99,6 +102,7 @@ impl EtcdStore {
                 own: Mutex::new(None),
                 grants: Mutex::new(VecDeque::new()),
                 no_extensions: AtomicBool::new(false),
+                progress: Mutex::default(),
             }),
         })
     }
@@ -108,6 +112,11 @@ impl Inner {
     /// What this node holds; `edit` may change it. A panic elsewhere leaves a whole value behind.
     fn own<T>(&self, edit: impl FnOnce(&mut Option<Own>) -> T) -> T {
         edit(&mut self.own.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How far the last watch has come; `edit` may put another one in its place.
+    fn progress<T>(&self, edit: impl FnOnce(&mut Arc<Progress>) -> T) -> T {
+        edit(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// We were granted an etcd lease.
@@ -201,7 +210,13 @@ impl LeaseStore for EtcdStore {
 
     fn watch(&self) -> mpsc::Receiver<StoreEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
-        tokio::spawn(watch::run(Arc::clone(&self.inner), events));
+        let progress = Arc::new(Progress::default());
+        self.inner.progress(|last| last.clone_from(&progress));
+        tokio::spawn(watch::run(Arc::clone(&self.inner), events, progress));
         receiver
+    }
+
+    fn progress(&self) -> Option<Arc<Progress>> {
+        Some(self.inner.progress(|last| Arc::clone(last)))
     }
 }

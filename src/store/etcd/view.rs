@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::extension;
 use super::keys::{Keys, Meaning};
+use super::problems::Problems;
 use crate::lease::{Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
 use crate::store::{Cause, LEASE_TTL};
 
@@ -73,7 +74,7 @@ pub(super) struct View {
     extensions: BTreeMap<Subnets, (i64, LeaseExtension)>,
     /// Every key where leases are, good or bad, with the revision of its last change.
     stored: BTreeMap<Vec<u8>, i64>,
-    problems: BTreeMap<String, Cause>,
+    problems: Problems,
     /// Whether a record may be orphaned.
     orphans: bool,
 }
@@ -86,7 +87,7 @@ impl View {
             records: BTreeMap::new(),
             extensions: BTreeMap::new(),
             stored: BTreeMap::new(),
-            problems: BTreeMap::new(),
+            problems: Problems::new(),
             orphans: false,
         }
     }
@@ -142,7 +143,7 @@ impl View {
     /// Whether the value under the key of `subnets` cannot be read.
     pub(super) fn is_damaged(&self, subnets: &Subnets) -> bool {
         let key = self.keys.lease(subnets);
-        self.problems.contains_key(&shown(key.as_bytes()))
+        self.problems.concern(&shown(key.as_bytes()))
     }
 
     /// Takes over a complete listing; returns what is newly wrong or solved.
@@ -154,7 +155,7 @@ impl View {
         at: Position,
         now: Now,
     ) -> BTreeMap<String, Cause> {
-        let before = std::mem::take(&mut self.problems);
+        self.problems.restart();
         let known = std::mem::take(&mut self.stored);
         let mut records = std::mem::take(&mut self.records);
         self.extensions.clear();
@@ -193,11 +194,9 @@ impl View {
             };
             self.problems.insert(self.keys.subnets().to_owned(), cause);
         } else if self.orphans {
-            let loss = before.get_key_value(self.keys.subnets());
-            self.problems
-                .extend(loss.map(|(subject, cause)| (subject.clone(), cause.clone())));
+            self.problems.keep(self.keys.subnets());
         }
-        fresh(&self.problems, &before)
+        self.problems.fresh()
     }
 
     /// Takes over changes, in their order; returns what that means and what is newly wrong or solved.
@@ -206,7 +205,6 @@ impl View {
         changes: impl IntoIterator<Item = Change<'a>>,
         now: Now,
     ) -> (Vec<LeaseDelta>, BTreeMap<String, Cause>) {
-        let before = self.problems.clone();
         let mut touched: Vec<Subnets> = Vec::new();
         for change in changes {
             let key = match change {
@@ -235,7 +233,7 @@ impl View {
                 .map_or(LeaseDelta::Delete(*subnets), LeaseDelta::Put)
         };
         let deltas = touched.iter().map(delta).collect();
-        (deltas, fresh(&self.problems, &before))
+        (deltas, self.problems.fresh())
     }
 
     /// The store's history is known up to `revision`.
@@ -267,14 +265,11 @@ impl View {
             .records
             .values()
             .any(|record| record.orphaned.is_some());
-        let over = (!self.orphans)
-            .then(|| self.problems.remove_entry(self.keys.subnets()))
-            .flatten();
-        let solved = over.map(|(subject, _loss)| (subject, Cause::Solved));
-        (
-            gone.into_iter().map(LeaseDelta::Delete).collect(),
-            solved.into_iter().collect(),
-        )
+        if !self.orphans {
+            self.problems.remove(self.keys.subnets());
+        }
+        let deltas = gone.into_iter().map(LeaseDelta::Delete).collect();
+        (deltas, self.problems.fresh())
     }
 
     /// Takes over one key; returns the orphans whose place it takes.
@@ -388,22 +383,6 @@ impl View {
 /// node its addresses.
 fn replaces(at: &Subnets, record: &Record, orphan_at: &Subnets, orphan: &Record) -> bool {
     at.overlaps(orphan_at) || record.attrs.node() == orphan.attrs.node()
-}
-
-/// What is wrong now and was not, or was otherwise, and what is solved.
-fn fresh(
-    now: &BTreeMap<String, Cause>,
-    before: &BTreeMap<String, Cause>,
-) -> BTreeMap<String, Cause> {
-    let new = now
-        .iter()
-        .filter(|&(subject, cause)| before.get(subject) != Some(cause))
-        .map(|(subject, cause)| (subject.clone(), cause.clone()));
-    let solved = before
-        .keys()
-        .filter(|&subject| !now.contains_key(subject))
-        .map(|subject| (subject.clone(), Cause::Solved));
-    new.chain(solved).collect()
 }
 
 /// A key as text of bounded length, which a terminal can show.

@@ -21,8 +21,8 @@ use super::failure::{Failure, FailureCause, Failures};
 use super::news::News;
 use super::view::{Change, Item, Now, Position, View};
 use crate::lease::LeaseAttrs;
-use crate::store::StoreEvent;
 use crate::store::backoff::Backoff;
+use crate::store::{Progress, StoreEvent};
 
 /// How often the server is asked for a sign of life on the stream itself.
 const ASK: Duration = Duration::from_secs(2);
@@ -44,12 +44,17 @@ const LONGEST_PAUSE_IN_VAIN: Duration = Duration::from_secs(10);
 const LASTING: Duration = Duration::from_secs(5);
 
 /// Reports until the receiver is dropped.
-pub(super) async fn run(inner: Arc<Inner>, events: mpsc::Sender<StoreEvent>) {
+pub(super) async fn run(
+    inner: Arc<Inner>,
+    events: mpsc::Sender<StoreEvent>,
+    progress: Arc<Progress>,
+) {
     let mut watcher = Watcher {
         view: View::new(inner.keys.clone()),
         news: News::new(inner.cluster.location()),
         inner,
         events,
+        progress,
         start: Instant::now(),
         suspect: true,
         damaged: false,
@@ -90,6 +95,7 @@ impl From<Failure> for End {
 struct Watcher {
     inner: Arc<Inner>,
     events: mpsc::Sender<StoreEvent>,
+    progress: Arc<Progress>,
     start: Instant,
     view: View,
     news: News,
@@ -221,6 +227,8 @@ impl Watcher {
         let found = self.view.replace(listing.kvs().iter().map(item), at, now);
         self.news.replaced();
         self.news.found(found);
+        self.progress.restart();
+        self.progress.news(at.revision, Instant::now().into_std());
         self.suspect = true;
         Ok(wide)
     }
@@ -272,7 +280,7 @@ impl Watcher {
                 biased;
                 permit = events.reserve(), if !self.news.is_empty() => {
                     let permit = permit.map_err(|_gone| Closed)?;
-                    self.news.hand_on(permit, &self.view);
+                    self.hand_on(permit);
                 }
                 message = stream.message() => {
                     heard = Instant::now();
@@ -298,8 +306,15 @@ impl Watcher {
         }
     }
 
+    /// Hands on one event.
+    fn hand_on(&mut self, permit: mpsc::Permit<'_, StoreEvent>) {
+        self.progress.hand_on(Instant::now().into_std());
+        self.news.hand_on(permit, &self.view);
+    }
+
     /// Takes over what one message says.
     fn learn(&mut self, response: &WatchResponse) {
+        let store_at = response.header().map_or(0, ResponseHeader::revision);
         let changes: Vec<Change<'_>> = response
             .events()
             .iter()
@@ -311,8 +326,12 @@ impl Watcher {
             })
             .collect();
         let Some(last) = response.events().iter().filter_map(|e| e.kv()).next_back() else {
+            // A sign of life: everything up to here was told before.
+            self.progress.complete_to(store_at);
             return;
         };
+        self.progress.store_is_at(store_at);
+        let heard = Instant::now().into_std();
         if let Some(own) = self.inner.own(|own| own.clone()) {
             let key = self.inner.keys.lease(&own.subnets);
             for change in &changes {
@@ -336,6 +355,11 @@ impl Watcher {
         self.view.advance(last.mod_revision());
         self.news.changed(deltas, self.view.len());
         self.news.found(found);
+        if self.news.is_empty() {
+            self.progress.nothing_waits(last.mod_revision());
+        } else {
+            self.progress.news(last.mod_revision(), heard);
+        }
     }
 
     /// Asks whether our lease is still ours if what we see of it is not.
@@ -392,7 +416,7 @@ impl Watcher {
                 () = events.closed() => return Err(Closed),
                 permit = events.reserve(), if !self.news.is_empty() => {
                     let permit = permit.map_err(|_gone| Closed)?;
-                    self.news.hand_on(permit, &self.view);
+                    self.hand_on(permit);
                 }
             }
         }

@@ -11,7 +11,7 @@ use super::sidecar::{Sidecar, unix};
 use super::{EXPIRY, SUBNETS};
 use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
-use crate::store::allocator::{allocate, compatible};
+use crate::store::allocator::{allocate, compatible, exceeds_share};
 use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
 
 /// How often a claim is tried anew after somebody without the lock was faster.
@@ -95,14 +95,16 @@ pub(super) enum Standing {
 
 /// Decides between our claim and all others. Each node decides alike from the same files: the earlier claim
 /// wins, then the lower public IP. A reservation that merely overlaps takes nothing away until its node takes
-/// it up: until then it is a file that anybody may have dropped.
+/// it up: until then it is a file that anybody may have dropped. A claim larger than ours is one that every node
+/// refuses.
 pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standing {
     let ours = own.claim(now);
     let stronger = listing
         .entries
         .iter()
         .filter(|(key, entry)| {
-            **key == own.subnets || (key.overlaps(&own.subnets) && !entry.is_untaken())
+            let hinders = !entry.is_untaken() && !key.is_larger_than(&own.subnets);
+            **key == own.subnets || (key.overlaps(&own.subnets) && hinders)
         })
         .filter_map(|(_, entry)| entry.claim(now))
         .filter(|claim| claim.1 != own.node && *claim < ours)
@@ -158,8 +160,11 @@ pub(super) fn acquire(
             claimed: nanoseconds(now),
             expires: Some(whole_seconds(now + LEASE_TTL)),
         };
-        for key in listing.entries.keys().filter(|key| key.overlaps(&subnets)) {
-            // Only what has expired overlaps the choice.
+        // What overlaps the choice has expired, or claims more than anybody may have and is not ours to remove.
+        let expired = listing.entries.iter().filter(|(key, entry)| {
+            key.overlaps(&subnets) && (entry.is_expired(now) || **key == subnets)
+        });
+        for (key, _) in expired {
             remove(dir, key)?;
         }
         write_sidecar(dir, &own)?;
@@ -262,18 +267,23 @@ fn choose_free(
     mut choose: impl FnMut(usize) -> usize,
 ) -> Result<Subnets, StoreError> {
     let entries = || listing.entries.iter();
-    let held: Vec<Subnets> = entries()
-        .filter(|(_, entry)| !entry.is_expired(now))
+    let live = || entries().filter(|(_, entry)| !entry.is_expired(now));
+    // Without what can be read and is refused by everybody.
+    let standing: Vec<Subnets> = live()
+        .filter(|(key, entry)| !matches!(entry, Entry::Lease(_)) || !exceeds_share(config, key))
         .map(|(key, _)| *key)
         .collect();
     if let Some(previous) = previous
         && compatible(config, &previous)
-        && !held.iter().any(|key| key.overlaps(&previous))
+        && !standing.iter().any(|key| key.overlaps(&previous))
     {
         return Ok(previous);
     }
     let ever: Vec<Subnets> = entries().map(|(key, _)| *key).collect();
-    allocate(config, &ever, &mut choose).or_else(|_full| allocate(config, &held, &mut choose))
+    let held: Vec<Subnets> = live().map(|(key, _)| *key).collect();
+    allocate(config, &ever, &mut choose)
+        .or_else(|_full| allocate(config, &held, &mut choose))
+        .or_else(|full| allocate(config, &standing, &mut choose).map_err(|_too| full))
 }
 
 /// Extends our lease and has it say what `wanted` says; [`LeaseStore::renew`](crate::store::LeaseStore::renew).

@@ -830,6 +830,25 @@ async fn a_lease_that_arrives_without_its_claim_is_waited_for() {
     assert_eq!(lost(&watcher.pass()), Some(LostTo::Node(node(9))));
 }
 
+#[tokio::test]
+async fn a_claim_on_everything_locks_nobody_out_and_takes_nothing_away() {
+    let lab = Lab::new(SMALL);
+    let early = lab.store();
+    let held = early.acquire(asking(1, "10.9.0.8-30")).await.unwrap();
+    // Earlier than all, and a reservation of its kind.
+    lab.write_lease("10.9.0.0-27", 9, HOUR);
+    lab.write(SUBNETS, "10.9.0.0-28", &value(8));
+    assert_eq!(lost(&Watcher::new(Arc::clone(&early.inner)).pass()), None);
+    assert!(early.renew(&held).await.is_ok());
+    let again = lab.store().acquire(request(1)).await.unwrap();
+    assert_eq!(again.subnets, held.subnets);
+    let late = lab.store().acquire(request(2)).await.unwrap();
+    assert!(!late.subnets.overlaps(&held.subnets));
+    let kept = lab.keys();
+    assert!(kept.contains(&"10.9.0.0-27".to_owned()), "{kept:?}");
+    assert_eq!(lab.lease_text("10.9.0.0-28"), value(8));
+}
+
 /// What node `to` wants a lease to say.
 fn moved(lease: &Lease, to: u8) -> Lease {
     Lease {

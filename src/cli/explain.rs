@@ -1,0 +1,79 @@
+//! Owns `loden explain`: asks the daemon about one packet and prints its answer. Never interprets it.
+
+use std::io::{self, Write as _};
+use std::net::IpAddr;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::status::{Page, SocketArgs, list, plain};
+use crate::debug::socket::{self, Request};
+
+/// Flags of `loden explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The packet's source: an address of a pod or a node
+    #[arg(value_name = "SRC")]
+    from: IpAddr,
+
+    /// The packet's destination
+    #[arg(value_name = "DST")]
+    to: IpAddr,
+
+    /// Bytes of the IP packet
+    #[arg(long, value_name = "BYTES", default_value_t = 84, value_parser = clap::value_parser!(u16).range(48..))]
+    len: u16,
+
+    /// The packet must not be fragmented, as TCP's must not
+    #[arg(long)]
+    df: bool,
+
+    /// Print the daemon's answer as it is
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    at: SocketArgs,
+}
+
+pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
+    let request = Request::Explain {
+        from: args.from,
+        to: args.to,
+        len: args.len,
+        whole: args.df,
+    };
+    let answer = socket::ask(&args.at.path(), &request)?;
+    let text = if args.json {
+        format!("{}\n", serde_json::to_string_pretty(&answer)?)
+    } else {
+        render(&answer)
+    };
+    match io::stdout().write_all(text.as_bytes()) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+fn render(answer: &Value) -> String {
+    let mut page = Page::default();
+    page.section("verdict", &plain(&answer["verdict"]));
+    if !answer["remedy"].is_null() {
+        page.section("", &plain(&answer["remedy"]));
+    }
+    page.blank();
+    for step in list(&answer["steps"]) {
+        page.section(&plain(&step["what"]), &plain(&step["found"]));
+    }
+    page.blank();
+    let mut title = "counters";
+    for counter in list(&answer["counters"]) {
+        page.section(std::mem::take(&mut title), &plain(counter));
+    }
+    let mut title = "not seen";
+    for unseen in list(&answer["unseen"]) {
+        page.section(std::mem::take(&mut title), &plain(unseen));
+    }
+    page.text
+}

@@ -1,0 +1,256 @@
+//! Owns the document that `loden explain` shows: what becomes of a packet between two addresses, step by step,
+//! by the same decisions that the workers take. Never sends anything, and says what it cannot see.
+
+mod decap;
+mod encap;
+
+use std::io;
+use std::net::IpAddr;
+
+use etherparse::{IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header};
+use ipnet::IpNet;
+use serde::Serialize;
+
+use super::session::Session;
+use super::tunnel::Tunnel;
+use super::{Daemon, Options};
+use crate::backend::kernel::Kernel;
+use crate::backend::udp;
+use crate::datapath::{self, DropReason};
+use crate::lease::Lease;
+use crate::store::LeaseStore;
+
+/// The TTL that a packet of this node has when it reaches the tunnel: 64, less the node's own hop.
+const TTL: u8 = 63;
+
+/// What becomes of the packet.
+#[derive(Debug, Serialize)]
+pub(super) struct Explanation {
+    /// One sentence.
+    verdict: String,
+    /// `sent`, `fragmented`, `delivered`, `answered`, `dropped`: by this daemon. `kernel`: it does not reach the
+    /// daemon. `local`: both ends are on this node. `elsewhere`: neither is.
+    outcome: &'static str,
+    /// The drop reason, where there is one.
+    reason: Option<&'static str>,
+    /// What to do about it.
+    remedy: Option<&'static str>,
+    /// What was looked at, in the packet's order.
+    steps: Vec<Step>,
+    /// The counters of `loden status` that such a packet raises.
+    counters: Vec<String>,
+    /// What decides about it, too, and cannot be seen from here.
+    unseen: Vec<String>,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Step {
+    what: &'static str,
+    found: String,
+}
+
+/// Two addresses and the length of the packet between them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Question {
+    pub(super) from: IpAddr,
+    pub(super) to: IpAddr,
+    /// Bytes of the IP packet.
+    pub(super) len: u16,
+    /// It must not be fragmented.
+    pub(super) whole: bool,
+}
+
+/// What is asked about, with everything the answer is taken from.
+struct Case<'a, K> {
+    question: Question,
+    session: &'a Session,
+    tunnel: &'a Tunnel,
+    options: &'a Options,
+    kernel: &'a K,
+    status: datapath::Status,
+    answer: Explanation,
+}
+
+/// Explains one packet.
+pub(super) async fn explain<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    question: Question,
+) -> Result<Explanation, String> {
+    if question.from.is_ipv4() != question.to.is_ipv4() {
+        return Err("source and destination are of different families".to_owned());
+    }
+    let carrier = session.carrier.as_ref().ok_or_else(|| {
+        let why = session.down.as_deref().unwrap_or("not opened yet");
+        format!("the tunnel is down, so no packet of the overlay gets anywhere: {why}")
+    })?;
+    let tunnel = carrier.tunnel_of(question.to).ok_or_else(|| {
+        format!(
+            "the kernel carries the packets of the {} backend: ask it (ip route get {} from {} iif cni0)",
+            session.registration.plan.name(),
+            question.to,
+            question.from
+        )
+    })?;
+    let mut case = Case {
+        question,
+        session,
+        tunnel,
+        options: daemon.options,
+        kernel: daemon.kernel,
+        status: tunnel.status(),
+        answer: Explanation {
+            verdict: String::new(),
+            outcome: "kernel",
+            reason: None,
+            remedy: None,
+            steps: Vec::new(),
+            counters: Vec::new(),
+            unseen: Vec::new(),
+        },
+    };
+    let (from_here, to_here) = (case.is_here(question.from), case.is_here(question.to));
+    case.ends(from_here, to_here);
+    match (from_here, to_here) {
+        (true, true) => case.end(
+            "local",
+            "both ends are on this node: its kernel delivers the packet, and loden never sees it"
+                .to_owned(),
+        ),
+        (_, true) => case.decap().await,
+        (true, false) => case.encap().await,
+        (false, false) => case.end(
+            "elsewhere",
+            "neither end is on this node: ask on the node that has the source".to_owned(),
+        ),
+    }
+    Ok(case.answer)
+}
+
+impl<K: Kernel> Case<'_, K> {
+    fn step(&mut self, what: &'static str, found: impl Into<String>) {
+        let found = found.into();
+        self.answer.steps.push(Step { what, found });
+    }
+
+    fn end(&mut self, outcome: &'static str, verdict: String) {
+        self.answer.outcome = outcome;
+        self.answer.verdict = verdict;
+    }
+
+    fn refuse(&mut self, outcome: &'static str, reason: DropReason, verdict: String) {
+        self.answer.reason = Some(reason.name());
+        self.answer.remedy = Some(reason.remedy());
+        self.end(outcome, verdict);
+    }
+
+    fn counters(&mut self, names: &[&str]) {
+        self.answer
+            .counters
+            .extend(names.iter().map(|&name| name.to_owned()));
+    }
+
+    fn own_nets(&self) -> Vec<IpNet> {
+        udp::nets(&self.session.registration.lease.subnets)
+    }
+
+    fn is_here(&self, addr: IpAddr) -> bool {
+        addr == self.session.registration.choice().addr
+            || self.own_nets().iter().any(|net| net.contains(&addr))
+    }
+
+    /// Who has the lease that an address lies in.
+    fn lease_of(&self, addr: IpAddr) -> Option<&Lease> {
+        let mut leases = self.session.peers.leases();
+        leases.find(|lease| {
+            lease.attrs.node() == Some(addr)
+                || udp::nets(&lease.subnets)
+                    .iter()
+                    .any(|net| net.contains(&addr))
+        })
+    }
+
+    fn ends(&mut self, from_here: bool, to_here: bool) {
+        let Question { from, to, .. } = self.question;
+        for (what, addr, here) in [("source", from, from_here), ("destination", to, to_here)] {
+            let networks = udp::networks(&self.session.registration.config);
+            let found = if here {
+                format!("{addr} is on this node")
+            } else if let Some(lease) = self.lease_of(addr) {
+                let endpoint = self.session.registration.plan.endpoint_of(&lease.attrs);
+                let node = lease.attrs.node();
+                let node = node.map_or_else(|| "no public IP".to_owned(), |ip| ip.to_string());
+                match endpoint {
+                    Some(endpoint) => format!(
+                        "{addr} is in lease {} of node {node}, reached at {endpoint}",
+                        lease.subnets
+                    ),
+                    None => format!(
+                        "{addr} is in lease {} of node {node}, which has no address of our underlay's family",
+                        lease.subnets
+                    ),
+                }
+            } else if networks.iter().any(|net| net.contains(&addr)) {
+                format!("{addr} is in the overlay, in nobody's lease")
+            } else {
+                format!("{addr} is outside the overlay")
+            };
+            self.step(what, found);
+        }
+    }
+
+    /// A packet as the question describes it.
+    fn packet(&self, len: u16) -> Vec<u8> {
+        let mut packet = match (self.question.from, self.question.to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                let mut header = Ipv4Header {
+                    total_len: len,
+                    dont_fragment: self.question.whole,
+                    time_to_live: TTL,
+                    protocol: IpNumber::UDP,
+                    source: from.octets(),
+                    destination: to.octets(),
+                    ..Ipv4Header::default()
+                };
+                header.header_checksum = header.calc_header_checksum();
+                header.to_bytes().to_vec()
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => Ipv6Header {
+                traffic_class: 0,
+                flow_label: Ipv6FlowLabel::default(),
+                payload_length: len.saturating_sub(40),
+                next_header: IpNumber::UDP,
+                hop_limit: TTL,
+                source: from.octets(),
+                destination: to.octets(),
+            }
+            .to_bytes()
+            .to_vec(),
+            _ => Vec::new(),
+        };
+        let header_len = packet.len();
+        packet.resize(header_len.max(usize::from(len)), 0);
+        packet
+    }
+
+    fn drop_here(&mut self, direction: &str, reason: DropReason) {
+        self.answer.counters.push(format!(
+            "datapath.total.{direction}.drops.{}",
+            reason.name()
+        ));
+        self.refuse(
+            "dropped",
+            reason,
+            format!("this node drops it: {}", reason.name()),
+        );
+    }
+}
+
+/// What an `unreachable`, `prohibit` or `blackhole` route says (`fib_props`, net/ipv4/fib_semantics.c).
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
+    )
+}
