@@ -41,7 +41,7 @@ pub fn run(data: &[u8]) {
     assert_eq!(annotations.changes(&written, &attrs), Ok(Texts::new()));
     // A vxlan node writes nothing for a family without a device.
     if attrs.backend_type != "vxlan" {
-        let mut expected = attrs.clone();
+        let mut expected = attrs;
         if expected.public_ipv6.is_none() {
             expected.backend_v6_data = None;
         }
