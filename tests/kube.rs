@@ -1,6 +1,11 @@
 //! The store in Kubernetes on a real API server: what is written, what is waited for, what others may do to it. Needs
 //! root, and what `scripts/setup --kube` builds: run by `scripts/test kube`.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
 #[path = "common/dropin.rs"]
 mod dropin;
 #[path = "common/etcd.rs"]
