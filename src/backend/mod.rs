@@ -4,6 +4,7 @@
 pub mod desired;
 pub mod device;
 pub mod diff;
+pub mod ends;
 pub mod host_gw;
 pub mod kernel;
 mod on_link;

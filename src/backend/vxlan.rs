@@ -10,8 +10,9 @@ use ipnet::IpNet;
 
 use super::desired::{Device, Peer, Way};
 use super::device::{NAME_V4, NAME_V6};
+use super::ends::Ends;
 use super::kernel::{Link, VxlanLink};
-use super::plan::{Ends, PlanError};
+use super::plan::PlanError;
 use crate::addr::{Mac, Mtu};
 use crate::config::{Object, VxlanBackend};
 use crate::iface::{Choice, Family};
