@@ -232,3 +232,32 @@ impl std::str::FromStr for Mac {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mac_addresses_of_one_station_are_read_and_others_refused() {
+        let mac: Mac = "C6:d2:32:6f:8f:44".parse().unwrap();
+        assert_eq!(mac.to_string(), "c6:d2:32:6f:8f:44");
+        assert_eq!(mac.bytes(), [0xc6, 0xd2, 0x32, 0x6f, 0x8f, 0x44]);
+        for text in [
+            "",
+            "c6:d2:32:6f:8f",
+            "c6:d2:32:6f:8f:44:00",
+            "c6:d2:32:6f:8f:4",
+            "c6:d2:32:6f:8f:+4",
+            "c6-d2-32-6f-8f-44",
+            "00:00:00:00:00:00",
+            "01:00:5e:00:00:01",
+            "ff:ff:ff:ff:ff:ff",
+        ] {
+            assert_eq!(text.parse::<Mac>(), Err(MacError), "{text}");
+        }
+        for bits in [0, 1, u64::MAX, 0x0100_0000_0000] {
+            let [first, ..] = Mac::local(bits).bytes();
+            assert_eq!(first & 0b11, 0b10, "{bits:x}");
+        }
+    }
+}

@@ -520,6 +520,7 @@ const DEEDS: &[&str] = &[
     "ip route flush proto 108",
     "ip -6 route flush proto 108",
     "ip route replace 198.18.2.0/24 via 192.0.2.3 dev eth0 proto 108",
+    "ip -6 route replace fd00:18:0:2::/64 via 2001:db8::3 dev eth0 proto 108",
     "ip neigh flush dev flannel.1 nud permanent",
     "bridge fdb flush dev flannel.1",
     "ip route add 198.18.99.0/24 via 192.0.2.3 dev eth0 proto 108",
@@ -575,33 +576,24 @@ fn whatever_is_done_to_a_host_gw_nodes_network_is_put_right() {
 }
 
 #[test]
-fn address_that_moves_is_told_and_a_restart_takes_the_device_and_the_peers_along() {
-    let mut cluster = Cluster::new(2, V4, VXLAN);
+fn address_that_moves_takes_the_device_and_the_peers_along() {
+    let cluster = Cluster::new(2, V4, VXLAN);
     cluster.await_ping(1, "198.18.2.2");
     let mac = cluster.mac(1, "flannel.1");
     // Of another length, since a second address of one length goes with the first.
     cluster.ip(Member::Node(1), "addr add 192.0.2.77/25 dev eth0", 1);
     cluster.ip(Member::Node(1), "addr del 192.0.2.1/24 dev eth0", 1);
-    cluster.wait_until("what to do about it", || {
-        cluster
-            .log(1)
-            .contains("restart the daemon to move the lease")
-    });
-    cluster.end(1, Signal::SIGTERM);
-    cluster.start(1);
-    cluster.wait_until("the device at its new address", || {
+    let forward = format!("flannel.1 forwards {mac} dst 192.0.2.77 self permanent");
+    cluster.wait_until("the device and the peer's entry at the new address", || {
         cluster
             .state(1)
             .iter()
-            .any(|line| line.contains("192.0.2.77"))
+            .any(|line| line.contains("\"192.0.2.77\""))
+            && cluster.state(2).contains(&forward)
     });
-    // Another lease, since the one of the old address may still be there, and so another MAC address.
-    let moved = cluster.mac(1, "flannel.1");
-    assert_ne!(moved, mac);
-    cluster.wait_until("the peer's entry for the new address", || {
-        let forward = format!("flannel.1 forwards {moved} dst 192.0.2.77 self permanent");
-        cluster.state(2).contains(&forward)
-    });
+    assert_eq!(cluster.mac(1, "flannel.1"), mac);
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.await_ping(2, "198.18.1.2");
 }
 
 #[test]
@@ -762,4 +754,60 @@ fn interface_that_is_removed_and_comes_back_brings_devices_and_routes_back() {
         cluster.await_ping(1, "198.18.2.2");
         cluster.await_ping(3, "198.18.1.2");
     }
+}
+
+#[test]
+fn what_flannel_has_left_is_taken_over_and_what_others_have_stays() {
+    let mut cluster = Cluster::idle(1, V4, VXLAN);
+    let node = Member::Node(1);
+    for line in [
+        "link add flannel.1 address be:ef:00:00:00:01 mtu 1450 type vxlan id 1 dev eth0 local 192.0.2.1 dstport 8472 nolearning",
+        "addr add 198.18.1.0/32 dev flannel.1",
+        "link set flannel.1 up",
+        "neigh replace 198.18.9.0 lladdr be:ef:00:00:00:09 dev flannel.1 nud permanent",
+        "route add 198.18.9.0/24 via 198.18.9.0 dev flannel.1 onlink",
+        "route add 198.18.50.0/24 via 192.0.2.9 dev eth0 proto static",
+        "route add 198.18.51.0/24 via 192.0.2.9 dev eth0",
+    ] {
+        cluster.ip(node, line, 1);
+    }
+    cluster.run(
+        node,
+        "bridge",
+        "fdb append be:ef:00:00:00:09 dev flannel.1 dst 192.0.2.9 self permanent",
+    );
+    cluster.put(
+        "198.18.2.0-24",
+        r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"}}"#,
+    );
+    let number = cluster.shown(1, "ip", "-o link show flannel.1")[0]
+        .split(':')
+        .next()
+        .unwrap()
+        .to_owned();
+    cluster.start(1);
+    cluster.wait_until("the peer, and nothing of the vanished one", || {
+        let state = cluster.state(1);
+        state.iter().any(|line| line.starts_with("198.18.2.0/24"))
+            && !state.iter().any(|line| line.contains("be:ef:00:00:00:09"))
+    });
+    let routes = cluster.shown(1, "ip", "-4 route show");
+    for foreign in ["198.18.50.0/24", "198.18.51.0/24"] {
+        assert!(
+            routes.iter().any(|route| route.starts_with(foreign)),
+            "{routes:#?}"
+        );
+    }
+    assert!(
+        !routes.iter().any(|route| route.starts_with("198.18.9.0")),
+        "{routes:#?}"
+    );
+    assert_eq!(cluster.mac(1, "flannel.1"), "be:ef:00:00:00:01");
+    let link = cluster.shown(1, "ip", "-o link show flannel.1");
+    assert!(link[0].starts_with(&format!("{number}:")), "{link:?}");
+    assert!(
+        cluster
+            .lease(1)
+            .contains(r#""VtepMAC":"be:ef:00:00:00:01""#)
+    );
 }

@@ -12,7 +12,8 @@ mod ns;
 use std::time::Instant;
 
 use loden::backend::desired::Desired;
-use loden::backend::plan::{Ends, Plan};
+use loden::backend::ends::Ends;
+use loden::backend::plan::Plan;
 use loden::backend::settle::settle;
 use loden::config::NetworkConfig;
 use loden::iface::{Choice, Stack, Wanted, choose};

@@ -196,7 +196,7 @@ impl Resolved {
             metric: None,
             protocol: PROTOCOL_LODEN,
         };
-        let step = self.route_step(&route, observer)?;
+        let edits = self.route_step(&route, observer)?;
         if let Some(mac) = tunnel {
             let forward = Forward {
                 link,
@@ -218,7 +218,7 @@ impl Resolved {
             self.direct.insert(net);
         }
         self.routes.insert(net);
-        self.route_steps.extend(step.map(|edit| Step {
+        self.route_steps.extend(edits.into_iter().map(|edit| Step {
             edit,
             lease: Some(lease),
         }));
@@ -226,7 +226,10 @@ impl Resolved {
     }
 
     /// What makes `route` the one to its destination; nothing if it is.
-    fn route_step(&self, route: &Route, observer: &Observer<'_>) -> Result<Option<Edit>, String> {
+    ///
+    /// IPv6 takes a next router as on the link only if no route there is leads elsewhere
+    /// (`ip6_route_check_nh_onlink` in net/ipv6/route.c), so what is in the place goes first.
+    fn route_step(&self, route: &Route, observer: &Observer<'_>) -> Result<Vec<Edit>, String> {
         let there = observer.routes.get(&route.net);
         let there = there
             .into_iter()
@@ -234,10 +237,17 @@ impl Resolved {
             .filter(|route| route.has_default_metric());
         let there: Vec<&&Route> = there.collect();
         match there.as_slice() {
-            [] => Ok(Some(Edit::AddRoute(*route))),
-            [one] if one.same_way(route) && one.protocol == route.protocol => Ok(None),
+            [] => Ok(vec![Edit::AddRoute(*route)]),
+            [one] if one.same_way(route) && one.protocol == route.protocol => Ok(Vec::new()),
             several => match several.iter().find(|route| !observer.is_ours(route)) {
-                None => Ok(Some(Edit::ReplaceRoute(*route))),
+                None if route.onlink
+                    && matches!(route.net, IpNet::V6(_))
+                    && several.iter().any(|old| old.link != route.link) =>
+                {
+                    let old = several.iter().map(|old| Edit::DeleteRoute(***old));
+                    Ok(old.chain([Edit::AddRoute(*route)]).collect())
+                }
+                None => Ok(vec![Edit::ReplaceRoute(*route)]),
                 Some(foreign) => Err(format!(
                     "the route {foreign} is in its way and not ours: remove it (ip route del {})",
                     foreign.net

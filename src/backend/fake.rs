@@ -98,6 +98,16 @@ impl State {
                 if !route.gateway.is_none_or(reached) {
                     return Err(libc::ENETUNREACH);
                 }
+                // As ip6_route_check_nh_onlink does.
+                if let (true, Some(gateway @ std::net::IpAddr::V6(_))) =
+                    (route.onlink, route.gateway)
+                {
+                    let covering = self.routes.iter().filter(|it| it.net.contains(&gateway));
+                    let longest = covering.max_by_key(|it| it.net.prefix_len());
+                    if longest.is_some_and(|it| it.link != route.link) {
+                        return Err(libc::EINVAL);
+                    }
+                }
                 if matches!(edit, Edit::ReplaceRoute(_)) {
                     self.routes.retain(|other| !same_key(other, &route));
                 } else if self.routes.iter().any(|other| same_key(other, &route)) {

@@ -4,7 +4,8 @@
 use std::net::IpAddr;
 
 use super::desired::{Peer, Way};
-use super::plan::{Ends, PlanError};
+use super::ends::Ends;
+use super::plan::PlanError;
 use crate::addr::Mtu;
 use crate::iface::{Choice, Family};
 use crate::lease::{Lease, LeaseAttrs};

@@ -5,6 +5,7 @@ pub mod data_plane;
 pub mod desired;
 pub mod device;
 pub mod diff;
+pub mod ends;
 pub mod host_gw;
 pub mod kernel;
 mod on_link;

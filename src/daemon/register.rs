@@ -8,8 +8,9 @@ use ipnet::IpNet;
 
 use super::{DaemonError, Options, VxlanPlace};
 use crate::backend::device::{self, DeviceError};
+use crate::backend::ends::{self, Ends};
 use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
-use crate::backend::plan::{self, Ends, Plan};
+use crate::backend::plan::Plan;
 use crate::backend::preflight::{self, Conflict};
 use crate::backend::udp;
 use crate::config::NetworkConfig;
@@ -152,7 +153,7 @@ fn choose(
     wanted: &Wanted,
     config: &NetworkConfig,
 ) -> Result<(Ends, Vec<Candidate>), DaemonError> {
-    let search = plan::search(snapshot, wanted, config);
+    let search = ends::search(snapshot, wanted, config);
     for failed in &search.failed {
         tracing::info!("no external interface by {failed}");
     }

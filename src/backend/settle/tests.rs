@@ -8,9 +8,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::addr::{Mac, Mtu};
+use crate::backend::ends::Ends;
 use crate::backend::fake::{FakeKernel, State};
 use crate::backend::kernel::{Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route};
-use crate::backend::plan::{Ends, Plan};
+use crate::backend::plan::Plan;
 use crate::config::NetworkConfig;
 use crate::iface::Choice;
 use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
@@ -525,7 +526,11 @@ fn network_that_changes_its_backend_keeps_what_is_there_for_nodes_that_have_not_
 #[test]
 fn cleanup_removes_what_is_marked_as_ours_and_flannels_devices_and_nothing_else() {
     let kernel = kernel();
-    let before = (kernel.state().links.clone(), kernel.state().routes.clone());
+    let all = || {
+        let state = kernel.state();
+        (state.links.clone(), state.routes.clone())
+    };
+    let before = all();
     look(
         &kernel,
         &desired(DIRECT, &[lease(2, "vxlan"), lease(3, "vxlan")]),
@@ -540,10 +545,7 @@ fn cleanup_removes_what_is_marked_as_ours_and_flannels_devices_and_nothing_else(
         removed.contains(&"route 198.18.2.0/24".to_owned()),
         "{removed:?}"
     );
-    assert_eq!(
-        (kernel.state().links.clone(), kernel.state().routes.clone()),
-        before
-    );
+    assert_eq!(all(), before);
     assert_eq!(run(remove(&kernel)).0, Vec::<String>::new());
 }
 
@@ -558,6 +560,7 @@ enum Event {
     Rewrite(u8),
     StrayForward(u8),
     StrayRoute(u8),
+    WrongRoute(u8),
     Look,
 }
 
@@ -572,6 +575,7 @@ fn event() -> impl Strategy<Value = Event> {
         any::<u8>().prop_map(Event::Rewrite),
         (2_u8..8).prop_map(Event::StrayForward),
         (2_u8..8).prop_map(Event::StrayRoute),
+        (2_u8..8).prop_map(Event::WrongRoute),
         Just(Event::Look),
     ]
 }
@@ -633,6 +637,16 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
             state
                 .routes
                 .push(route(&stray, EXTERNAL, Some("192.0.2.9"), PROTOCOL_LODEN));
+        }
+        (Event::WrongRoute(n), _) => {
+            for (dst, via) in [
+                (format!("198.18.{n}.0/24"), "192.0.2.9"),
+                (format!("fd00:1:0:{n}::/64"), "2001:db8::9"),
+            ] {
+                state.routes.retain(|it| it.net != net(&dst));
+                let wrong = route(&dst, EXTERNAL, Some(via), PROTOCOL_LODEN);
+                state.routes.push(wrong);
+            }
         }
         _ => {}
     }

@@ -4,8 +4,9 @@
 use std::time::Instant;
 
 use super::Session;
+use crate::backend::ends::{self, Ends};
 use crate::backend::kernel::Kernel;
-use crate::backend::plan::{self, Ends, Plan};
+use crate::backend::plan::Plan;
 use crate::daemon::renewal::Order;
 use crate::daemon::{Daemon, register};
 use crate::iface::Choice;
@@ -21,7 +22,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         };
         let registration = &session.registration;
         let was = registration.choice().clone();
-        let search = plan::search(&snapshot, &wanted, &registration.config);
+        let search = ends::search(&snapshot, &wanted, &registration.config);
         let moved = match search.ends {
             Ok(now) => {
                 let moved = self.follow(session, now).await.err();
