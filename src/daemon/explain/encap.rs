@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use super::{Case, Question, is_refusal};
 use crate::addr::udp_overhead;
 use crate::backend::kernel::Kernel;
+use crate::backend::plan::Plan;
 use crate::daemon::traffic::Traffic;
 use crate::datapath::DropReason;
 use crate::datapath::foretell::Foretold;
@@ -131,12 +132,17 @@ impl<K: Kernel> Case<'_, K> {
 
     fn mtus(&mut self, overlay: u16) {
         let choice = self.session.registration.choice();
+        // VXLAN puts its own header and Ethernet's between UDP's and the packet (RFC 7348 section 5).
+        let frame = match self.session.registration.plan {
+            Plan::Vxlan(_) => 8 + 14,
+            Plan::Udp { .. } | Plan::HostGw(_) => 0,
+        };
         let found = format!(
             "{overlay} in {}, {} on {}, {} of headers between them",
             self.tunnel.device,
             choice.mtu,
             choice.name,
-            udp_overhead(choice.addr)
+            udp_overhead(choice.addr) + frame
         );
         self.step("mtu", found);
         let lease = self.lease_of(self.question.to);
@@ -159,8 +165,9 @@ impl<K: Kernel> Case<'_, K> {
 
     /// The rest of the way to a peer.
     async fn towards(&mut self, peer: SocketAddr, foretold: Foretold) {
-        let transport = "udp: the network's backend, and the same for every peer";
-        self.step("transport", transport);
+        let name = self.session.registration.plan.name();
+        let found = format!("{name}: the network's backend, and the same for every peer");
+        self.step("transport", found);
         let index = self.status.peers.iter().position(|one| one.addr == peer);
         let known = index
             .and_then(|index| self.status.peers.get(index))
