@@ -206,6 +206,12 @@ pub struct Fragment {
     pub id: u32,
 }
 
+impl Fragment {
+    const fn cuts(&self) -> bool {
+        self.more || self.off != 0
+    }
+}
+
 impl Chain {
     /// Passes the extension header at the current offset.
     fn step(&mut self, bytes: &[u8]) -> Result<(), IpError> {
@@ -227,12 +233,17 @@ impl Chain {
         }
         if kind == protocol::FRAGMENT {
             let word = FRAGMENT_OFFSET_FLAGS.get(rest);
-            // The outermost counts: a whole datagram inside a fragment is still cut.
-            self.fragment.get_or_insert(Fragment {
+            let found = Fragment {
                 off: word & !7,
                 more: word & 1 != 0,
                 id: FRAGMENT_ID.get(rest),
-            });
+            };
+            // The outermost that cuts counts: a whole datagram inside a fragment is still cut, and so is a fragment
+            // behind a header that cuts nothing (RFC 6946).
+            match self.fragment {
+                Some(kept) if kept.cuts() || !found.cuts() => {}
+                _ => self.fragment = Some(found),
+            }
         }
         self.protocol = EXTENSION_NEXT.get(rest);
         self.transport_off += len;

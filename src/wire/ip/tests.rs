@@ -324,6 +324,20 @@ fn rewrites_refuse_what_is_no_ip_packet() {
     assert!(!ipv4_header_checksum_ok(&ethernet));
 }
 
+#[test]
+fn a_fragment_behind_a_fragment_header_that_cuts_nothing_is_one() {
+    for (off, more) in [(0, true), (64, false)] {
+        let mut packet = v6_chain(fragment_header(off, more));
+        // The hop-by-hop header in front is taken for a fragment header: offset 0, no more.
+        packet[6] = 44;
+        let meta = parse(&packet).unwrap();
+        assert!(meta.is_fragment(), "{meta:?}");
+        assert_eq!((meta.fragment_off(), meta.id()), (off, 0xdead_beef));
+        let read = IpSlice::from_slice(&packet).unwrap();
+        assert!(read.is_fragmenting_payload());
+    }
+}
+
 proptest! {
     /// Whole packets with a few bytes overwritten: often valid, always near the edge.
     #[test]
