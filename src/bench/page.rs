@@ -1,4 +1,4 @@
-//! Owns what a report tells people, in which order and in which words: blocks that [`markdown`] and [`html`] put
+//! Owns what a report tells people, in which order and in which words: blocks that `markdown` and `html` put
 //! into their own form. Pure.
 
 mod html;

@@ -24,7 +24,7 @@
 //! | [`plan`] | addresses and the text of the `ip` batches (pure) |
 //! | [`build`] | [`Lab`]: the order of building |
 //! | [`agent`] | the daemons of a `udp` lab and the files they share |
-//! | [`wireguard`] | wireguard-go and its configuration |
+//! | `wireguard` | wireguard-go and its configuration |
 //! | [`teardown`] | removal, and finding what was left |
 //! | [`netns`] | entering a namespace from safe code |
 //! | [`process`] | processes that are only ended when they are still themselves |
