@@ -520,7 +520,10 @@ fn pipe_count_limits_and_text_work_as_documented() {
     });
     assert!(capture.wait().unwrap().success());
     let output = reader.wait_with_output().unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "8\n0\n8\n0\n");
+    // Requests and answers are told by different workers, and only what is fetched together is in order of time.
+    let mut types: Vec<_> = output.stdout.split(|&byte| byte == b'\n').collect();
+    types.sort_unstable();
+    assert_eq!(types, [&b""[..], b"0", b"0", b"8", b"8"]);
 
     // Text, ended by its duration; a filter that matches nothing prints nothing.
     let text = |args: &[&str]| {
