@@ -90,12 +90,26 @@ fn outage_of_etcd_costs_no_packet() {
     let iperf = cluster.iperf_in_background(1, 2);
     let ping = cluster.ping_in_background(1, 2);
     ping.wait_for_answers(100);
-    for (outage, subnet) in [(Outage::Frozen, 77), (Outage::Killed, 78)] {
+    // Leased by chance, these would be taken from a node of ours.
+    let taken = [1, 2].map(|node| cluster.env_value(node, "FLANNEL_SUBNET"));
+    let is_free = |subnet: &u8| {
+        let prefix = format!("198.18.{subnet}.");
+        !taken.iter().any(|own| own.starts_with(&prefix))
+    };
+    let free = (77_u8..).filter(is_free);
+    for (outage, subnet) in [Outage::Frozen, Outage::Killed].into_iter().zip(free) {
         match outage {
             Outage::Frozen => cluster.etcd.signal(0, Signal::SIGSTOP),
             Outage::Killed => cluster.etcd.kill(0),
         }
-        ping.go_on_for(Duration::from_secs(seconds.into()));
+        assert!(
+            ping.goes_on_for(Duration::from_secs(seconds.into())),
+            "{outage:?}: no answers; node 1: {}\n{:#}\nnode 2: {}\n{:#}",
+            one.log(),
+            cluster.status(1),
+            two.log(),
+            cluster.status(2)
+        );
         match outage {
             Outage::Frozen => cluster.etcd.signal(0, Signal::SIGCONT),
             Outage::Killed => cluster.etcd.spawn(0),
