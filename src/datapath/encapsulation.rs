@@ -107,7 +107,8 @@ impl Encapsulation {
         let (version, sender) = match self {
             Self::Plain => (None, None),
             Self::Vxlan { vni, mac } => {
-                let (version, sender) = open_frame(&Vxlan::new_unchecked(header), vni, mac)?;
+                let frame = Vxlan::new(header).or(Err(DropReason::TooShort))?;
+                let (version, sender) = open_frame(&frame, vni, mac)?;
                 (Some(version), Some(sender))
             }
         };
