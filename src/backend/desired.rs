@@ -1,6 +1,7 @@
 //! Owns the description of what the kernel should hold so that it carries the packets itself: devices, and a way
 //! to every peer. Plain values; how they differ from what is there is [`super::diff`]'s to say.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -83,6 +84,15 @@ pub struct Retained {
     pub net: IpNet,
     /// Its address on the underlay.
     pub public: Option<IpAddr>,
+}
+
+/// Who may send through the VXLAN devices.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Senders {
+    /// The nodes' addresses on the underlay.
+    pub outer: BTreeSet<IpAddr>,
+    /// Their devices' MAC addresses, each with the subnet whose packets its frames hold.
+    pub inner: BTreeSet<(Mac, IpNet)>,
 }
 
 /// A peer that gets no way, or a wrong one, and why.

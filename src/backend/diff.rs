@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Peer, Refused, Way};
+use super::desired::{Desired, Peer, Refused, Senders, Way};
 use super::kernel::{Edit, Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route};
 use super::on_link::OnLink;
 use crate::lease::Subnets;
@@ -44,6 +44,8 @@ pub struct Difference {
     pub refused: Vec<Refused>,
     /// The subnets that are reached by a route through their node.
     pub direct: HashSet<IpNet>,
+    /// Who may send through the devices; none as long as not all peers are known.
+    pub senders: Option<Senders>,
 }
 
 /// The changes that lead from `observed` to `desired`.
@@ -64,7 +66,11 @@ pub fn difference(desired: &Desired, observed: &Observed) -> Difference {
     steps.extend(missing_entries(observed, &resolved));
     steps.append(&mut resolved.route_steps);
     steps.extend(stale_entries(desired, observed, &resolved));
+    let senders = desired
+        .complete
+        .then(|| senders(desired, observed, &resolved));
     Difference {
+        senders,
         steps,
         refused: resolved.refused,
         direct: resolved.direct,
@@ -255,6 +261,30 @@ impl Resolved {
             },
         }
     }
+}
+
+/// The peers, and whoever uses another backend for now and is still reached through a device: by the entries that
+/// stay there for it.
+fn senders(desired: &Desired, observed: &Observed, resolved: &Resolved) -> Senders {
+    let mut senders = Senders::default();
+    for peer in &desired.peers {
+        if let Way::Vxlan { mac, .. } = peer.way
+            && resolved.routes.contains(&peer.net)
+        {
+            senders.outer.insert(peer.public);
+            senders.inner.insert((mac, peer.net));
+        }
+    }
+    for lease in &desired.retained {
+        let inside = |it: &&Neighbour| lease.net.contains(&it.ip);
+        let macs = observed.neighbours.iter().filter(inside).map(|it| it.mac);
+        for mac in macs {
+            senders.inner.insert((mac, lease.net));
+            let forwards = observed.forwards.iter().filter(|it| it.mac == mac);
+            senders.outer.extend(forwards.map(|it| it.to));
+        }
+    }
+    senders
 }
 
 fn stale_routes(

@@ -224,7 +224,7 @@ impl Plan {
                 let both = |lease: &'a Lease| {
                     [Family::V4, Family::V6].into_iter().filter_map(|family| {
                         let peer = vxlan.peer(lease, family).ok().flatten()?;
-                        vxlan.route(&peer, lease.extension.ecn)
+                        vxlan.route(&peer)
                     })
                 };
                 (ours.flat_map(both).collect(), Vec::new())

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Refused};
+use super::desired::{Desired, Refused, Senders};
 use super::device::{self, DeviceError};
 use super::diff::{Observed, Step, difference};
 use super::kernel::{Edit, Kernel, KernelError, Link, PROTOCOL_LODEN};
@@ -24,6 +24,8 @@ pub struct Report {
     pub refused: Vec<Refused>,
     /// The subnets that are reached by a route through their node.
     pub direct: HashSet<IpNet>,
+    /// Who may send through the devices; none as long as not all peers are known.
+    pub senders: Option<Senders>,
     /// What the kernel refused, the first few in words.
     pub failures: Vec<String>,
     /// How often it refused.
@@ -66,6 +68,7 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
     let difference = difference(desired, &observed);
     report.refused = difference.refused;
     report.direct = difference.direct;
+    report.senders = difference.senders;
     let edits: Vec<Edit> = difference.steps.iter().map(|step| step.edit).collect();
     let results = kernel.edit(&edits).await;
     for (step, result) in difference.steps.iter().zip(results) {

@@ -17,7 +17,7 @@ use super::kernel::{Link, VxlanLink};
 use super::plan::PlanError;
 use super::{reconcile, udp};
 use crate::addr::{Mac, Mtu, Vni};
-use crate::config::{NetworkConfig, Object, SourcePort, VxlanBackend};
+use crate::config::{NetworkConfig, Object, SourceCheck, SourcePort, VxlanBackend};
 use crate::datapath::{self, Encapsulation, PeerRoute};
 use crate::iface::{Choice, Family};
 use crate::lease::{BackendData, Lease, LeaseAttrs, Subnets};
@@ -132,6 +132,18 @@ impl Vxlan {
         self.backend.port
     }
 
+    /// Which packets are accepted from the underlay; `None`: all.
+    #[must_use]
+    pub const fn source_check(&self) -> Option<SourceCheck> {
+        self.backend.source_check
+    }
+
+    /// The network identifier.
+    #[must_use]
+    pub const fn vni(&self) -> u32 {
+        self.backend.vni
+    }
+
     /// The address of this node that the status shows.
     #[must_use]
     pub const fn addr(&self) -> IpAddr {
@@ -235,7 +247,11 @@ impl Vxlan {
                 },
                 bind: self.endpoint(choice.addr),
                 mtu: device.mtu,
-                source_check: datapath::SourceCheck::Strict,
+                // Our own data plane knows no "off": a peer is recognised by something.
+                source_check: match self.backend.source_check {
+                    Some(SourceCheck::Strict) => datapath::SourceCheck::Strict,
+                    Some(SourceCheck::Loose) | None => datapath::SourceCheck::Loose,
+                },
                 source_port: udp::source_port(self.source_port),
                 device: reconcile::Desired {
                     mtu: device.mtu,
@@ -259,9 +275,10 @@ impl Vxlan {
         }
     }
 
-    /// A peer's way, as our own data plane goes it.
+    /// A peer's way, as our own data plane goes it. Whoever terminates VXLAN combines the ECN fields as RFC 6040 says:
+    /// the kernel's device (`vxlan_ecn_decapsulate` in drivers/net/vxlan) as our own data plane does.
     #[must_use]
-    pub fn route(&self, peer: &Peer, ecn: bool) -> Option<PeerRoute> {
+    pub fn route(&self, peer: &Peer) -> Option<PeerRoute> {
         let Way::Vxlan { mac, .. } = peer.way else {
             return None;
         };
@@ -269,7 +286,7 @@ impl Vxlan {
             net: peer.net,
             addr: self.endpoint(peer.public),
             mac: Some(mac),
-            ecn,
+            ecn: true,
         })
     }
 

@@ -131,10 +131,11 @@ fn render(answer: &Value) -> String {
         traffic(&mut page, answer);
     } else {
         page.section("backend", &format!("{}, by the kernel", text("/backend")));
+        senders(&mut page, at("/source_check"));
         page.blank();
     }
     peers(&mut page, at("/peers"), own);
-    if own {
+    if own || at("/source_check").is_object() {
         drops(&mut page, at("/drops"));
     }
     for (title, entries) in [("refused", at("/refused")), ("conflicts", at("/conflicts"))] {
@@ -150,6 +151,25 @@ fn render(answer: &Value) -> String {
         }
     }
     page.text
+}
+
+/// Which senders the kernel's VXLAN device is kept from.
+fn senders(page: &mut Page, check: &Value) {
+    if !check.is_object() {
+        return;
+    }
+    let checked: Vec<&str> = [("outer", "nodes"), ("inner", "inner sources")]
+        .into_iter()
+        .filter(|(key, _)| check[*key] == true)
+        .map(|(_, what)| what)
+        .collect();
+    match checked.as_slice() {
+        [] => {}
+        checked => page.section("checks", &checked.join(" and ")),
+    }
+    if let Some(why) = check["why_not"].as_str() {
+        page.section("", &format!("source check incomplete: {}", clean(why)));
+    }
 }
 
 /// How far the daemon follows the store.

@@ -44,6 +44,7 @@ const VXLAN_KEYS: &[&str] = &[
     GBP,
     LEARNING,
     DIRECT_ROUTING,
+    SOURCE_CHECK,
     "MacPrefix",
     "Name",
 ];
@@ -93,6 +94,8 @@ pub struct VxlanBackend {
     pub learning: bool,
     /// Peers that are on a link of this node are reached by a plain route.
     pub direct_routing: bool,
+    /// Which packets are accepted from the underlay; `None`: all.
+    pub source_check: Option<SourceCheck>,
 }
 
 /// The port that Linux uses for VXLAN where none is given (`drivers/net/vxlan`, module parameter `udp_port`);
@@ -108,6 +111,7 @@ impl Default for VxlanBackend {
             gbp: false,
             learning: false,
             direct_routing: false,
+            source_check: Some(SourceCheck::Strict),
         }
     }
 }
@@ -266,7 +270,19 @@ impl VxlanBackend {
             "a UDP port from 1 to 65535, or 0 for 8472",
             |given| u16::try_from(given).ok(),
         )?;
+        let source_check = object.text(
+            SOURCE_CHECK,
+            "\"strict\", \"loose\" or \"off\"",
+            Null::Skipped,
+            |text| match text {
+                "strict" => Some(Some(SourceCheck::Strict)),
+                "loose" => Some(Some(SourceCheck::Loose)),
+                "off" => Some(None),
+                _ => None,
+            },
+        )?;
         Ok(Self {
+            source_check: source_check.unwrap_or(defaults.source_check),
             vni: vni.unwrap_or(defaults.vni),
             port: port.filter(|&port| port != 0).unwrap_or(defaults.port),
             mtu: mtu(object)?,

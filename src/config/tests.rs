@@ -250,6 +250,7 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
         gbp: false,
         learning: false,
         direct_routing: false,
+        source_check: Some(SourceCheck::Strict),
     };
     for text in [
         r#"{"Type":"VXLAN"}"#,
@@ -262,7 +263,7 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
         );
     }
     let all = read(
-        r#"{"Type":"vxlan","vni":9999999,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true,"MacPrefix":"0E-2A","Name":"n","SourcePort":"x"}"#,
+        r#"{"Type":"vxlan","vni":9999999,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true,"SourceCheck":"off","MacPrefix":"0E-2A","Name":"n","SourcePort":"x"}"#,
     );
     let expected = VxlanBackend {
         vni: 9_999_999,
@@ -271,6 +272,7 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
         gbp: true,
         learning: true,
         direct_routing: true,
+        source_check: None,
     };
     assert_eq!(all.backend, Backend::Vxlan(expected));
     assert_eq!(all.unknown_keys, ["Backend.SourcePort"]);

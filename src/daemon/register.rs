@@ -14,6 +14,7 @@ use crate::backend::plan::Plan;
 use crate::backend::preflight::{self, Conflict};
 use crate::backend::udp;
 use crate::config::NetworkConfig;
+use crate::datapath::lock::{LockError, NameLock};
 use crate::iface::{Candidate, Choice, Selector, Snapshot, Wanted};
 use crate::lease::{Lease, Subnets};
 use crate::store::{AcquireRequest, LeaseStore, StoreError};
@@ -31,6 +32,8 @@ pub(super) struct Registration {
     pub(super) candidates: Vec<Candidate>,
     pub(super) lease: Lease,
     pub(super) conflicts: Vec<Conflict>,
+    /// The devices are ours.
+    _devices: Vec<NameLock>,
 }
 
 impl Registration {
@@ -62,6 +65,7 @@ pub(super) async fn register(
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
     let mut plan = Plan::new(&config, ends.clone())?;
+    let devices = hold_devices(&plan)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
     if let Plan::Vxlan(vxlan) = &plan
         && vxlan.leaves_direct_routing()
@@ -98,7 +102,33 @@ pub(super) async fn register(
         candidates,
         lease,
         conflicts,
+        _devices: devices,
     })
+}
+
+/// The name that stands for a VXLAN device.
+pub(super) fn device_lock(device: &str) -> String {
+    format!("vxlan/{device}")
+}
+
+/// Takes the names of the backend's devices: a second daemon with them would be of one mind with the first about
+/// nothing.
+fn hold_devices(plan: &Plan) -> Result<Vec<NameLock>, DaemonError> {
+    let Plan::Vxlan(vxlan) = plan else {
+        return Ok(Vec::new());
+    };
+    let hold = |name: &str| match NameLock::take(&device_lock(name)) {
+        Ok(lock) => Ok(lock),
+        Err(LockError::Held { pid }) => Err(DaemonError::DeviceHeld {
+            name: name.to_owned(),
+            pid,
+        }),
+        Err(LockError::Io(source)) => Err(DaemonError::Process {
+            action: "take the name of the VXLAN device",
+            source,
+        }),
+    };
+    vxlan.device_names().map(hold).collect()
 }
 
 fn warn_or_fail(conflicts: &[Conflict]) -> Result<(), DaemonError> {
@@ -206,6 +236,7 @@ pub(super) async fn prepare(
                 tracing::warn!("VXLAN is carried in user space, on the same port: {error}");
                 return Ok(vxlan.move_to_user_space(error.to_string())?);
             }
+            Err(error @ DeviceError::NoVxlan(_)) => return Err(DaemonError::NoVxlan(error)),
             ensured => drop(ensured?),
         }
     }

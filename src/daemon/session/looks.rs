@@ -30,6 +30,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 session.down = None;
                 session.backoff.succeeded(Instant::now());
                 session.look_at = Instant::now() + RESYNC;
+                session.tell_senders();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -72,6 +73,7 @@ impl Session {
             return;
         };
         let looked = carrier.look(kernel).await;
+        self.tell_senders();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
@@ -88,6 +90,17 @@ impl Session {
                 self.incomplete = Some(why);
             }
             Looked::Broken(why) => self.close(&why),
+        }
+    }
+
+    /// Has the source check know the peers as the last look found them.
+    pub(super) fn tell_senders(&self) {
+        let senders = self
+            .carrier
+            .as_ref()
+            .and_then(|carrier| carrier.report.senders.as_ref());
+        if let Some(senders) = senders {
+            self.guard.want(senders);
         }
     }
 

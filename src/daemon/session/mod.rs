@@ -15,6 +15,7 @@ use tokio::time::{sleep_until, timeout};
 
 use super::backoff::Backoff;
 use super::carrier::Carrier;
+use super::guard::Guard;
 use super::hold::Hold;
 use super::news::sentence;
 use super::publication::Publication;
@@ -82,6 +83,8 @@ pub(super) struct Session {
     /// When the workers get the next table.
     pub(super) publication: Publication,
     pub(super) traffic: Option<Traffic>,
+    /// Who may send to the kernel's VXLAN devices.
+    pub(super) guard: Guard,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
     /// When to look after the blackhole route.
@@ -134,6 +137,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             hold: Hold::default(),
             publication: Publication::new(self.store.progress(), now),
             traffic: None,
+            guard: Guard::Idle,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
             counts: Counts {
@@ -159,6 +163,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
         session.traffic = Some(started.await?);
+        session.guard = Guard::start(&self.options.traffic, &session.registration).await;
+        session.tell_senders();
         self.write_env(&session)?;
         *established = true;
         self.start_server();
@@ -312,6 +318,7 @@ impl Session {
             missing.push(format!("traffic rules: {problem}"));
         }
         missing.extend(self.incomplete.clone());
+        missing.extend(self.guard.problem());
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
