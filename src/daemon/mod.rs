@@ -20,6 +20,7 @@ mod guard;
 mod hold;
 mod lock;
 mod news;
+mod probes;
 mod publication;
 mod register;
 mod renewal;
@@ -30,6 +31,7 @@ mod tunnel;
 
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -55,6 +57,7 @@ use crate::store::kube::{KubeSettings, KubeSettingsError};
 use crate::store::{EtcdStore, KubeStore, LeaseStore, LocalStore, StoreError};
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 
+use probes::Probes;
 use session::Ended;
 
 pub use lock::LockError;
@@ -121,6 +124,17 @@ pub struct Options {
     pub engine: EngineKind,
     /// Who carries the packets of the `vxlan` backend.
     pub vxlan: VxlanPlace,
+    /// Finding out how peers are reached.
+    pub probes: ProbeOptions,
+}
+
+/// Finding out how peers are reached.
+#[derive(Debug, Clone, Copy)]
+pub struct ProbeOptions {
+    /// The port of everybody's responder; without one, nobody is answered or probed.
+    pub port: Option<NonZero<u16>>,
+    /// Probe a few peers all the time.
+    pub background: bool,
 }
 
 /// Who carries the packets of the `vxlan` backend.
@@ -316,6 +330,7 @@ async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), Dae
         asked: asked_receiver,
         asked_sender: asked,
         server: None,
+        probes: Probes::new(options.probes),
         health,
         scrapes,
         _scrape: scrape,
@@ -335,6 +350,7 @@ struct Daemon<'a, S, K> {
     asked_sender: mpsc::Sender<Asked>,
     /// The status socket, from the first `subnet.env` on.
     server: Option<Server>,
+    probes: Probes,
     health: Arc<Health>,
     scrapes: mpsc::Receiver<Scrape>,
     /// Keeps the receiver open where nobody listens.

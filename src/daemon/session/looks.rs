@@ -6,6 +6,7 @@ use super::{RESYNC, Session};
 use crate::backend::kernel::{Change, Kernel};
 use crate::daemon::Daemon;
 use crate::daemon::carrier::{Carrier, Looked};
+use crate::probe::Ways;
 use crate::store::LeaseStore;
 
 /// A burst of notifications about the device is answered by one look, this much later.
@@ -26,6 +27,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         match opened.await {
             Ok(carrier) => {
                 session.carrier = Some(carrier);
+                session.tell_ways();
                 session.publication.started(Instant::now());
                 session.down = None;
                 session.backoff.succeeded(Instant::now());
@@ -77,6 +79,7 @@ impl Session {
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
+        self.tell_ways();
         match looked {
             Looked::Unchanged => {}
             Looked::Programmed(changes) => tracing::debug!(changes, "programmed"),
@@ -102,6 +105,18 @@ impl Session {
         if let Some(senders) = senders {
             self.guard.want(senders);
         }
+    }
+
+    /// Says which links carry the overlay, so that a probe's way can be told.
+    pub(super) fn tell_ways(&self) {
+        let carrier = self.carrier.as_ref();
+        let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
+        let devices = carrier.map_or(&[][..], |carrier| carrier.report.devices.as_slice());
+        self.directory.set_ways(Ways {
+            tunnel: tunnels.iter().map(|tunnel| tunnel.index).collect(),
+            kernel_vxlan: devices.to_vec(),
+            underlay: self.registration.ends.iter().map(|end| end.index).collect(),
+        });
     }
 
     /// Closes what carries the packets, to be opened again.

@@ -7,6 +7,7 @@ mod peers;
 
 use std::fmt::Display;
 use std::future::pending;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -18,6 +19,7 @@ use super::carrier::Carrier;
 use super::guard::Guard;
 use super::hold::Hold;
 use super::news::sentence;
+use super::probes;
 use super::publication::Publication;
 use super::register::{self, Registration};
 use super::renewal::{End, Held, Order, keep};
@@ -30,6 +32,7 @@ use crate::backend::udp;
 use crate::datapath::Event;
 use crate::debug::socket::Server;
 use crate::lease::{LeaseSet, Subnets};
+use crate::probe::Directory;
 use crate::store::env_file::SubnetEnv;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
@@ -58,6 +61,8 @@ pub(super) enum Ended {
 pub(super) struct Session {
     pub(super) registration: Registration,
     pub(super) peers: LeaseSet,
+    /// The peers, for those who probe and who are probed.
+    directory: Arc<Directory>,
     /// The store has listed them all.
     listed: bool,
     /// Leases that lack what the backend needs, and why.
@@ -122,6 +127,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
             registration,
+            directory: Arc::clone(&self.probes.directory),
             listed: false,
             refused: Vec::new(),
             problems: Vec::new(),
@@ -159,6 +165,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let wanted = session.wanted();
         let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
         session.carrier = Some(opened.await?);
+        session.tell_ways();
+        self.probes.start(&session.registration.lease.subnets);
         session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
@@ -257,6 +265,11 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     let answer = status::answer(self, &session, &held, asked.request).await;
                     // The client may have given up.
                     let _gone = asked.answer.send(answer);
+                }
+                Some(asked) = self.probes.asked() => {
+                    let report = probes::report(&session, &asked);
+                    // The asker may have given up.
+                    let _gone = asked.answer.send(report);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);
