@@ -273,6 +273,7 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if !counted {
             let (public, by) = (or(&peer["public"], "-"), or(&peer["transport"], "nothing"));
             page.row([&subnets, &public, &by, "", "", ""]);
+            rejected(page, peer);
             continue;
         }
         let path_mtu = or(&peer["path_mtu"], "-");
@@ -288,6 +289,15 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if let Some(why) = peer["gso_withdrawn"].as_str() {
             page.section("", &format!("UDP GSO given up: {}", clean(why)));
         }
+        rejected(page, peer);
+    }
+}
+
+/// Why a peer is not reached by a better way.
+fn rejected(page: &mut Page, peer: &Value) {
+    for better in list(&peer["rejected"]) {
+        let (transport, why) = (plain(&better["transport"]), plain(&better["why"]));
+        page.section("", &format!("not by {transport}: {why}"));
     }
 }
 

@@ -20,6 +20,7 @@ mod guard;
 mod hold;
 mod lock;
 mod news;
+mod past;
 mod probes;
 mod publication;
 mod register;

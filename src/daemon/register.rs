@@ -2,6 +2,7 @@
 //! waiting helps, fails where an operator has to act.
 
 use std::collections::HashSet;
+use std::num::NonZero;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
@@ -13,6 +14,7 @@ use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
 use crate::backend::plan::Plan;
 use crate::backend::preflight::{self, Conflict};
 use crate::backend::udp;
+use crate::backend::vxlan::{Past, Vxlan};
 use crate::config::NetworkConfig;
 use crate::datapath::lock::{LockError, NameLock};
 use crate::iface::{Candidate, Choice, Selector, Snapshot, Wanted};
@@ -67,6 +69,18 @@ pub(super) async fn register(
     let mut plan = Plan::new(&config, ends.clone())?;
     let devices = hold_devices(&plan)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
+    if let Plan::Vxlan(vxlan) = &mut plan
+        && vxlan.is_auto()
+    {
+        let obstacle = past_the_tunnel(kernel, vxlan, options);
+        if let Some(obstacle) = &obstacle {
+            tracing::warn!("no peer is reached past the tunnel: {obstacle}");
+        }
+        vxlan.set_past(Past {
+            probe_port: options.probes.port.map(NonZero::get),
+            obstacle,
+        });
+    }
     if let Plan::Vxlan(vxlan) = &plan
         && vxlan.leaves_direct_routing()
     {
@@ -241,6 +255,29 @@ pub(super) async fn prepare(
         }
     }
     Ok(())
+}
+
+/// Why packets cannot come and go past the tunnel here, if they cannot.
+fn past_the_tunnel(kernel: &impl Kernel, vxlan: &Vxlan, options: &Options) -> Option<String> {
+    if options.probes.port.is_none() {
+        return Some("no probes are answered (--probe-port 0)".to_owned());
+    }
+    // While two nodes change over, packets come in by the link that the route back does not take; strict reverse path
+    // filtering drops those (ip-sysctl.rst: of `all` and the link's own the higher counts, and 2 is loose).
+    let value = |link: &str| -> Option<u8> {
+        let path = format!("ipv4/conf/{link}/rp_filter");
+        kernel.setting(&path)?.parse().ok()
+    };
+    let all = value("all").unwrap_or(0);
+    vxlan.links().find_map(|link| {
+        // A device that is yet to come begins with the default.
+        let own = value(link).or_else(|| value("default")).unwrap_or(0);
+        (own.max(all) == 1).then(|| {
+            format!(
+                "reverse path filtering is strict on {link} (sysctl -w net.ipv4.conf.all.rp_filter=2 makes it loose)"
+            )
+        })
+    })
 }
 
 /// The numbers of the devices that are the original's or ours, of whichever run: the first look at the kernel puts

@@ -11,6 +11,7 @@ use super::Daemon;
 use super::carrier::Carrier;
 use super::explain::{Question, explain};
 use super::guard::GuardDocument;
+use super::past::RejectedDocument;
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
@@ -84,7 +85,9 @@ struct PeerDocument {
     public: Option<IpAddr>,
     endpoint: Option<SocketAddr>,
     /// How packets reach it; none if they do not.
-    transport: Option<&'static str>,
+    transport: Option<String>,
+    /// Better ways that are not used, and why.
+    rejected: Vec<RejectedDocument>,
     ecn: bool,
     sent: u64,
     received: u64,
@@ -323,6 +326,10 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             public: lease.attrs.node(),
             endpoint,
             transport: session.transport_of(&lease.subnets),
+            rejected: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
+                let ways = &session.ways;
+                ways.rejected(&session.registration, &carrier.report, lease)
+            }),
             ecn: lease.extension.ecn,
             sent: seen.map_or(0, |peer| peer.sent),
             received: seen.map_or(0, |peer| peer.received),

@@ -12,13 +12,17 @@
 //! | [`directory`] | who may ask, and what was heard of whom |
 //! | [`responder`] | answering |
 //! | [`prober`] | asking: rounds, usable sizes, reports |
+//! | [`past`] | proving ways past the tunnel, by marked probes |
+//! | [`proof`] | when a way may be used (pure) |
 //! | [`figures`] | what a round says (pure) |
 //! | `socket`, `echo` | UDP sockets with what stood around a datagram, and ICMP echo |
 
 pub mod directory;
 mod echo;
 pub mod figures;
+pub mod past;
 pub mod prober;
+pub mod proof;
 pub mod responder;
 mod socket;
 

@@ -19,6 +19,7 @@ use super::carrier::Carrier;
 use super::guard::Guard;
 use super::hold::Hold;
 use super::news::sentence;
+use super::past::Ways;
 use super::probes;
 use super::publication::Publication;
 use super::register::{self, Registration};
@@ -90,6 +91,8 @@ pub(super) struct Session {
     pub(super) traffic: Option<Traffic>,
     /// Who may send to the kernel's VXLAN devices.
     pub(super) guard: Guard,
+    /// Peers that are reached past the tunnel, and those that may be.
+    pub(super) ways: Ways,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
     /// When to look after the blackhole route.
@@ -124,6 +127,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut events = self.store.watch();
         let now = Instant::now();
         let (orders, received) = mpsc::unbounded_channel();
+        let ways = Ways::start(&registration, &self.probes.directory);
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
             registration,
@@ -144,6 +148,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             publication: Publication::new(self.store.progress(), now),
             traffic: None,
             guard: Guard::Idle,
+            ways,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
             counts: Counts {
@@ -166,6 +171,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
         session.carrier = Some(opened.await?);
         session.tell_ways();
+        session.tell_past();
         self.probes.start(&session.registration.lease.subnets);
         session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
@@ -261,6 +267,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     Said::Fatal(event) => session.close(&sentence(&event)),
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
+                () = session.ways.changed() => if session.ways.take() {
+                    session.publish();
+                },
                 Some(asked) = self.asked.recv() => {
                     let answer = status::answer(self, &session, &held, asked.request).await;
                     // The client may have given up.
@@ -348,17 +357,26 @@ impl Session {
         self.refused.iter().chain(looked)
     }
 
-    /// How packets reach a peer; none if they do not.
-    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<&'static str> {
+    /// How packets reach a peer; none if they do not. Where the families differ, both ways are named.
+    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<String> {
         let carrier = self.carrier.as_ref()?;
         if self.unserved().any(|refused| refused.lease == *subnets) {
             return None;
         }
-        Some(match carrier.is_direct(subnets) {
-            true => "route",
-            false if self.registration.plan.in_user_space().is_some() => "vxlan in user space",
-            false => self.registration.plan.name(),
-        })
+        let tunnel = match self.registration.plan.in_user_space() {
+            Some(_) => "vxlan in user space",
+            None => self.registration.plan.name(),
+        };
+        let nets = udp::nets(subnets);
+        let mut ways: Vec<&str> = nets
+            .iter()
+            .map(|net| match carrier.report.direct.contains(net) {
+                true => "route",
+                false => tunnel,
+            })
+            .collect();
+        ways.dedup();
+        Some(ways.join(" and "))
     }
 
     fn env(&self) -> SubnetEnv {
