@@ -20,6 +20,7 @@ pub mod icmp_error;
 pub mod ip;
 pub mod ipv4;
 pub mod ipv6;
+pub mod probe;
 pub mod tcp;
 pub mod udp;
 pub mod vxlan;
