@@ -186,6 +186,8 @@ fn a_run_writes_three_files_with_every_figure_and_leaves_nothing_else() {
         None
     );
     assert!(figure("tcp-1", &System::LODEN, Metric::ContextSwitches).unwrap() > 0.0);
+    let version = &report.programs[0].version;
+    assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
     let used = &report.programs[0].capabilities;
     assert!(
         used.iter().any(|one| one.name == "udp-gso" && one.used),
@@ -228,6 +230,30 @@ fn a_run_writes_three_files_with_every_figure_and_leaves_nothing_else() {
         compared.status.success() && text.contains("0 WORSE, 0 better"),
         "{text}"
     );
+}
+
+#[test]
+fn on_a_terminal_a_bar_tells_how_much_time_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = format!(
+        "{LODEN} bench run --reps 1 --seconds 1 --out {} --systems plain --wires superpacket --scenarios request-idle",
+        dir.path().display()
+    );
+    // script(1) gives it a terminal, and passes on what it shows there.
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{shown}");
+    assert!(shown.contains("% ") || shown.contains("%, "), "{shown}");
+    assert!(shown.contains("left: "), "{shown}");
+    assert!(!shown.contains("(about"), "{shown}");
+    // Which program ran is in the report, and what it did not have is not.
+    let report = report_in(dir.path());
+    assert_eq!(report.programs, []);
+    assert_eq!(report.stopped, None);
 }
 
 #[test]

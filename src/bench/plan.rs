@@ -97,9 +97,9 @@ impl Bed {
 }
 
 /// Building one lab and warming it up, about.
-pub(super) const BUILD_TIME: Duration = Duration::from_secs(4);
+pub(super) const BUILD_TIME: Duration = Duration::from_secs(2);
 /// Finding the rates that one system carries, about.
-pub(super) const CALIBRATION_TIME: Duration = Duration::from_secs(2);
+pub(super) const CALIBRATION_TIME: Duration = Duration::from_secs(1);
 
 pub(super) fn beds(plan: &Plan) -> Vec<Bed> {
     let beds = plan
@@ -182,7 +182,7 @@ mod tests {
     fn the_expected_time_is_that_of_every_sample_and_of_building() {
         // Two wires; host to host, the bare wire has nothing to say.
         let plan = plan(Extent::All, &["tcp-1", "host-tcp-1"]);
-        let samples = Duration::from_millis(1_500) * 3 * 3;
+        let samples = Duration::from_millis(1_350) * 3 * 3;
         assert_eq!(expected(&plan), (samples + BUILD_TIME * 2) * 2);
     }
 }

@@ -76,6 +76,9 @@ pub struct Program {
     pub system: System,
     /// Its file.
     pub path: String,
+    /// What it says of its version; empty if it does not.
+    #[serde(default)]
+    pub version: String,
     /// What of the kernel it uses, where it says so.
     pub capabilities: Vec<Capability>,
 }
@@ -329,6 +332,7 @@ pub(super) mod tests {
         report.programs.push(Program {
             system: System::LODEN,
             path: "/bin/loden".to_owned(),
+            version: "0.1.0".to_owned(),
             capabilities: vec![Capability {
                 name: "udp-gso".to_owned(),
                 used: true,

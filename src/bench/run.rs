@@ -1,6 +1,9 @@
 //! Owns the order of a benchmark: the labs of one underlay at a time, and on them every system once per repetition,
 //! so that a drift of the machine meets all of them alike. Never computes a result.
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,7 +17,7 @@ use super::report::{BedRates, Cells, Machine, Program, Report, SCHEMA};
 use super::scenario::Scenario;
 use super::system::System;
 use super::{Error, goal, ratio};
-use crate::lab::{Interrupt, Lab};
+use crate::lab::{Interrupt, Lab, Member};
 
 /// Who is told how far the run is.
 pub trait Watch {
@@ -27,6 +30,11 @@ pub trait Watch {
     /// A piece of the run that was expected to take so long is done.
     fn passes(&mut self, expected: Duration);
 }
+
+/// How soon a program says its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(2);
+/// Characters of it that a report has room for.
+const MAX_VERSION: usize = 80;
 
 struct Bench<'a> {
     plan: &'a Plan,
@@ -239,6 +247,7 @@ impl Bench<'_> {
         self.programs.push(Program {
             system: system.clone(),
             path: path.display().to_string(),
+            version: version_of(lab, path),
             capabilities,
         });
         Ok(())
@@ -269,6 +278,22 @@ impl Bench<'_> {
         });
         Ok(rates)
     }
+}
+
+/// The first line that a program answers `--version` with; empty if it does not, for that is no reason not to measure it.
+fn version_of(lab: &Lab, program: &Path) -> String {
+    let said = || -> Result<String, crate::lab::Error> {
+        let mut command = Command::new(program);
+        let asked = lab.spawn(Member::Node(1), "version", command.arg("--version"))?;
+        let log = asked.log_path().to_owned();
+        let printed = asked.finish(VERSION_LIMIT, lab.interrupt())?;
+        // flanneld writes it to standard error.
+        let logged = fs::read(&log).unwrap_or_default();
+        Ok(printed + &String::from_utf8_lossy(&logged))
+    };
+    let text = said().unwrap_or_default();
+    let line = text.lines().map(str::trim).find(|line| !line.is_empty());
+    line.unwrap_or_default().chars().take(MAX_VERSION).collect()
 }
 
 /// The first number of a sample, which the rest only explains.

@@ -144,9 +144,9 @@ impl Load {
     pub fn expected(self, seconds: u32) -> Duration {
         let tcp = Duration::from_secs(u64::from(seconds));
         match self {
-            Self::Tcp { .. } => tcp + Duration::from_millis(500),
-            Self::Udp { .. } => Duration::from_millis(1_500),
-            Self::OneWay { .. } => Duration::from_millis(2_500),
+            Self::Tcp { .. } => tcp + Duration::from_millis(350),
+            Self::Udp { .. } => Duration::from_millis(1_250),
+            Self::OneWay { .. } => Duration::from_millis(2_300),
             Self::Request { .. } | Self::Connect => Duration::from_millis(1_300),
             Self::Lossless { .. } => Duration::from_secs(7),
         }

@@ -1,5 +1,7 @@
 //! Owns what a report says besides figures: goals, failures, programs and method. Pure.
 
+use std::path::Path;
+
 use super::Block;
 use crate::bench::goal::Verdict;
 use crate::bench::report::Report;
@@ -80,7 +82,12 @@ pub(super) fn programs(report: &Report, blocks: &mut Vec<Block>) {
             .collect()
         };
         let (used, unused) = (name(true), name(false));
-        let mut line = format!("{}: {}", program.system, program.path);
+        // Where it lies says nothing to somebody else.
+        let file = Path::new(&program.path).file_name().unwrap_or_default();
+        let mut line = format!("{}: {}", program.system, file.to_string_lossy());
+        if !program.version.is_empty() {
+            line.push_str(&format!(", which says {:?}", program.version));
+        }
         if !used.is_empty() {
             line.push_str(&format!("; uses {}", used.join(", ")));
         }
