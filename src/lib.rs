@@ -35,6 +35,7 @@ pub mod lab;
 pub mod lease;
 pub mod netlink;
 pub mod offload;
+pub mod probe;
 pub mod route;
 pub mod shutdown;
 pub mod store;

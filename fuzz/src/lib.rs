@@ -14,6 +14,7 @@ pub mod icmp_error;
 pub mod ip_parse;
 pub mod lease_value;
 pub mod net_conf;
+pub mod probe;
 pub mod round_trip;
 pub mod split;
 pub mod subnet_env;
@@ -39,6 +40,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("ip_parse", ip_parse::run),
     ("lease_value", lease_value::run),
     ("net_conf", net_conf::run),
+    ("probe", probe::run),
     ("round_trip", round_trip::run),
     ("split", split::run),
     ("subnet_env", subnet_env::run),

@@ -16,9 +16,12 @@
 mod backoff;
 mod carrier;
 mod explain;
+mod guard;
 mod hold;
 mod lock;
 mod news;
+mod past;
+mod probes;
 mod publication;
 mod register;
 mod renewal;
@@ -29,6 +32,7 @@ mod tunnel;
 
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -54,6 +58,7 @@ use crate::store::kube::{KubeSettings, KubeSettingsError};
 use crate::store::{EtcdStore, KubeStore, LeaseStore, LocalStore, StoreError};
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 
+use probes::Probes;
 use session::Ended;
 
 pub use lock::LockError;
@@ -120,6 +125,17 @@ pub struct Options {
     pub engine: EngineKind,
     /// Who carries the packets of the `vxlan` backend.
     pub vxlan: VxlanPlace,
+    /// Finding out how peers are reached.
+    pub probes: ProbeOptions,
+}
+
+/// Finding out how peers are reached.
+#[derive(Debug, Clone, Copy)]
+pub struct ProbeOptions {
+    /// The port of everybody's responder; without one, nobody is answered or probed.
+    pub port: Option<NonZero<u16>>,
+    /// Probe a few peers all the time.
+    pub background: bool,
 }
 
 /// Who carries the packets of the `vxlan` backend.
@@ -181,6 +197,20 @@ pub enum DaemonError {
     /// A device that the backend needs cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The kernel has no VXLAN, and nothing else may do its work.
+    #[error("{0}, or let --vxlan auto carry the packets in user space")]
+    NoVxlan(DeviceError),
+    /// Another daemon in this network namespace has the device that ours would have.
+    #[error(
+        "another daemon (pid {pid}) has the VXLAN device {name} of this node: stop it, or give one of the two networks \
+         another Backend.VNI"
+    )]
+    DeviceHeld {
+        /// The device.
+        name: String,
+        /// The other daemon.
+        pid: i32,
+    },
     /// Something on the node rules the overlay out.
     #[error("{0}")]
     Conflict(Conflict),
@@ -301,6 +331,7 @@ async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), Dae
         asked: asked_receiver,
         asked_sender: asked,
         server: None,
+        probes: Probes::new(options.probes),
         health,
         scrapes,
         _scrape: scrape,
@@ -320,6 +351,7 @@ struct Daemon<'a, S, K> {
     asked_sender: mpsc::Sender<Asked>,
     /// The status socket, from the first `subnet.env` on.
     server: Option<Server>,
+    probes: Probes,
     health: Arc<Health>,
     scrapes: mpsc::Receiver<Scrape>,
     /// Keeps the receiver open where nobody listens.

@@ -10,6 +10,8 @@ use serde_json::Value;
 use super::Daemon;
 use super::carrier::Carrier;
 use super::explain::{Question, explain};
+use super::guard::GuardDocument;
+use super::past::RejectedDocument;
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
@@ -54,6 +56,8 @@ struct Document<'a> {
     /// Every reason for a drop, with both directions' counts.
     drops: Vec<DropDocument>,
     datapath: datapath::Status,
+    /// Who may send to the kernel's VXLAN device.
+    source_check: Option<GuardDocument>,
 }
 
 #[derive(Serialize)]
@@ -81,7 +85,9 @@ struct PeerDocument {
     public: Option<IpAddr>,
     endpoint: Option<SocketAddr>,
     /// How packets reach it; none if they do not.
-    transport: Option<&'static str>,
+    transport: Option<String>,
+    /// Better ways that are not used, and why.
+    rejected: Vec<RejectedDocument>,
     ecn: bool,
     sent: u64,
     received: u64,
@@ -184,6 +190,8 @@ async fn document<S: LeaseStore, K: Kernel>(
 ) -> Value {
     let registration = &session.registration;
     let carrier = session.carrier.as_ref();
+    // First, for the counters.
+    let source_check = session.guard.document().await;
     let datapath = datapath_of(session);
     let mut devices = Vec::new();
     for index in carrier.into_iter().flat_map(Carrier::devices) {
@@ -223,6 +231,7 @@ async fn document<S: LeaseStore, K: Kernel>(
             .collect(),
         drops: drops(&datapath.total),
         datapath,
+        source_check,
     };
     value(document)
 }
@@ -273,7 +282,12 @@ fn datapath_of(session: &Session) -> datapath::Status {
     let carrier = session.carrier.as_ref();
     let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
     let all = tunnels.iter().map(Tunnel::status);
-    all.reduce(datapath::Status::beside).unwrap_or_default()
+    let mut status = all.reduce(datapath::Status::beside).unwrap_or_default();
+    // What the kernel drops for the same reason as we would.
+    for (reason, count) in session.guard.drops() {
+        *status.total.decap.drops.entry(reason.name()).or_default() += count;
+    }
+    status
 }
 
 fn watch(session: &Session) -> Watch {
@@ -312,6 +326,10 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             public: lease.attrs.node(),
             endpoint,
             transport: session.transport_of(&lease.subnets),
+            rejected: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
+                let ways = &session.ways;
+                ways.rejected(&session.registration, &carrier.report, lease)
+            }),
             ecn: lease.extension.ecn,
             sent: seen.map_or(0, |peer| peer.sent),
             received: seen.map_or(0, |peer| peer.received),

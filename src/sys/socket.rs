@@ -40,6 +40,14 @@ int_options! {
     IP_RECVTOS = libc::IPPROTO_IP, libc::IP_RECVTOS;
     /// Deliver the traffic class of each datagram.
     IPV6_RECVTCLASS = libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS;
+    /// Deliver the TTL of each datagram.
+    IP_RECVTTL = libc::IPPROTO_IP, libc::IP_RECVTTL;
+    /// Deliver the hop limit of each datagram.
+    IPV6_RECVHOPLIMIT = libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT;
+    /// Deliver the destination address and the link of each datagram.
+    IP_PKTINFO = libc::IPPROTO_IP, libc::IP_PKTINFO;
+    /// The same for IPv6.
+    IPV6_RECVPKTINFO = libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO;
     /// Receive buffer beyond `rmem_max` (needs `CAP_NET_ADMIN`).
     SO_RCVBUFFORCE = libc::SOL_SOCKET, libc::SO_RCVBUFFORCE;
     /// Send buffer beyond `wmem_max` (needs `CAP_NET_ADMIN`).

@@ -28,7 +28,7 @@ impl<const LEN: usize> Field<LEN> {
     }
 }
 
-/// The integer readings of the three widths that headers use.
+/// The integer readings of the widths that headers use.
 macro_rules! integer_field {
     ($($len:literal => $int:ty),*) => {$(
         impl Field<$len> {
@@ -45,7 +45,7 @@ macro_rules! integer_field {
     )*};
 }
 
-integer_field!(1 => u8, 2 => u16, 4 => u32);
+integer_field!(1 => u8, 2 => u16, 4 => u32, 8 => u64);
 
 #[cfg(test)]
 mod tests {

@@ -97,6 +97,15 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "PLACE", value_enum, default_value_t = VxlanPlace::Auto, help_heading = "Data plane")]
     pub(super) vxlan: VxlanPlace,
 
+    /// UDP port on which peers' probes are answered, and on which theirs are asked; 0 for none
+    #[arg(long, value_name = "PORT", default_value_t = crate::wire::probe::PORT, help_heading = "Probes")]
+    pub(super) probe_port: u16,
+
+    /// Probe a few peers every second, so that the status tells how they are reached
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_value = "true", default_missing_value = "true", value_parser = go_bool, help_heading = "Probes")]
+    pub(super) background_probes: bool,
+
     /// Socket that `loden status` asks [default: beside the subnet file, subnet.sock for subnet.env]
     #[arg(long, value_name = "PATH", value_parser = socket_path)]
     pub(super) status_socket: Option<PathBuf>,

@@ -5,12 +5,13 @@ mod print;
 pub(super) mod values;
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
 use anyhow::{Context as _, bail};
 
-use crate::daemon::{self, Options, StoreOptions, TrafficOptions};
+use crate::daemon::{self, Options, ProbeOptions, StoreOptions, TrafficOptions};
 use crate::debug::socket;
 use crate::iface::{Selector, Wanted};
 use crate::store::etcd::EtcdSettings;
@@ -185,10 +186,14 @@ impl DaemonArgs {
             // Affinity and cgroup quota are both in it; unreadable ones count as one CPU.
             workers: self
                 .workers
-                .unwrap_or_else(|| available_parallelism().map_or(1, std::num::NonZero::get)),
+                .unwrap_or_else(|| available_parallelism().map_or(1, NonZero::get)),
             pin: self.pin,
             engine: self.engine,
             vxlan: self.vxlan,
+            probes: ProbeOptions {
+                port: NonZero::new(self.probe_port),
+                background: self.background_probes,
+            },
         })
     }
 }

@@ -6,6 +6,7 @@ use super::{RESYNC, Session};
 use crate::backend::kernel::{Change, Kernel};
 use crate::daemon::Daemon;
 use crate::daemon::carrier::{Carrier, Looked};
+use crate::probe::Ways;
 use crate::store::LeaseStore;
 
 /// A burst of notifications about the device is answered by one look, this much later.
@@ -26,10 +27,13 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         match opened.await {
             Ok(carrier) => {
                 session.carrier = Some(carrier);
+                session.tell_ways();
                 session.publication.started(Instant::now());
                 session.down = None;
                 session.backoff.succeeded(Instant::now());
                 session.look_at = Instant::now() + RESYNC;
+                session.tell_senders();
+                session.tell_past();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -48,6 +52,10 @@ impl Session {
             Change::Route(_) | Change::Neighbour(_) => false,
             Change::Everything => true,
         };
+        if change == Change::Link(external) {
+            self.ways.hurry();
+            self.tell_past();
+        }
         if about_external && self.choose_at.is_none() {
             self.choose_at = Some(Instant::now() + SETTLE_INTERFACE);
         }
@@ -72,9 +80,12 @@ impl Session {
             return;
         };
         let looked = carrier.look(kernel).await;
+        self.tell_senders();
+        self.tell_past();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
+        self.tell_ways();
         match looked {
             Looked::Unchanged => {}
             Looked::Programmed(changes) => tracing::debug!(changes, "programmed"),
@@ -89,6 +100,35 @@ impl Session {
             }
             Looked::Broken(why) => self.close(&why),
         }
+    }
+
+    /// Has the source check know the peers as the last look found them.
+    pub(super) fn tell_senders(&self) {
+        let senders = self
+            .carrier
+            .as_ref()
+            .and_then(|carrier| carrier.report.senders.as_ref());
+        if let Some(senders) = senders {
+            self.guard.want(senders);
+        }
+    }
+
+    /// Has the peers proven to whom the last look found a way past the tunnel.
+    pub(super) fn tell_past(&self) {
+        let report = self.carrier.as_ref().map(|carrier| &carrier.report);
+        self.ways.want(&self.registration, report);
+    }
+
+    /// Says which links carry the overlay, so that a probe's way can be told.
+    pub(super) fn tell_ways(&self) {
+        let carrier = self.carrier.as_ref();
+        let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
+        let devices = carrier.map_or(&[][..], |carrier| carrier.report.devices.as_slice());
+        self.directory.set_ways(Ways {
+            tunnel: tunnels.iter().map(|tunnel| tunnel.index).collect(),
+            kernel_vxlan: devices.to_vec(),
+            underlay: self.registration.ends.iter().map(|end| end.index).collect(),
+        });
     }
 
     /// Closes what carries the packets, to be opened again.

@@ -7,6 +7,7 @@ mod peers;
 
 use std::fmt::Display;
 use std::future::pending;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -15,8 +16,11 @@ use tokio::time::{sleep_until, timeout};
 
 use super::backoff::Backoff;
 use super::carrier::Carrier;
+use super::guard::Guard;
 use super::hold::Hold;
 use super::news::sentence;
+use super::past::Ways;
+use super::probes;
 use super::publication::Publication;
 use super::register::{self, Registration};
 use super::renewal::{End, Held, Order, keep};
@@ -29,6 +33,7 @@ use crate::backend::udp;
 use crate::datapath::Event;
 use crate::debug::socket::Server;
 use crate::lease::{LeaseSet, Subnets};
+use crate::probe::Directory;
 use crate::store::env_file::SubnetEnv;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
@@ -57,6 +62,8 @@ pub(super) enum Ended {
 pub(super) struct Session {
     pub(super) registration: Registration,
     pub(super) peers: LeaseSet,
+    /// The peers, for those who probe and who are probed.
+    directory: Arc<Directory>,
     /// The store has listed them all.
     listed: bool,
     /// Leases that lack what the backend needs, and why.
@@ -82,6 +89,10 @@ pub(super) struct Session {
     /// When the workers get the next table.
     pub(super) publication: Publication,
     pub(super) traffic: Option<Traffic>,
+    /// Who may send to the kernel's VXLAN devices.
+    pub(super) guard: Guard,
+    /// Peers that are reached past the tunnel, and those that may be.
+    pub(super) ways: Ways,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
     /// When to look after the blackhole route.
@@ -116,9 +127,11 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut events = self.store.watch();
         let now = Instant::now();
         let (orders, received) = mpsc::unbounded_channel();
+        let ways = Ways::start(&registration, &self.probes.directory);
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
             registration,
+            directory: Arc::clone(&self.probes.directory),
             listed: false,
             refused: Vec::new(),
             problems: Vec::new(),
@@ -134,6 +147,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             hold: Hold::default(),
             publication: Publication::new(self.store.progress(), now),
             traffic: None,
+            guard: Guard::Idle,
+            ways,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
             counts: Counts {
@@ -155,10 +170,15 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let wanted = session.wanted();
         let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
         session.carrier = Some(opened.await?);
+        session.tell_ways();
+        session.tell_past();
+        self.probes.start(&session.registration.lease.subnets);
         session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
         session.traffic = Some(started.await?);
+        session.guard = Guard::start(&self.options.traffic, &session.registration).await;
+        session.tell_senders();
         self.write_env(&session)?;
         *established = true;
         self.start_server();
@@ -247,10 +267,18 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     Said::Fatal(event) => session.close(&sentence(&event)),
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
+                () = session.ways.changed() => if session.ways.take() {
+                    session.publish();
+                },
                 Some(asked) = self.asked.recv() => {
                     let answer = status::answer(self, &session, &held, asked.request).await;
                     // The client may have given up.
                     let _gone = asked.answer.send(answer);
+                }
+                Some(asked) = self.probes.asked() => {
+                    let report = probes::report(&session, &asked);
+                    // The asker may have given up.
+                    let _gone = asked.answer.send(report);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);
@@ -312,6 +340,7 @@ impl Session {
             missing.push(format!("traffic rules: {problem}"));
         }
         missing.extend(self.incomplete.clone());
+        missing.extend(self.guard.problem());
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
@@ -328,17 +357,26 @@ impl Session {
         self.refused.iter().chain(looked)
     }
 
-    /// How packets reach a peer; none if they do not.
-    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<&'static str> {
+    /// How packets reach a peer; none if they do not. Where the families differ, both ways are named.
+    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<String> {
         let carrier = self.carrier.as_ref()?;
         if self.unserved().any(|refused| refused.lease == *subnets) {
             return None;
         }
-        Some(match carrier.is_direct(subnets) {
-            true => "route",
-            false if self.registration.plan.in_user_space().is_some() => "vxlan in user space",
-            false => self.registration.plan.name(),
-        })
+        let tunnel = match self.registration.plan.in_user_space() {
+            Some(_) => "vxlan in user space",
+            None => self.registration.plan.name(),
+        };
+        let nets = udp::nets(subnets);
+        let mut ways: Vec<&str> = nets
+            .iter()
+            .map(|net| match carrier.report.direct.contains(net) {
+                true => "route",
+                false => tunnel,
+            })
+            .collect();
+        ways.dedup();
+        Some(ways.join(" and "))
     }
 
     fn env(&self) -> SubnetEnv {

@@ -91,6 +91,7 @@ impl Session {
 
     /// What should be there for the peers as they are now.
     pub(super) fn wanted(&mut self) -> Wanted {
+        self.directory.update(self.peers.leases());
         let registration = &self.registration;
         let own = self.peers.own();
         let leases = self.peers.leases();
@@ -99,6 +100,7 @@ impl Session {
                 .plan
                 .desired(&registration.config, &own, leases);
         desired.complete = self.listed;
+        self.ways.prove(&mut desired);
         let (routes, unreachable) = registration.plan.routes(self.peers.leases());
         refused.extend(unreachable);
         // There may be thousands.

@@ -1,0 +1,379 @@
+//! Owns who the peers are, as far as probes are concerned: which addresses are whose, and what was heard of whom.
+//! Never sends anything.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use ipnet::IpNet;
+
+use crate::lease::{Lease, Subnets};
+use crate::wire::probe::{Heard, Identity, Via};
+
+/// What a node's links are to the overlay, by the kernel's numbers for them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// Devices of our own data plane.
+    pub tunnel: Vec<u32>,
+    /// VXLAN devices.
+    pub kernel_vxlan: Vec<u32>,
+    /// External interfaces.
+    pub underlay: Vec<u32>,
+}
+
+impl Ways {
+    /// What a datagram that came in by a link came in by.
+    #[must_use]
+    pub fn via(&self, link: u32) -> Via {
+        let ways = [
+            (&self.tunnel, Via::Tunnel),
+            (&self.kernel_vxlan, Via::KernelVxlan),
+            (&self.underlay, Via::Underlay),
+        ];
+        let way = ways.iter().find(|(links, _)| links.contains(&link));
+        match way {
+            Some(&(_, via)) => via,
+            None if link == 0 => Via::Unknown,
+            None => Via::Other,
+        }
+    }
+}
+
+/// A peer, from its lease.
+#[derive(Debug)]
+pub struct Peer {
+    /// What it has leased.
+    pub subnets: Subnets,
+    /// Its addresses on the underlay.
+    pub public: Vec<IpAddr>,
+    memory: Mutex<Memory>,
+}
+
+/// What was heard of a peer.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Memory {
+    /// When it was last heard through the overlay, and what that came in by.
+    pub heard: Option<(Instant, Via)>,
+    /// The number of its last request that was.
+    pub sequence: u32,
+    /// What it last said to have heard of us, and when it said so.
+    pub claimed: Option<(Option<Heard>, Instant)>,
+    /// Who answered or asked last under its address.
+    pub sender: Option<Identity>,
+}
+
+/// What one datagram of a peer says.
+#[derive(Clone, Copy, Debug)]
+pub struct Word {
+    /// Its number, if it is a request.
+    pub sequence: Option<u32>,
+    /// What it came in by.
+    pub via: Via,
+    /// It was sent to an address of the overlay, or from one.
+    pub overlay: bool,
+    /// What the peer last heard of us.
+    pub claimed: Option<Heard>,
+    /// Who it says to be.
+    pub sender: Identity,
+}
+
+impl Peer {
+    fn of(lease: &Lease) -> Self {
+        let v4 = lease.attrs.public_ip.map(IpAddr::V4);
+        let v6 = lease.attrs.public_ipv6.map(IpAddr::V6);
+        Self {
+            subnets: lease.subnets,
+            public: v4.into_iter().chain(v6).collect(),
+            memory: Mutex::default(),
+        }
+    }
+
+    /// What was heard of it until now.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        *self.lock()
+    }
+
+    /// Remembers what a datagram of its says.
+    pub fn hear(&self, word: Word) {
+        let now = Instant::now();
+        let mut memory = self.lock();
+        // What comes past the overlay says nothing about it, but may well tell what was heard through it.
+        if word.overlay {
+            memory.heard = Some((now, word.via));
+            memory.sequence = word.sequence.unwrap_or(memory.sequence);
+        }
+        memory.claimed = Some((word.claimed, now));
+        memory.sender = Some(word.sender);
+    }
+
+    /// When it was last heard through the overlay, as a probe says it.
+    #[must_use]
+    pub fn last_heard(&self) -> Option<Heard> {
+        let memory = self.memory();
+        memory.heard.map(|(at, _)| Heard {
+            sequence: memory.sequence,
+            age: at.elapsed(),
+        })
+    }
+
+    /// A poisoned memory is still one.
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where it can be probed in the overlay, likeliest first: the first address of a subnet, which tunnel devices
+    /// have, then the second, which the pods' bridge has.
+    pub fn overlay_addrs(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        overlay_addrs(&self.subnets)
+    }
+}
+
+/// Where the owner of these subnets may be found in the overlay.
+pub fn overlay_addrs(subnets: &Subnets) -> impl Iterator<Item = IpAddr> + use<> {
+    let nets = subnets.v4().map(IpNet::V4).into_iter();
+    let nets = nets.chain(subnets.v6().map(IpNet::V6));
+    nets.flat_map(|net| [net.network(), following(net.network())])
+}
+
+fn following(addr: IpAddr) -> IpAddr {
+    match addr {
+        IpAddr::V4(addr) => IpAddr::V4(addr.to_bits().saturating_add(1).into()),
+        IpAddr::V6(addr) => IpAddr::V6(addr.to_bits().saturating_add(1).into()),
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_addr: HashMap<IpAddr, Arc<Peer>>,
+    peers: Vec<Arc<Peer>>,
+}
+
+/// Everybody's peers, shared by those who ask and those who answer.
+#[derive(Debug)]
+pub struct Directory {
+    identity: ArcSwap<Identity>,
+    table: ArcSwap<Table>,
+    ways: ArcSwap<Ways>,
+    sequence: AtomicU32,
+}
+
+impl Directory {
+    /// One without peers. `node` tells this run of the daemon from others.
+    #[must_use]
+    pub fn new(node: u64) -> Self {
+        Self {
+            identity: ArcSwap::from_pointee(Identity {
+                node,
+                ..Identity::default()
+            }),
+            table: ArcSwap::default(),
+            ways: ArcSwap::default(),
+            sequence: AtomicU32::new(1),
+        }
+    }
+
+    /// Takes over our own lease.
+    pub fn lease(&self, own: &Subnets) {
+        let node = self.identity().node;
+        self.identity.store(Arc::new(Identity {
+            node,
+            v4: own.v4(),
+            v6: own.v6(),
+        }));
+    }
+
+    /// Takes over the leases of all peers; what was heard of those who stay is kept.
+    pub fn update<'a>(&self, leases: impl Iterator<Item = &'a Lease>) {
+        let before = self.table.load();
+        let known: HashMap<&Subnets, &Arc<Peer>> = before
+            .peers
+            .iter()
+            .map(|peer| (&peer.subnets, peer))
+            .collect();
+        let mut table = Table::default();
+        for lease in leases {
+            let peer = Peer::of(lease);
+            let peer = match known.get(&lease.subnets) {
+                Some(&same) if same.public == peer.public => Arc::clone(same),
+                _ => Arc::new(peer),
+            };
+            // An address of the underlay is never taken for one of the overlay.
+            for &addr in &peer.public {
+                table
+                    .by_addr
+                    .entry(addr)
+                    .or_insert_with(|| Arc::clone(&peer));
+            }
+            for addr in peer.overlay_addrs() {
+                table.by_addr.insert(addr, Arc::clone(&peer));
+            }
+            table.peers.push(peer);
+        }
+        self.table.store(Arc::new(table));
+    }
+
+    /// Takes over what the links are.
+    pub fn set_ways(&self, ways: Ways) {
+        self.ways.store(Arc::new(ways));
+    }
+
+    /// The peer that has an address of its own, not one of its pods.
+    #[must_use]
+    pub fn peer_at(&self, addr: IpAddr) -> Option<Arc<Peer>> {
+        self.table.load().by_addr.get(&addr).cloned()
+    }
+
+    /// All peers, in the order of their subnets.
+    #[must_use]
+    pub fn peers(&self) -> Vec<Arc<Peer>> {
+        self.table.load().peers.clone()
+    }
+
+    /// The peer that has leased these subnets.
+    #[must_use]
+    pub fn peer_of(&self, subnets: &Subnets) -> Option<Arc<Peer>> {
+        let table = self.table.load();
+        let mut peers = table.peers.iter();
+        peers.find(|peer| peer.subnets == *subnets).cloned()
+    }
+
+    /// What we say about ourselves.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        **self.identity.load()
+    }
+
+    /// What a datagram that came in by a link came in by.
+    #[must_use]
+    pub fn via(&self, link: u32) -> Via {
+        self.ways.load().via(link)
+    }
+
+    /// A number for the next request; they rise, whoever asks.
+    #[must_use]
+    pub fn next_sequence(&self) -> u32 {
+        // Only its uniqueness matters, and that it rises.
+        self.sequence.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::{LeaseAttrs, LeaseExtension};
+    use std::net::Ipv4Addr;
+
+    fn lease(subnets: &str, node: u8) -> Lease {
+        Lease {
+            subnets: subnets.parse().unwrap(),
+            attrs: LeaseAttrs {
+                public_ip: Some(Ipv4Addr::new(192, 0, 2, node)),
+                ..LeaseAttrs::default()
+            },
+            expires: None,
+            extension: LeaseExtension::default(),
+        }
+    }
+
+    fn addr(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn word(sequence: u32, via: Via, overlay: bool) -> Word {
+        Word {
+            sequence: Some(sequence),
+            via,
+            overlay,
+            claimed: None,
+            sender: Identity::default(),
+        }
+    }
+
+    fn directory(leases: &[Lease]) -> Directory {
+        let directory = Directory::new(7);
+        directory.update(leases.iter());
+        directory
+    }
+
+    #[test]
+    fn a_peer_is_known_by_its_own_addresses_and_its_pods_are_nobody() {
+        let leases = [lease("198.18.2.0-24&fd00:1:0:2::-64", 2)];
+        let directory = directory(&leases);
+        for known in [
+            "198.18.2.0",
+            "198.18.2.1",
+            "fd00:1:0:2::",
+            "fd00:1:0:2::1",
+            "192.0.2.2",
+        ] {
+            let peer = directory.peer_at(addr(known)).unwrap();
+            assert_eq!(peer.subnets, leases[0].subnets, "{known}");
+        }
+        for nobody in ["198.18.2.2", "198.18.1.0", "192.0.2.1", "fd00:1:0:2::2"] {
+            assert!(directory.peer_at(addr(nobody)).is_none(), "{nobody}");
+        }
+    }
+
+    #[test]
+    fn what_was_heard_outlives_an_update_and_not_another_node_with_the_subnet() {
+        let (two, three) = (lease("198.18.2.0-24", 2), lease("198.18.3.0-24", 3));
+        let directory = directory(std::slice::from_ref(&two));
+        let heard = || {
+            let peer = directory.peer_of(&two.subnets).unwrap();
+            peer.last_heard().map(|heard| heard.sequence)
+        };
+        let peer = directory.peer_at(addr("198.18.2.0")).unwrap();
+        peer.hear(word(5, Via::Tunnel, true));
+        directory.update([&two, &three].into_iter());
+        assert_eq!(heard(), Some(5));
+        directory.update([&lease("198.18.2.0-24", 9)].into_iter());
+        assert_eq!(heard(), None);
+        directory.update(std::iter::empty());
+        assert!(directory.peers().is_empty());
+    }
+
+    #[test]
+    fn a_datagram_past_the_overlay_says_nothing_about_it() {
+        let directory = directory(&[lease("198.18.2.0-24", 2)]);
+        directory.set_ways(Ways {
+            tunnel: vec![4],
+            kernel_vxlan: vec![5],
+            underlay: vec![2],
+        });
+        for (link, via) in [
+            (2, Via::Underlay),
+            (9, Via::Other),
+            (4, Via::Tunnel),
+            (5, Via::KernelVxlan),
+            (0, Via::Unknown),
+        ] {
+            assert_eq!(directory.via(link), via);
+        }
+        let peer = directory.peer_at(addr("198.18.2.0")).unwrap();
+        peer.hear(word(1, Via::Underlay, false));
+        assert_eq!(peer.last_heard(), None);
+        peer.hear(word(2, Via::Underlay, true));
+        peer.hear(word(3, Via::Underlay, false));
+        peer.hear(Word {
+            sequence: None,
+            ..word(0, Via::Tunnel, true)
+        });
+        assert_eq!(peer.last_heard().unwrap().sequence, 2);
+        assert_eq!(peer.memory().heard.unwrap().1, Via::Tunnel);
+    }
+
+    #[test]
+    fn own_identity_follows_the_lease_and_numbers_rise() {
+        let directory = directory(&[]);
+        directory.lease(&"198.18.9.0-24&fd00:1:0:9::-64".parse().unwrap());
+        let identity = directory.identity();
+        assert_eq!(identity.node, 7);
+        assert_eq!(identity.v4.unwrap().to_string(), "198.18.9.0/24");
+        assert_eq!(identity.v6.unwrap().to_string(), "fd00:1:0:9::/64");
+        assert!(directory.next_sequence() < directory.next_sequence());
+    }
+}

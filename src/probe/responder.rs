@@ -1,0 +1,301 @@
+//! Owns answering probes. Answers peers only, never with more than it was asked with, and never more often than
+//! [`PER_SECOND`] says; what it does not answer it drops without a word.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::UdpSocket;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::directory::{Directory, Peer, Word};
+use super::socket::{self, Received};
+use super::{Path, headers_len, wall_clock};
+use crate::lease::Subnets;
+use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Report, asked_from};
+
+/// Answers in a second: a cluster of 5000 nodes, each of which asks eight others at random, makes eight.
+pub const PER_SECOND: u32 = 2000;
+
+/// Answers to one peer in a second: a search for the usable size takes 4 sweeps of 64.
+pub const PER_PEER_AND_SECOND: u32 = 400;
+
+/// Reports in a second, all peers taken together: each asks the daemon's own loop.
+pub const REPORTS_PER_SECOND: u32 = 50;
+
+/// The longest request that is read: what an IP packet can be.
+const MAX_LEN: usize = 1 << 16;
+
+/// How long a report may take. The asker waits no longer.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What only the daemon's loop can tell.
+#[derive(Debug)]
+pub struct Asked {
+    /// Who asks.
+    pub peer: Arc<Peer>,
+    /// Number of the first peer to report on.
+    pub first: u32,
+    /// How many there is room for.
+    pub room: usize,
+    /// Where the report goes.
+    pub answer: oneshot::Sender<Report>,
+}
+
+/// Sockets that are answered. Dropping it closes them.
+#[derive(Debug)]
+pub struct Responder {
+    serving: Vec<JoinHandle<()>>,
+}
+
+impl Responder {
+    /// Answers probes at `port` on all addresses of the node, in tasks of the current runtime. A node without IPv6
+    /// is answered for in IPv4 alone.
+    ///
+    /// # Errors
+    ///
+    /// The port is taken, or the system has no sockets left.
+    pub fn start(
+        port: u16,
+        directory: &Arc<Directory>,
+        reports: &mpsc::Sender<Asked>,
+    ) -> io::Result<Self> {
+        let v4 = socket::open(&Path::default(), Ipv4Addr::UNSPECIFIED.into(), port)?;
+        let mut sockets = vec![v4];
+        match socket::open(&Path::default(), Ipv6Addr::UNSPECIFIED.into(), port) {
+            Ok(v6) => sockets.push(v6),
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+            Err(error) => return Err(error),
+        }
+        let serve = |socket| {
+            let responding = Responding {
+                socket: Arc::new(socket),
+                directory: Arc::clone(directory),
+                reports: reports.clone(),
+                limit: Limit::new(Instant::now()),
+            };
+            tokio::spawn(responding.run())
+        };
+        Ok(Self {
+            serving: sockets.into_iter().map(serve).collect(),
+        })
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        for task in &self.serving {
+            task.abort();
+        }
+    }
+}
+
+struct Responding {
+    socket: Arc<UdpSocket>,
+    directory: Arc<Directory>,
+    reports: mpsc::Sender<Asked>,
+    limit: Limit,
+}
+
+impl Responding {
+    async fn run(mut self) {
+        let mut buffer = vec![0; MAX_LEN];
+        loop {
+            match socket::receive(&self.socket, &mut buffer).await {
+                Ok(received) => {
+                    let bytes = buffer.get_mut(..received.len).unwrap_or_default();
+                    self.take(&received, bytes);
+                }
+                // What ICMP says of an earlier answer, and a shortage of memory: the next datagram is another.
+                Err(error) => {
+                    tracing::trace!(%error, "probe responder");
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+
+    /// Looks at one datagram and answers it, if it is to be answered.
+    fn take(&mut self, received: &Received, bytes: &mut [u8]) {
+        let arrived = wall_clock();
+        let Some(peer) = self.directory.peer_at(received.from.ip()) else {
+            return;
+        };
+        let Ok(request) = Probe::parse(bytes) else {
+            return;
+        };
+        let (Some(kind), Some(local)) = (request.kind.answer(), received.to) else {
+            return;
+        };
+        if !self.limit.allow(&peer.subnets, kind, Instant::now()) {
+            return;
+        }
+        let via = self.directory.via(received.link);
+        let identity = self.directory.identity();
+        let heard = peer.last_heard();
+        let word = Word {
+            sequence: Some(request.sequence),
+            via,
+            overlay: identity.holds(local),
+            claimed: request.heard,
+            sender: request.sender,
+        };
+        peer.hear(word);
+        let total = usize::from(headers_len(local)) + bytes.len();
+        let answer = Probe {
+            kind,
+            heard,
+            seen_len: u16::try_from(total).unwrap_or(u16::MAX),
+            seen_ttl: received.ttl,
+            seen_tos: received.tos,
+            via,
+            arrived,
+            sender: identity,
+            ..request
+        };
+        if kind == Kind::Report {
+            return self.report(peer, received, answer, bytes);
+        }
+        let len = if request.flags.has(Flags::FULL) {
+            bytes.len()
+        } else {
+            HEADER_LEN
+        };
+        let bytes = bytes.get_mut(..len).unwrap_or_default();
+        send(&self.socket, answer, bytes, received, local);
+    }
+
+    /// Lets the daemon's loop report, and sends what it says.
+    fn report(&self, peer: Arc<Peer>, received: &Received, answer: Probe, bytes: &[u8]) {
+        let (Some(local), true) = (received.to, bytes.len() >= Report::MIN_LEN) else {
+            return;
+        };
+        let (sender, said) = oneshot::channel();
+        let asked = Asked {
+            peer,
+            first: asked_from(bytes),
+            room: Report::room(bytes.len()),
+            answer: sender,
+        };
+        // A daemon that is busy with earlier ones leaves the asker to ask again.
+        if self.reports.try_send(asked).is_err() {
+            return;
+        }
+        let (socket, received) = (Arc::clone(&self.socket), *received);
+        let mut bytes = vec![0; bytes.len()];
+        tokio::spawn(async move {
+            if let Ok(Ok(report)) = tokio::time::timeout(PATIENCE, said).await {
+                let len = report.write(&mut bytes);
+                let bytes = bytes.get_mut(..len).unwrap_or_default();
+                send(&socket, answer, bytes, &received, local);
+            }
+        });
+    }
+}
+
+/// Sends an answer with the time it leaves; a shorter one if our own link is too small for it.
+fn send(
+    socket: &UdpSocket,
+    mut answer: Probe,
+    bytes: &mut [u8],
+    received: &Received,
+    local: IpAddr,
+) {
+    answer.answered = wall_clock();
+    answer.write(bytes);
+    let mut result = socket::answer(socket, bytes, received.from, local);
+    let too_long = |error: &io::Error| error.raw_os_error() == Some(libc::EMSGSIZE);
+    if answer.kind == Kind::Answer && result.as_ref().is_err_and(too_long) {
+        answer.flags = answer.flags.with(Flags::CUT);
+        answer.write(bytes);
+        let short = bytes.get(..HEADER_LEN).unwrap_or_default();
+        result = socket::answer(socket, short, received.from, local);
+    }
+    if let Err(error) = result {
+        tracing::trace!(%error, to = %received.from, via = answer.via.name(), "probe answer");
+    }
+}
+
+/// How many answers are left in this second. Counts of single peers are as few as answers in a second.
+#[derive(Debug)]
+struct Limit {
+    begun: Instant,
+    answers: u32,
+    reports: u32,
+    by_peer: HashMap<Subnets, u32>,
+}
+
+impl Limit {
+    fn new(now: Instant) -> Self {
+        Self {
+            begun: now,
+            answers: 0,
+            reports: 0,
+            by_peer: HashMap::new(),
+        }
+    }
+
+    fn allow(&mut self, peer: &Subnets, kind: Kind, now: Instant) -> bool {
+        if now.saturating_duration_since(self.begun) >= Duration::from_secs(1) {
+            *self = Self::new(now);
+        }
+        if self.answers >= PER_SECOND {
+            return false;
+        }
+        if kind == Kind::Report {
+            if self.reports >= REPORTS_PER_SECOND {
+                return false;
+            }
+            self.reports += 1;
+        }
+        let of_peer = self.by_peer.entry(*peer).or_default();
+        if *of_peer >= PER_PEER_AND_SECOND {
+            return false;
+        }
+        *of_peer += 1;
+        self.answers += 1;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_peer_cannot_use_up_what_others_are_due() {
+        let now = Instant::now();
+        let mut limit = Limit::new(now);
+        let subnets = |nth: u32| -> Subnets {
+            let (high, low) = (nth / 256, nth % 256);
+            format!("198.{}.{low}.0-24", 18 + high).parse().unwrap()
+        };
+        let asks = |limit: &mut Limit, peer: u32, count: u32, now| {
+            let allowed = (0..count).filter(|_| limit.allow(&subnets(peer), Kind::Answer, now));
+            u32::try_from(allowed.count()).unwrap()
+        };
+        assert_eq!(asks(&mut limit, 0, 1000, now), PER_PEER_AND_SECOND);
+        assert_eq!(asks(&mut limit, 1, 10, now), 10);
+        let all: u32 = (2..100).map(|peer| asks(&mut limit, peer, 400, now)).sum();
+        assert_eq!(all, PER_SECOND - PER_PEER_AND_SECOND - 10);
+        assert!(limit.by_peer.len() <= usize::try_from(PER_SECOND).unwrap());
+        assert_eq!(asks(&mut limit, 0, 1, now + Duration::from_secs(1)), 1);
+    }
+
+    #[test]
+    fn reports_are_rarer_than_answers() {
+        let now = Instant::now();
+        let mut limit = Limit::new(now);
+        let peer = "198.18.2.0-24".parse().unwrap();
+        let allowed = (0..200).filter(|_| limit.allow(&peer, Kind::Report, now));
+        assert_eq!(
+            allowed.count(),
+            usize::try_from(REPORTS_PER_SECOND).unwrap()
+        );
+        assert!(limit.allow(&peer, Kind::Answer, now));
+    }
+}
