@@ -17,6 +17,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::io::Read;
 use std::path::Path;
+use std::thread;
 
 use serde_json::{Map, Value, json};
 
@@ -200,14 +201,21 @@ impl<'a> Plugin<'a> {
             answer.stderr,
             "delegateAdd: netconf sent to delegate plugin:\n{json}"
         );
-        // Before the delegate makes anything that DEL would have to undo.
-        State::new(&self.conf.data_dir).save(&of, json.as_bytes())?;
-        let done = self.delegate(&config, json.as_bytes(), Vec::new());
+        // Before the delegate makes anything that DEL would have to undo. The disk has time until it is done: what a
+        // power failure takes away meanwhile, it takes with the container.
+        let saved = State::new(&self.conf.data_dir).save(&of, json.as_bytes())?;
+        let (synced, done) = thread::scope(|scope| {
+            let synced = scope.spawn(|| saved.sync());
+            let done = self.delegate(&config, json.as_bytes(), Vec::new());
+            (synced.join(), done)
+        });
         let done = done.map_err(|e| CniError {
             msg: format!("failed to delegate add: {}", e.msg),
             ..e
         })?;
         answer.stderr.push_str(&done.stderr);
+        synced
+            .unwrap_or_else(|_panic| Err(CniError::internal("the state could not be written")))?;
         answer.stdout = done.stdout;
         Ok(())
     }

@@ -111,9 +111,19 @@ pub(super) fn subnets(node: &Node, config: &NetworkConfig) -> Result<Subnets, No
     let (v4, v6) = pod_cidrs(node)?;
     let v4 = inside(v4, config.ipv4.as_ref())?;
     let v6 = inside(v6, config.ipv6.as_ref())?;
-    Subnets::new(v4, v6).ok_or_else(|| NodeFault::NoPodCidr {
-        networks: networks(config),
-    })
+    if let Some(subnets) = Subnets::new(v4, v6) {
+        return Ok(subnets);
+    }
+    let found = v4.map(IpNet::V4).or(v6.map(IpNet::V6));
+    Err(found.map_or_else(
+        || NodeFault::NoPodCidr {
+            networks: networks(config),
+        },
+        // Of a length that is no subnet.
+        |found| NodeFault::PodCidr {
+            found: found.to_string(),
+        },
+    ))
 }
 
 fn inside<N: OverlayPrefix>(
@@ -210,7 +220,7 @@ mod tests {
         for (cidr, expected) in [
             ("198.18.1.0/24", "198.18.1.0-24"),
             ("198.18.0.0/16", "198.18.0.0-16"),
-            ("198.18.255.255/32", "198.18.255.255-32"),
+            ("198.18.255.254/31", "198.18.255.254-31"),
         ] {
             assert_eq!(of(&config, cidr, &[]).unwrap(), expected);
         }
@@ -260,6 +270,7 @@ mod tests {
             ("198.18.1.0/24", &three, "has 3 entries"),
             ("198.18.1.0", &[], r#""198.18.1.0" is not a subnet"#),
             ("198.18.1.0/33", &[], "is not a subnet"),
+            ("198.18.1.0/32", &[], r#""198.18.1.0/32" is not a subnet"#),
             ("../../etc/passwd", &[], "is not a subnet"),
             (&long, &[], "is not a subnet"),
         ] {
