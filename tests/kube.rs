@@ -474,7 +474,8 @@ fn every_value_of_flannels_has_its_effect(server: &ApiServer) {
         ),
         (
             &container["resources"],
-            json!({"limits": {"memory": "200Mi"}}),
+            // Values are merged into ours, which are flannel's.
+            json!({"limits": {"memory": "200Mi"}, "requests": {"cpu": "100m", "memory": "50Mi"}}),
         ),
         (
             &container["livenessProbe"]["initialDelaySeconds"],
