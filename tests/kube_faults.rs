@@ -316,6 +316,18 @@ fn an_expired_token_is_named_and_the_next_one_in_its_file_is_used() {
             .await;
         assert_eq!(scene.proxy.count(Kind::List), 1);
         soon("a lease", store.acquire(request(1))).await.unwrap();
+        // It took longer than a server that has just started would take.
+        let (reason, message) = ("FlannelNeedsPermission", "check that the service account");
+        soon("the event", async {
+            let events = || scene.server.events("n1");
+            while !events()
+                .iter()
+                .any(|(of, said)| of == reason && said.contains(message))
+            {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        })
+        .await;
     });
 }
 

@@ -28,6 +28,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// again shortens no pause: thousands of daemons would list all nodes twice a second.
 const STEADY: Duration = Duration::from_secs(60);
 
+/// A server that has just started refuses for a moment what it allows: an operator has to act after so long.
+const BARRED: Duration = Duration::from_secs(10);
+
 /// How long the server may take for one page of a listing.
 const PAGE: Duration = Duration::from_secs(30);
 
@@ -55,6 +58,8 @@ struct Watch {
     /// Our lease was lost, and the daemon not told yet.
     lost: Option<StoreEvent>,
     said: String,
+    /// Since when the server has refused to know us.
+    barred_since: Option<Instant>,
 }
 
 /// Watches until the receiver is dropped.
@@ -74,6 +79,7 @@ pub(super) async fn run(store: Arc<Inner>, events: mpsc::Sender<StoreEvent>) {
         doubt_at: None,
         lost: None,
         said: String::new(),
+        barred_since: None,
         store,
     };
     let mut stream = watch.open();
@@ -174,6 +180,7 @@ impl Watch {
         // The first of a listing is ours, before the server is asked.
         if !matches!(event, Event::Init) {
             self.said.clear();
+            self.barred_since = None;
             self.view.say(self.store.location.clone(), None);
         }
         self.listing_until = match &event {
@@ -312,7 +319,9 @@ impl Watch {
     }
 
     fn away(&mut self, text: String, told: Told) {
-        if told == Told::Act {
+        let now = Instant::now();
+        if told == Told::Act && now.duration_since(*self.barred_since.get_or_insert(now)) >= BARRED
+        {
             self.store
                 .say(Word::warning("FlannelNeedsPermission", &text));
         }
