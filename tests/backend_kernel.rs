@@ -562,12 +562,9 @@ fn network_that_gains_a_family_keeps_its_subnets_and_the_traffic_of_the_other() 
     for n in [1, 2] {
         cluster.end(n, Signal::SIGTERM);
         cluster.start(n);
-        cluster.wait_until("a device for IPv6", || {
-            !cluster.shown(n, "ip", "-6 route show proto 108").is_empty()
-                || cluster.status(n)["lease"]["subnets"]
-                    .as_array()
-                    .map(Vec::len)
-                    == Some(2)
+        cluster.wait_until("subnets of both families", || {
+            let subnets = cluster.status(n)["lease"]["subnets"].clone();
+            subnets.as_array().map(Vec::len) == Some(2)
         });
         pings.go_on(&cluster);
         let subnets = cluster.status(n)["lease"]["subnets"].clone();
