@@ -10,6 +10,8 @@
 #[path = "common/cluster.rs"]
 mod cluster;
 mod common;
+#[path = "common/seeded.rs"]
+mod seeded;
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -406,30 +408,60 @@ fn peer_that_is_not_on_the_link_is_named_and_the_others_are_served() {
     );
 }
 
+/// Changes of all nodes from one backend to the next: `LODEN_ROUNDS` of them, or 2. Between any of these all pairs
+/// stay connected; `udp` is another format on another port, which none of the others listens to.
 #[test]
-fn network_that_changes_from_vxlan_to_host_gw_node_by_node_stays_connected() {
+fn network_that_changes_its_backend_node_by_node_stays_connected() {
+    const DIRECT: &str = r#"{"Type":"vxlan","DirectRouting":true}"#;
+    const AUTO: &str = r#"{"Type":"auto"}"#;
+    /// Per node that changes.
+    const GAP: Duration = Duration::from_secs(2);
+    let rounds = seeded::seeds(2).count();
     let mut cluster = Cluster::new(3, V4, VXLAN);
-    let connected = |cluster: &Cluster| {
-        for (from, to) in [(1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)] {
-            cluster.await_ping(from, &format!("198.18.{to}.2"));
+    let pairs = [(1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)];
+    for (from, to) in pairs {
+        cluster.await_ping(from, &format!("198.18.{to}.2"));
+    }
+    let backends = [HOST_GW, VXLAN, AUTO, HOST_GW, DIRECT, VXLAN];
+    for backend in backends.into_iter().cycle().take(rounds) {
+        cluster.configure(backend);
+        let name = if backend == HOST_GW {
+            "host-gw"
+        } else {
+            "vxlan"
+        };
+        for n in 1..=3 {
+            let start =
+                |(from, to): (u8, u8)| Pings::start(&cluster, from, &format!("198.18.{to}.2"));
+            let pings = pairs.map(start);
+            for (from, to) in pairs {
+                cluster.await_ping(from, &format!("198.18.{to}.2"));
+            }
+            cluster.end(n, Signal::SIGTERM);
+            cluster.start(n);
+            cluster.wait_until("the node with its new backend", || {
+                cluster.status(n)["backend"] == name && cluster.status(n)["ready"] == true
+            });
+            for (pings, pair) in pings.iter().zip(pairs) {
+                pings.go_on(&cluster);
+                let gap = pings.longest_gap();
+                assert!(
+                    gap <= GAP,
+                    "{pair:?}: {gap:?} while node {n} changes to {backend}"
+                );
+            }
         }
-    };
-    connected(&cluster);
-    cluster.configure(HOST_GW);
-    for n in 1..=3 {
-        cluster.end(n, Signal::SIGTERM);
-        cluster.start(n);
-        cluster.wait_until("the node with its new backend", || {
-            cluster.status(n)["backend"] == "host-gw"
-        });
-        connected(&cluster);
+        if backend == HOST_GW {
+            for n in 1..=3 {
+                cluster.wait_until("no device of the old backend", || {
+                    cluster.shown(n, "ip", "link show flannel.1").is_empty()
+                });
+            }
+        }
     }
-    for n in 1..=3 {
-        cluster.wait_until("no device of the old backend", || {
-            cluster.shown(n, "ip", "link show flannel.1").is_empty()
-        });
+    for (from, to) in pairs {
+        cluster.await_ping(from, &format!("198.18.{to}.2"));
     }
-    connected(&cluster);
 }
 
 #[test]
@@ -530,12 +562,9 @@ fn network_that_gains_a_family_keeps_its_subnets_and_the_traffic_of_the_other() 
     for n in [1, 2] {
         cluster.end(n, Signal::SIGTERM);
         cluster.start(n);
-        cluster.wait_until("a device for IPv6", || {
-            !cluster.shown(n, "ip", "-6 route show proto 108").is_empty()
-                || cluster.status(n)["lease"]["subnets"]
-                    .as_array()
-                    .map(Vec::len)
-                    == Some(2)
+        cluster.wait_until("subnets of both families", || {
+            let subnets = cluster.status(n)["lease"]["subnets"].clone();
+            subnets.as_array().map(Vec::len) == Some(2)
         });
         pings.go_on(&cluster);
         let subnets = cluster.status(n)["lease"]["subnets"].clone();

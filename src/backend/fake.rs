@@ -285,6 +285,14 @@ impl Kernel for FakeKernel {
         })
     }
 
+    fn computes_checksums(&self, _device: &str) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+
+    fn compute_checksums(&self, device: &str, on: bool) -> Result<(), KernelError> {
+        self.change(format!("have {device} compute checksums: {on}"), |_| Ok(()))
+    }
+
     async fn addresses(&self, index: u32) -> Result<Vec<IpNet>, KernelError> {
         let state = self.state();
         let of_link = state.addrs.iter().filter(|(at, _)| *at == index);

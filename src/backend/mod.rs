@@ -10,6 +10,7 @@ pub mod ends;
 pub mod host_gw;
 pub mod kernel;
 mod on_link;
+pub mod outside;
 pub mod plan;
 pub mod preflight;
 pub mod reconcile;

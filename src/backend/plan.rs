@@ -9,6 +9,7 @@ use super::data_plane::DataPlane;
 use super::desired::{Desired, Peer, Refused, Retained};
 use super::ends::Ends;
 use super::host_gw::{self, HostGw};
+use super::outside::Outside;
 use super::udp::{self, MtuTooSmall, Underlay};
 use super::vxlan::{self, Vxlan};
 use crate::addr::Mtu;
@@ -78,6 +79,8 @@ pub enum Plan {
     Vxlan(Vxlan),
     /// Routes.
     HostGw(HostGw),
+    /// Somebody else's.
+    Outside(Outside),
 }
 
 impl Plan {
@@ -94,6 +97,10 @@ impl Plan {
             },
             Backend::Vxlan(backend) => Self::Vxlan(Vxlan::new(backend, ends)?),
             Backend::HostGw => Self::HostGw(HostGw::new(ends)?),
+            Backend::Alloc => Self::Outside(Outside::alloc(ends)),
+            Backend::Extension(commands) => {
+                Self::Outside(Outside::extension(ends, commands.clone()))
+            }
         })
     }
 
@@ -104,6 +111,7 @@ impl Plan {
             Self::Udp { underlay, .. } => underlay.mtu,
             Self::Vxlan(vxlan) => vxlan.mtu(),
             Self::HostGw(host_gw) => host_gw.mtu(),
+            Self::Outside(outside) => outside.mtu(),
         }
     }
 
@@ -114,6 +122,7 @@ impl Plan {
             Self::Udp { underlay, .. } => underlay.attrs.clone(),
             Self::Vxlan(vxlan) => vxlan.attrs(),
             Self::HostGw(host_gw) => host_gw.attrs(),
+            Self::Outside(outside) => outside.attrs(),
         }
     }
 
@@ -123,7 +132,7 @@ impl Plan {
         match self {
             Self::Udp { backend, .. } => Some(backend.port),
             Self::Vxlan(vxlan) => Some(vxlan.port()),
-            Self::HostGw(_) => None,
+            Self::HostGw(_) | Self::Outside(_) => None,
         }
     }
 
@@ -133,7 +142,7 @@ impl Plan {
         match self {
             Self::Udp { underlay, .. } => Some(underlay.bind),
             Self::Vxlan(vxlan) => Some(SocketAddr::new(vxlan.addr(), vxlan.port())),
-            Self::HostGw(_) => None,
+            Self::HostGw(_) | Self::Outside(_) => None,
         }
     }
 
@@ -146,7 +155,7 @@ impl Plan {
                 let public = attrs.node()?;
                 Some(SocketAddr::new(public, vxlan.port()))
             }
-            Self::HostGw(_) => None,
+            Self::HostGw(_) | Self::Outside(_) => None,
         }
     }
 
@@ -157,14 +166,27 @@ impl Plan {
             Self::Udp { .. } => "udp",
             Self::Vxlan(_) => vxlan::TYPE,
             Self::HostGw(_) => host_gw::TYPE,
+            Self::Outside(outside) => outside.name(),
         }
     }
 
     /// Takes over what peers know of us from the plan before.
     pub fn keep(&mut self, before: &Self) {
-        if let (Self::Vxlan(vxlan), Self::Vxlan(before)) = (self, before) {
+        if let (Self::Vxlan(vxlan), Self::Vxlan(before)) = (&mut *self, before) {
             vxlan.keep_macs_of(before);
             vxlan.keep_place_of(before);
+        }
+        if let (Self::Outside(outside), Self::Outside(before)) = (self, before) {
+            outside.keep_data_of(before);
+        }
+    }
+
+    /// The backends that leave the packets to others.
+    #[must_use]
+    pub const fn outside(&self) -> Option<&Outside> {
+        match self {
+            Self::Outside(outside) => Some(outside),
+            Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) => None,
         }
     }
 
@@ -173,7 +195,7 @@ impl Plan {
     pub fn in_user_space(&self) -> Option<&str> {
         match self {
             Self::Vxlan(vxlan) => vxlan.in_user_space(),
-            Self::Udp { .. } | Self::HostGw(_) => None,
+            Self::Udp { .. } | Self::HostGw(_) | Self::Outside(_) => None,
         }
     }
 
@@ -182,7 +204,7 @@ impl Plan {
         match self {
             Self::Udp { backend, .. } => Some(&mut backend.source_port),
             Self::Vxlan(vxlan) => vxlan.source_port_mut(),
-            Self::HostGw(_) => None,
+            Self::HostGw(_) | Self::Outside(_) => None,
         }
     }
 
@@ -199,7 +221,7 @@ impl Plan {
                 vec![udp::data_plane(config, backend, underlay, subnets, choice)]
             }
             Self::Vxlan(vxlan) => vxlan.data_planes(config, subnets),
-            Self::HostGw(_) => Vec::new(),
+            Self::HostGw(_) | Self::Outside(_) => Vec::new(),
         }
     }
 
@@ -229,7 +251,7 @@ impl Plan {
                 };
                 (ours.flat_map(both).collect(), Vec::new())
             }
-            Self::Vxlan(_) | Self::HostGw(_) => (Vec::new(), Vec::new()),
+            Self::Vxlan(_) | Self::HostGw(_) | Self::Outside(_) => (Vec::new(), Vec::new()),
         }
     }
 
@@ -248,7 +270,9 @@ impl Plan {
                 Self::Vxlan(vxlan) if vxlan.in_user_space().is_none() => {
                     vxlan.devices(Some(subnets))
                 }
-                Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) => Vec::new(),
+                Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) | Self::Outside(_) => {
+                    Vec::new()
+                }
             },
             probing: matches!(self, Self::Vxlan(vxlan) if vxlan.is_auto()),
             ..Desired::default()
@@ -257,7 +281,7 @@ impl Plan {
         for lease in leases {
             if !self.is_of_our_kind(lease) {
                 desired.retained.extend(retained(lease));
-                if !matches!(self, Self::Udp { .. }) {
+                if !matches!(self, Self::Udp { .. } | Self::Outside(_)) {
                     let theirs = match lease.attrs.backend_type.as_str() {
                         "" => "udp",
                         other => other,
@@ -289,7 +313,7 @@ impl Plan {
 
     fn peer(&self, lease: &Lease, family: Family) -> Result<Option<Peer>, String> {
         match self {
-            Self::Udp { .. } => Ok(None),
+            Self::Udp { .. } | Self::Outside(_) => Ok(None),
             Self::Vxlan(vxlan) => vxlan.peer(lease, family),
             Self::HostGw(host_gw) => host_gw.peer(lease, family),
         }
@@ -301,6 +325,8 @@ impl Plan {
         match self {
             Self::Udp { .. } => theirs.is_empty() || theirs == "udp",
             Self::Vxlan(_) | Self::HostGw(_) => theirs == self.name(),
+            // Whoever names none is of the same kind, or the original's `udp`.
+            Self::Outside(outside) => theirs == outside.attrs().backend_type,
         }
     }
 }

@@ -132,6 +132,10 @@ fn render(answer: &Value) -> String {
     } else {
         page.section("backend", &format!("{}, by the kernel", text("/backend")));
         senders(&mut page, at("/source_check"));
+        for device in list(at("/checksums")).filter(|one| one["finding"] == "spoiled") {
+            let (name, text) = (plain(&device["device"]), plain(&device["text"]));
+            page.section("checksums", &format!("{name}: {text}"));
+        }
         page.blank();
     }
     peers(&mut page, at("/peers"), own);

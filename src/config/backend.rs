@@ -5,17 +5,10 @@ use crate::addr::Mtu;
 use crate::config::Null;
 
 /// The backends that can be chosen.
-pub(super) const AVAILABLE: &[&str] = &["udp", "vxlan", "host-gw", "auto"];
+pub(super) const AVAILABLE: &[&str] = &["udp", "vxlan", "host-gw", "auto", "alloc", "extension"];
 
 /// The backends of flannel that cannot be chosen yet.
-const UNAVAILABLE: &[&str] = &[
-    "ipip",
-    "wireguard",
-    "ipsec",
-    "alloc",
-    "tencent-vpc",
-    "extension",
-];
+const UNAVAILABLE: &[&str] = &["ipip", "wireguard", "ipsec", "tencent-vpc"];
 
 /// Every backend type there is.
 pub(super) fn known() -> Vec<&'static str> {
@@ -51,7 +44,7 @@ const VXLAN_KEYS: &[&str] = &[
     "Name",
 ];
 
-/// The keys of a `host-gw` backend.
+/// The keys of a `host-gw` backend, and of `alloc`.
 const HOST_GW_KEYS: &[&str] = &[TYPE];
 
 /// How packets cross the underlay.
@@ -64,6 +57,99 @@ pub enum Backend {
     Vxlan(VxlanBackend),
     /// Plain routes through the peers, which are on the link of the external interface.
     HostGw,
+    /// None that we know of: a subnet is leased, and somebody else carries the packets.
+    Alloc,
+    /// Whatever commands of the operator's set up.
+    Extension(ExtensionBackend),
+}
+
+/// A program and its arguments, to be run without a shell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Argv(Vec<String>);
+
+/// Words of one command.
+const MAX_WORDS: usize = 64;
+
+impl Argv {
+    /// At least a program's name. `None` for none, and for more words than anybody needs.
+    #[must_use]
+    pub fn new(words: Vec<String>) -> Option<Self> {
+        let program = words.first().is_some_and(|word| !word.is_empty());
+        (program && words.len() <= MAX_WORDS).then_some(Self(words))
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &str {
+        self.0.first().map_or("", String::as_str)
+    }
+
+    /// Its arguments.
+    #[must_use]
+    pub fn arguments(&self) -> &[String] {
+        self.0.get(1..).unwrap_or_default()
+    }
+}
+
+/// Commands of the `extension` backend; specification section 8.9.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ExtensionBackend {
+    /// Before the lease; what it prints is published.
+    pub pre_startup: Option<Argv>,
+    /// After the lease.
+    pub post_startup: Option<Argv>,
+    /// For every peer that comes.
+    pub subnet_add: Option<Argv>,
+    /// For every peer that goes.
+    pub subnet_remove: Option<Argv>,
+}
+
+const PRE: &str = "PreStartupCommand";
+const POST: &str = "PostStartupCommand";
+const ADD: &str = "SubnetAddCommand";
+const REMOVE: &str = "SubnetRemoveCommand";
+
+/// The keys of an `extension` backend.
+const EXTENSION_KEYS: &[&str] = &[TYPE, PRE, POST, ADD, REMOVE];
+
+impl ExtensionBackend {
+    fn read(object: &Object) -> Result<Self, ConfigError> {
+        Ok(Self {
+            pre_startup: command(object, PRE)?,
+            post_startup: command(object, POST)?,
+            subnet_add: command(object, ADD)?,
+            subnet_remove: command(object, REMOVE)?,
+        })
+    }
+}
+
+/// Words in one text, parted by white space as flannel does it, or one by one in a list. flannel puts variables in the
+/// place of `$NAME`; what comes from the store is no part of a command here, and a `$` would be taken for nothing else.
+fn command(object: &Object, key: &'static str) -> Result<Option<Argv>, ConfigError> {
+    const EXPECTED: &str = "a program and its arguments, in one text or in a list, without variables: those are in its \
+                            environment, where a script can read them";
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Words {
+        Text(String),
+        List(Vec<String>),
+    }
+    let words = match object.plain::<Words>(key, EXPECTED)? {
+        None => return Ok(None),
+        Some(Words::Text(text)) => text.split_whitespace().map(str::to_owned).collect(),
+        Some(Words::List(list)) => list,
+    };
+    if words.is_empty() {
+        return Ok(None);
+    }
+    let shown = words.join(" ");
+    if words.iter().any(|word| word.contains(['$', '\0'])) {
+        return Err(object.refuse(key, EXPECTED, &shown).into());
+    }
+    match Argv::new(words) {
+        Some(argv) => Ok(Some(argv)),
+        None => Err(object.refuse(key, EXPECTED, &shown).into()),
+    }
 }
 
 /// Options of the `udp` backend.
@@ -160,6 +246,8 @@ impl Backend {
             Self::Udp(_) => "udp",
             Self::Vxlan(_) => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Alloc => "alloc",
+            Self::Extension(_) => "extension",
         }
     }
 
@@ -168,7 +256,8 @@ impl Backend {
         match self {
             Self::Udp(_) => UDP_KEYS,
             Self::Vxlan(_) => VXLAN_KEYS,
-            Self::HostGw => HOST_GW_KEYS,
+            Self::HostGw | Self::Alloc => HOST_GW_KEYS,
+            Self::Extension(_) => EXTENSION_KEYS,
         }
     }
 
@@ -190,6 +279,8 @@ impl Backend {
                 Self::Vxlan(VxlanBackend { auto, ..vxlan })
             }),
             "host-gw" => Ok(Self::HostGw),
+            "alloc" => Ok(Self::Alloc),
+            "extension" => ExtensionBackend::read(object).map(Self::Extension),
             known if UNAVAILABLE.contains(&known) => Err(ConfigError::BackendUnavailable { name }),
             _ => Err(ConfigError::BackendUnknown {
                 name: name.chars().take(48).collect(),

@@ -7,7 +7,9 @@ mod pool;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-pub use backend::{Backend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT, VxlanBackend};
+pub use backend::{
+    Argv, Backend, ExtensionBackend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT, VxlanBackend,
+};
 pub use go_json::FieldError;
 pub(crate) use go_json::{Null, Object};
 pub use pool::{PoolError, SubnetPool};

@@ -325,7 +325,7 @@ fn backends_are_read_typed_or_refused_by_name() {
         (r#"{"Type":null}"#, "unknown backend type \"\""),
         (
             r#"{"Type":"quic"}"#,
-            "use one of udp, vxlan, host-gw, auto, ipip, wireguard",
+            "use one of udp, vxlan, host-gw, auto, alloc, extension, ipip, wireguard",
         ),
         (r#"{"Type":"VXLAN","VNI":-1}"#, "Backend.VNI: expected"),
         (r#"{"Type":"vxlan","VNI":16777215}"#, "from 0 to 9999999"),

@@ -125,6 +125,11 @@ impl Carrier {
         self.tunnels.iter().find(carries).or(self.tunnels.first())
     }
 
+    /// The devices that the kernel has, in the order of the report's.
+    pub(super) fn wanted_devices(&self) -> &[crate::backend::desired::Device] {
+        &self.wanted.desired.devices
+    }
+
     /// The numbers of the devices.
     pub(super) fn devices(&self) -> impl Iterator<Item = u32> {
         let tunnels = self.tunnels.iter().map(|tunnel| tunnel.index);

@@ -15,7 +15,9 @@
 
 mod backoff;
 mod carrier;
+mod checksums;
 mod explain;
+mod extension;
 mod guard;
 mod hold;
 mod lock;
@@ -62,6 +64,7 @@ use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 use probes::Probes;
 use session::Ended;
 
+pub use extension::CommandError;
 pub use lock::LockError;
 
 /// Requests of status clients that may wait; the socket serves fewer clients.
@@ -212,6 +215,9 @@ pub enum DaemonError {
         /// The other daemon.
         pid: i32,
     },
+    /// A command of the `extension` backend did not do what it was to.
+    #[error(transparent)]
+    Extension(#[from] CommandError),
     /// Something on the node rules the overlay out.
     #[error("{0}")]
     Conflict(Conflict),

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 
-use super::{DaemonError, Options, VxlanPlace};
+use super::{DaemonError, Options, VxlanPlace, extension};
 use crate::backend::device::{self, DeviceError};
 use crate::backend::ends::{self, Ends};
 use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
@@ -71,6 +71,9 @@ pub(super) async fn register(
     let mut plan = Plan::new(&config, ends.clone())?;
     let devices = hold_devices(&plan)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
+    if let Plan::Outside(outside) = &mut plan {
+        extension::before_lease(outside).await?;
+    }
     if let Plan::Vxlan(vxlan) = &mut plan
         && vxlan.is_auto()
     {
@@ -94,6 +97,9 @@ pub(super) async fn register(
         extension: udp::EXTENSION,
     };
     let lease = patiently("lease", told, || store.acquire(request.clone())).await?;
+    if let Plan::Outside(outside) = &plan {
+        extension::after_lease(outside, &config, &lease).await?;
+    }
     let own = udp::nets(&lease.subnets);
     tracing::info!(
         "leased {} for public IP {}, {}",

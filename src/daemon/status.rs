@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::Daemon;
 use super::carrier::Carrier;
+use super::checksums::ChecksumDocument;
 use super::explain::{Question, explain};
 use super::guard::GuardDocument;
 use super::past::RejectedDocument;
@@ -58,6 +59,8 @@ struct Document<'a> {
     datapath: datapath::Status,
     /// Who may send to the kernel's VXLAN device.
     source_check: Option<GuardDocument>,
+    /// Whether what the kernel's VXLAN devices send arrives whole.
+    checksums: Vec<ChecksumDocument>,
 }
 
 #[derive(Serialize)]
@@ -232,6 +235,7 @@ async fn document<S: LeaseStore, K: Kernel>(
         drops: drops(&datapath.total),
         datapath,
         source_check,
+        checksums: session.checksums.documents(),
     };
     value(document)
 }
@@ -350,11 +354,20 @@ fn refused(session: &Session) -> Vec<RefusedDocument> {
         what: format!("lease {}", refused.lease),
         why: refused.why.clone(),
     });
+    let commands = session.command_failures();
+    let commands = commands.iter().map(|(subnets, why)| RefusedDocument {
+        what: format!("lease {subnets}"),
+        why: why.clone(),
+    });
     let files = session.problems.iter().map(|problem| RefusedDocument {
         what: problem.subject.clone(),
         why: problem.cause.to_string(),
     });
-    leases.chain(unserved).chain(files).collect()
+    leases
+        .chain(unserved)
+        .chain(commands)
+        .chain(files)
+        .collect()
 }
 
 fn drops(total: &datapath::status::Worker) -> Vec<DropDocument> {

@@ -25,6 +25,7 @@ use crate::backend::kernel::{
     Route,
 };
 use crate::iface::{Reach, Snapshot};
+use crate::sys::ethtool;
 
 /// The longest name a link may have, `IFNAMSIZ` less the final zero.
 const MAX_LINK_NAME: usize = 15;
@@ -216,6 +217,21 @@ impl Kernel for Netlink {
         let path = format!("/proc/sys/net/ipv4/conf/{}/accept_local", link.name);
         std::fs::write(&path, "1").map_err(|source| KernelError {
             operation: format!("write {path}"),
+            source,
+        })
+    }
+
+    fn computes_checksums(&self, device: &str) -> Result<bool, KernelError> {
+        // As everything about names, in the namespace of the calling thread.
+        ethtool::tx_checksum(device).map_err(|source| KernelError {
+            operation: format!("ask for tx-checksum-ip-generic of {device}"),
+            source,
+        })
+    }
+
+    fn compute_checksums(&self, device: &str, on: bool) -> Result<(), KernelError> {
+        ethtool::set_tx_checksum(device, on).map_err(|source| KernelError {
+            operation: format!("set tx-checksum-ip-generic of {device} to {on}"),
             source,
         })
     }

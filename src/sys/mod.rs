@@ -2,6 +2,7 @@
 //! path needs, and SIMD. Takes borrowed descriptors and slices, returns owned descriptors and `io::Result`.
 //! Never decides policy.
 
+pub mod ethtool;
 pub mod fd;
 pub mod heap;
 pub mod iov;

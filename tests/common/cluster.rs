@@ -131,13 +131,11 @@ impl Cluster {
             .open(self.file(n, "log"))
             .unwrap();
         let mut command = Command::new(LODEN);
+        command.args(["daemon", "--iptables-forward-rules=false"]);
+        if !flags.iter().any(|flag| flag.starts_with("--iface")) {
+            command.arg("--iface=eth0");
+        }
         command
-            .args([
-                "daemon",
-                "--iface",
-                "eth0",
-                "--iptables-forward-rules=false",
-            ])
             .arg("--local-store")
             .arg(self.lab.dir().join("store"))
             .arg("--subnet-file")

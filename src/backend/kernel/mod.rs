@@ -86,6 +86,20 @@ pub trait Kernel: Send + Sync {
         link: &Link,
     ) -> impl Future<Output = Result<(), KernelError>> + Send;
 
+    /// Whether a device computes the checksums of what it sends, or the kernel does, before it gets there.
+    ///
+    /// # Errors
+    ///
+    /// There is no such device.
+    fn computes_checksums(&self, device: &str) -> Result<bool, KernelError>;
+
+    /// Has a device compute them, or the kernel.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses, or there is no such device.
+    fn compute_checksums(&self, device: &str, on: bool) -> Result<(), KernelError>;
+
     /// The addresses of a link, with their prefix lengths.
     ///
     /// # Errors

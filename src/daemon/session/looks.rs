@@ -35,6 +35,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 session.look_at = Instant::now() + RESYNC;
                 session.tell_senders();
                 session.tell_past();
+                session.look_at_checksums();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -84,6 +85,7 @@ impl Session {
         self.tidy();
         self.tell_senders();
         self.tell_past();
+        self.look_at_checksums();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
@@ -122,6 +124,17 @@ impl Session {
         if let Some(senders) = senders {
             self.guard.want(senders);
         }
+    }
+
+    /// Has devices tested that are new, once there are peers to test them with.
+    pub(super) fn look_at_checksums(&mut self) {
+        let carrier = self.carrier.as_ref();
+        let devices = carrier.map_or(&[][..], |carrier| carrier.report.devices.as_slice());
+        let devices = match self.peers.leases().len() {
+            0 => &[],
+            _ => devices,
+        };
+        self.checksums.look(devices);
     }
 
     /// Has the peers proven to whom the last look found a way past the tunnel.

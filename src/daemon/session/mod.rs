@@ -5,6 +5,7 @@ mod follow;
 mod looks;
 mod peers;
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::pending;
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use tokio::time::{sleep_until, timeout};
 
 use super::backoff::Backoff;
 use super::carrier::Carrier;
+use super::checksums::{Checksums, Finding, Test};
+use super::extension;
 use super::guard::Guard;
 use super::hold::Hold;
 use super::news::sentence;
@@ -93,6 +96,10 @@ pub(super) struct Session {
     pub(super) traffic: Option<Traffic>,
     /// Who may send to the kernel's VXLAN devices.
     pub(super) guard: Guard,
+    /// Commands for peers, where the backend has any.
+    commands: Option<extension::Peers>,
+    /// Whether what the kernel's VXLAN devices send arrives whole.
+    pub(super) checksums: Checksums,
     /// Peers that are reached past the tunnel, and those that may be.
     pub(super) ways: Ways,
     /// Orders to the keeper of the lease.
@@ -129,6 +136,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut events = self.store.watch();
         let now = Instant::now();
         let (orders, received) = mpsc::unbounded_channel();
+        let commands = extension::Peers::start(&registration);
         let ways = Ways::start(&registration, &self.probes.directory);
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
@@ -151,6 +159,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             publication: Publication::new(self.store.progress(), now),
             traffic: None,
             guard: Guard::Idle,
+            commands,
+            checksums: Checksums::default(),
             ways,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
@@ -175,6 +185,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         session.carrier = Some(opened.await?);
         session.tell_ways();
         session.tell_past();
+        session.look_at_checksums();
         self.probes.start(&session.registration.lease.subnets);
         session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
@@ -232,7 +243,10 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let kept = keep(self.store, lease, margin, &held, orders);
         tokio::pin!(kept);
         let mut store_ended = false;
+        let kernel = self.kernel;
+        let mut test: Option<Test<'_>> = None;
         loop {
+            let test_at = session.checksums.due().filter(|_| test.is_none());
             let wake_at = match session.carrier {
                 Some(_) => session.look_at,
                 None => session.reopen_at,
@@ -287,6 +301,16 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     let figures = status::figures(self, &session, &held);
                     // The client may have given up.
                     let _gone = scrape.send(figures);
+                }
+                found = ended(&mut test) => {
+                    test = None;
+                    session.checksums.take(found);
+                    session.look_at_checksums();
+                }
+                () = sleep_until(test_at.unwrap_or(wake_at).into()), if test_at.is_some() => {
+                    let mut checksums = std::mem::take(&mut session.checksums);
+                    test = checksums.test(&session, kernel);
+                    session.checksums = checksums;
                 }
                 () = sleep_until(hold_ends.unwrap_or(wake_at).into()), if hold_ends.is_some() => {
                     let over = session.hold.over(Instant::now());
@@ -344,6 +368,10 @@ impl Session {
         }
         missing.extend(self.incomplete.clone());
         missing.extend(self.guard.problem());
+        let failures = self.commands.iter().map(extension::Peers::failures);
+        for failures in failures.filter(|failures| !failures.is_empty()) {
+            missing.push(format!("commands failed for {} peers", failures.len()));
+        }
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
@@ -382,6 +410,17 @@ impl Session {
         Some(ways.join(" and "))
     }
 
+    /// What commands have failed for which peers.
+    pub(super) fn command_failures(&self) -> Arc<BTreeMap<Subnets, String>> {
+        let commands = self.commands.as_ref();
+        commands.map(extension::Peers::failures).unwrap_or_default()
+    }
+
+    /// The peers, for those who probe.
+    pub(super) const fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
     fn env(&self) -> SubnetEnv {
         let registration = &self.registration;
         let config = &registration.config;
@@ -413,6 +452,14 @@ impl Session {
             Some(suppressed) => tracing::warn!("{text} (suppressed {suppressed})"),
             None => {}
         }
+    }
+}
+
+/// What a test has found; never, while there is none.
+async fn ended(test: &mut Option<Test<'_>>) -> (u32, String, Finding) {
+    match test {
+        Some(test) => test.await,
+        None => pending().await,
     }
 }
 

@@ -92,6 +92,9 @@ impl Session {
     /// What should be there for the peers as they are now.
     pub(super) fn wanted(&mut self) -> Wanted {
         self.directory.update(self.peers.leases());
+        if let (Some(commands), true) = (&self.commands, self.listed) {
+            commands.want(self.peers.leases());
+        }
         let registration = &self.registration;
         let own = self.peers.own();
         let leases = self.peers.leases();

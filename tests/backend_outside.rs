@@ -1,0 +1,164 @@
+//! The backends that leave the packets to others: a lease and no more, and commands of the operator's. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
+#[path = "common/cluster.rs"]
+mod cluster;
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use cluster::{Cluster, V4, VXLAN};
+use loden::lab::Member;
+use nix::sys::signal::Signal;
+
+/// A script that writes down how it was called.
+fn script(dir: &Path, name: &str, body: &str) -> PathBuf {
+    let path = dir.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn alloc_leases_a_subnet_and_leaves_the_packets_to_others() {
+    let mut cluster = Cluster::new(2, V4, VXLAN);
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.configure(r#"{"Type":"alloc"}"#);
+    for n in [1, 2] {
+        cluster.end(n, Signal::SIGTERM);
+        cluster.start(n);
+        cluster.wait_until("a status", || cluster.status(n)["backend"] == "alloc");
+    }
+    assert_eq!(
+        cluster.lease(1),
+        r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#
+    );
+    let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_MTU=1500\n"), "{env}");
+    // What the backend before had made is in nobody's way, once nobody uses that any more.
+    cluster.wait_until("no routes and devices of ours", || {
+        cluster.shown(1, "ip", "route show proto 108").is_empty()
+            && cluster.shown(1, "ip", "link show flannel.1").is_empty()
+    });
+    // Somebody else's routes stay, and carry the packets.
+    for (n, other) in [(1, 2), (2, 1)] {
+        let route = format!("route add 198.18.{other}.0/24 via 192.0.2.{other}");
+        cluster.ip(Member::Node(n), &route, n);
+    }
+    cluster.await_ping(1, "198.18.2.2");
+}
+
+#[test]
+fn extension_commands_make_the_network_and_follow_the_peers() {
+    let mut cluster = Cluster::idle(2, V4, VXLAN);
+    let dir = cluster.lab.dir().to_owned();
+    let pre = script(
+        &dir,
+        "pre",
+        "cat >/dev/null; echo \"  said by $(hostname -I 2>/dev/null | wc -w)  \"",
+    );
+    let post = script(
+        &dir,
+        "post",
+        &format!(
+            "env | grep -E '^(NETWORK|SUBNET|IPV6SUBNET|PUBLIC_IP)' | sort >>{}/post.$PUBLIC_IP",
+            dir.display()
+        ),
+    );
+    let add = script(
+        &dir,
+        "add",
+        &format!(
+            "echo add $1 $SUBNET $PUBLIC_IP \"$(cat)\" >>{}/peers; ip route replace $SUBNET via $PUBLIC_IP",
+            dir.display()
+        ),
+    );
+    let remove = script(
+        &dir,
+        "remove",
+        &format!(
+            "echo remove $SUBNET $PUBLIC_IP >>{}/peers; ip route del $SUBNET",
+            dir.display()
+        ),
+    );
+    let backend = format!(
+        r#"{{"Type":"extension","PreStartupCommand":"{}","PostStartupCommand":["{}"],"SubnetAddCommand":["{}","two words; and more"],"SubnetRemoveCommand":"{}"}}"#,
+        pre.display(),
+        post.display(),
+        add.display(),
+        remove.display()
+    );
+    cluster.configure(&backend);
+    for n in [1, 2] {
+        cluster.start(n);
+    }
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.await_ping(2, "198.18.1.2");
+    let lease = cluster.lease(2);
+    assert!(
+        lease.contains(r#""BackendType":"extension","BackendData":"said by "#),
+        "{lease}"
+    );
+    let said = fs::read_to_string(dir.join("post.192.0.2.1")).unwrap();
+    for line in [
+        "NETWORK=198.18.0.0/16",
+        "SUBNET=198.18.1.0/24",
+        "IPV6SUBNET=::/0",
+        "PUBLIC_IPV6=<nil>",
+    ] {
+        assert!(said.lines().any(|it| it == line), "{line} in {said}");
+    }
+    let peers = || fs::read_to_string(dir.join("peers")).unwrap_or_default();
+    assert!(
+        peers().contains("add two words; and more 198.18.2.0/24 192.0.2.2 said by"),
+        "{}",
+        peers()
+    );
+    // One that comes, changes and goes.
+    let lease = |n: u8| {
+        format!(
+            r#"{{"PublicIP":"192.0.2.{n}","PublicIPv6":null,"BackendType":"extension","BackendData":"x"}}"#
+        )
+    };
+    cluster.put("198.18.9.0-24", &lease(9));
+    cluster.wait_until("the peer", || peers().contains("198.18.9.0/24 192.0.2.9 x"));
+    cluster.put("198.18.9.0-24", &lease(8));
+    cluster.wait_until("the changed peer", || {
+        let peers = peers();
+        peers.contains("remove 198.18.9.0/24 192.0.2.9")
+            && peers.contains("198.18.9.0/24 192.0.2.8 x")
+    });
+    cluster.delete("198.18.9.0-24");
+    cluster.wait_until("no peer", || {
+        peers().contains("remove 198.18.9.0/24 192.0.2.8")
+    });
+    // A command that fails for a peer is told, and costs nobody else anything.
+    fs::write(&remove, "#!/bin/sh\nexit 3\n").unwrap();
+    fs::write(
+        &add,
+        "#!/bin/sh\ncase $SUBNET in 198.18.7.*) echo no way; exit 7;; esac\n",
+    )
+    .unwrap();
+    cluster.put("198.18.7.0-24", &lease(7));
+    cluster.wait_until("a failure in the status", || {
+        let refused = cluster.status(1)["refused"].to_string();
+        refused.contains("SubnetAddCommand failed (exit status: 7): no way")
+    });
+    cluster.await_ping(1, "198.18.2.2");
+    // What was set up stays when the daemon stops.
+    cluster.end(1, Signal::SIGTERM);
+    assert!(cluster.shown(1, "ip", "route show 198.18.2.0/24").len() == 1);
+    // A first command that fails is fatal, before anything is leased.
+    let broken = r#"{"Type":"extension","PreStartupCommand":"/bin/false"}"#;
+    cluster.configure(broken);
+    cluster.start(1);
+    cluster.wait_until("the end", || {
+        cluster.log(1).contains("Backend.PreStartupCommand failed")
+    });
+}
