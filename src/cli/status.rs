@@ -1,5 +1,6 @@
 //! Owns `loden status`: asks the daemon and prints the answer. Never interprets it: the daemon gives the reasons.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
@@ -134,6 +135,7 @@ fn render(answer: &Value) -> String {
         page.blank();
     }
     peers(&mut page, at("/peers"), own);
+    probes(&mut page, at("/peers"));
     if own {
         drops(&mut page, at("/drops"));
     }
@@ -268,6 +270,44 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if let Some(why) = peer["gso_withdrawn"].as_str() {
             page.section("", &format!("UDP GSO given up: {}", clean(why)));
         }
+    }
+}
+
+/// What background probes found: how many are reached how, and each one that is not as it should be.
+fn probes(page: &mut Page, peers: &Value) {
+    let all: Vec<&Value> = list(peers)
+        .filter(|peer| peer["probe"].is_object())
+        .collect();
+    if all.is_empty() {
+        return;
+    }
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    let mut times = Vec::new();
+    for peer in &all {
+        let reach = peer["probe"]["reach"].as_str().unwrap_or("unknown");
+        *counts.entry(clean(reach)).or_default() += 1;
+        times.extend(peer["probe"]["rtt_us"].as_f64());
+    }
+    let counts = counts
+        .iter()
+        .map(|(reach, count)| format!("{count} {reach}"));
+    let mut line = format!("of peers: {}", counts.collect::<Vec<_>>().join(", "));
+    times.sort_unstable_by(f64::total_cmp);
+    if let (Some(least), Some(most)) = (times.first(), times.last()) {
+        let (least, most) = (least / 1e3, most / 1e3);
+        // Writing to a string cannot fail.
+        let _infallible = write!(line, "; round trips of {least:.2} to {most:.2} ms");
+    }
+    page.blank();
+    page.section("probes", &line);
+    for peer in all.iter().filter(|peer| peer["probe"]["degraded"] == true) {
+        let line = format!(
+            "{}: {}, for {}: loden doctor finds out why",
+            plain(&peer["subnets"]),
+            plain(&peer["probe"]["sentence"]),
+            duration(count(&peer["probe"]["state_seconds"])),
+        );
+        page.section("", &line);
     }
 }
 
@@ -419,6 +459,25 @@ mod tests {
                                     "read_bytes": 640}, "decap": {}},
             },
         })
+    }
+
+    #[test]
+    fn peers_are_counted_by_how_they_are_reached_and_the_bad_ones_are_named() {
+        let peer = |subnet: &str, reach: &str, degraded: bool| {
+            json!({"subnets": [subnet], "probe": {"reach": reach, "degraded": degraded, "rtt_us": 1500,
+                   "sentence": "nothing comes\u{1b} back", "state_seconds": 62}})
+        };
+        let mut answer = answer();
+        assert!(!render(&answer).contains("probes"));
+        answer["peers"] = json!([
+            peer("198.18.4.0/24", "answers", false),
+            peer("198.18.5.0/24", "silent", true),
+            peer("198.18.6.0/24", "answers", false),
+        ]);
+        let text = render(&answer);
+        let expected = "\nprobes      of peers: 2 answers, 1 silent; round trips of 1.50 to 1.50 ms\n            \
+             198.18.5.0/24: nothing comes\u{fffd} back, for 1m2s: loden doctor finds out why\n";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]

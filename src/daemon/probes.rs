@@ -3,15 +3,21 @@
 
 use std::num::NonZero;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::ProbeOptions;
 use super::session::Session;
+use crate::backend::udp;
 use crate::lease::Subnets;
+use crate::probe::background::sentence;
+use crate::probe::directory::Peer;
 use crate::probe::responder::Asked;
-use crate::probe::{self, Directory, Responder};
-use crate::wire::probe::{Facts, Health, Report};
+use crate::probe::{self, Background, Directory, Responder, Tally};
+use crate::telemetry::metrics;
+use crate::wire::probe::{Entry, Facts, Health, Report};
 
 /// Reports that may wait for the daemon's loop.
 const REPORTS: usize = 16;
@@ -21,6 +27,8 @@ pub(super) struct Probes {
     pub(super) directory: Arc<Directory>,
     options: ProbeOptions,
     responder: Option<Responder>,
+    background: Option<Background>,
+    pub(super) tally: Arc<Tally>,
     reports: mpsc::Receiver<Asked>,
     sender: mpsc::Sender<Asked>,
 }
@@ -32,6 +40,8 @@ impl Probes {
             directory: Arc::new(Directory::new(probe::random())),
             options,
             responder: None,
+            background: None,
+            tally: Arc::default(),
             reports,
             sender,
         }
@@ -43,6 +53,9 @@ impl Probes {
         let Some(port) = self.options.port.map(NonZero::get) else {
             return;
         };
+        if self.options.background && self.background.is_none() {
+            self.background = Some(Background::start(port, &self.directory, &self.tally));
+        }
         if self.responder.is_some() {
             return;
         }
@@ -67,7 +80,18 @@ pub(super) fn report(session: &Session, asked: &Asked) -> Report {
     if session.carrier.is_none() {
         health = health.with(Health::TUNNEL_DOWN);
     }
-    let peers = session.peers.leases().len();
+    let peers = session.directory.peers();
+    let from = usize::try_from(asked.first).unwrap_or(usize::MAX);
+    let entry = |peer: &Arc<Peer>| {
+        let history = peer.history();
+        Some(Entry {
+            subnet: first_net(&peer.subnets)?,
+            reach: history.state().reach,
+            loss: history.loss_percent(),
+            rtt: history.rtt(),
+        })
+    };
+    let entries = peers.iter().skip(from).take(asked.room);
     Report {
         facts: Facts {
             health,
@@ -75,9 +99,81 @@ pub(super) fn report(session: &Session, asked: &Asked) -> Report {
             received: None,
             sent: None,
             bad_checksums: 0,
-            peers: u32::try_from(peers).unwrap_or(u32::MAX),
+            peers: u32::try_from(peers.len()).unwrap_or(u32::MAX),
         },
         first: asked.first,
-        entries: Vec::new(),
+        entries: entries.filter_map(entry).collect(),
     }
+}
+
+fn first_net(subnets: &Subnets) -> Option<ipnet::IpNet> {
+    udp::nets(subnets).into_iter().next()
+}
+
+/// How a peer is reached, for the status.
+#[derive(Serialize)]
+pub(super) struct PeerDocument {
+    /// `unknown`, `answers`, `echoes`, `loses`, `silent`.
+    reach: &'static str,
+    /// Short packets pass and packets of full size do not.
+    narrow: bool,
+    /// It is not as it should be.
+    degraded: bool,
+    /// The same in words.
+    sentence: String,
+    loss_percent: u8,
+    rtt_us: Option<u64>,
+    clock_offset_us: Option<i64>,
+    /// Since the last visit.
+    probed_seconds_ago: Option<u64>,
+    /// Since the state has been what it is.
+    state_seconds: Option<u64>,
+    /// Since anything of it came through the overlay, and by what.
+    heard_seconds_ago: Option<u64>,
+    heard_by: Option<&'static str>,
+    /// Since it heard anything of us through the overlay, as it last said.
+    hears_us_seconds_ago: Option<u64>,
+}
+
+impl PeerDocument {
+    pub(super) fn of(peer: &Peer) -> Self {
+        let (history, memory) = (peer.history(), peer.memory());
+        let state = history.state();
+        let seconds = |at: Option<Instant>| at.map(|at| at.elapsed().as_secs());
+        let hears = memory.claimed.and_then(|(heard, at)| {
+            let age = heard?.age + at.elapsed();
+            Some(age.as_secs())
+        });
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            reach: state.reach.name(),
+            narrow: state.narrow,
+            degraded: state.is_degraded(),
+            sentence: sentence(state, history.loss_percent()),
+            loss_percent: history.loss_percent(),
+            rtt_us: history.rtt().map(micros),
+            clock_offset_us: history.clock_offset_us(),
+            probed_seconds_ago: seconds(history.visited()),
+            state_seconds: seconds(history.since()),
+            heard_seconds_ago: seconds(memory.heard.map(|(at, _)| at)),
+            heard_by: memory.heard.map(|(_, via)| via.name()),
+            hears_us_seconds_ago: hears,
+        }
+    }
+}
+
+/// The figures for `/metrics`.
+pub(super) fn figures(probes: &Probes) -> metrics::Probes {
+    let mut figures = metrics::Probes {
+        visits: probes.tally.visits(),
+        answered: probes.tally.answered(),
+        rtt: probes.tally.rtt(),
+        ..metrics::Probes::default()
+    };
+    for peer in probes.directory.peers() {
+        let state = peer.history().state();
+        *figures.reach.entry(state.reach.name()).or_default() += 1;
+        figures.degraded += u64::from(state.is_degraded());
+    }
+    figures
 }

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::Daemon;
 use super::carrier::Carrier;
 use super::explain::{Question, explain};
+use super::probes;
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
@@ -88,6 +89,8 @@ struct PeerDocument {
     dropped: u64,
     path_mtu: Option<u16>,
     gso_withdrawn: Option<String>,
+    /// What probes found; none while the peer is not known to the prober.
+    probe: Option<probes::PeerDocument>,
 }
 
 #[derive(Serialize)]
@@ -265,6 +268,7 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
         device_repairs: counts.repairs,
         rules_looks: rules.looks,
         rules_repairs: rules.repairs,
+        probes: probes::figures(&daemon.probes),
         datapath: datapath_of(session),
     }
 }
@@ -303,6 +307,9 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
         .iter()
         .map(|peer| (peer.addr, peer))
         .collect();
+    let known = session.directory.peers();
+    let known: std::collections::HashMap<_, _> =
+        known.iter().map(|peer| (peer.subnets, peer)).collect();
     let leases = session.peers.leases();
     let peer = |lease: &crate::lease::Lease| {
         let endpoint = session.registration.plan.endpoint_of(&lease.attrs);
@@ -318,6 +325,9 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             dropped: seen.map_or(0, |peer| peer.dropped),
             path_mtu: seen.and_then(|peer| peer.path_mtu),
             gso_withdrawn: seen.and_then(|peer| peer.gso_withdrawn.clone()),
+            probe: known
+                .get(&lease.subnets)
+                .map(|peer| probes::PeerDocument::of(peer)),
         }
     };
     leases.map(peer).collect()

@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
+use super::history::{History, State, Visit};
 use crate::lease::{Lease, Subnets};
 use crate::wire::probe::{Heard, Identity, Via};
 
@@ -50,6 +51,7 @@ pub struct Peer {
     /// Its addresses on the underlay.
     pub public: Vec<IpAddr>,
     memory: Mutex<Memory>,
+    visits: Mutex<(History, u64)>,
 }
 
 /// What was heard of a peer.
@@ -88,6 +90,7 @@ impl Peer {
             subnets: lease.subnets,
             public: v4.into_iter().chain(v6).collect(),
             memory: Mutex::default(),
+            visits: Mutex::default(),
         }
     }
 
@@ -118,6 +121,31 @@ impl Peer {
             sequence: memory.sequence,
             age: at.elapsed(),
         })
+    }
+
+    /// What the visits of the background prober say.
+    #[must_use]
+    pub fn history(&self) -> History {
+        self.visits().0
+    }
+
+    /// Likewise, and the number of the visit that is about to begin, from 1 on.
+    pub(super) fn next_visit(&self) -> (History, u64) {
+        let mut visits = self.visits();
+        visits.1 += 1;
+        *visits
+    }
+
+    /// Takes a visit in: the state before and after it, and the loss in percent.
+    pub(super) fn note(&self, visit: Visit, now: Instant) -> (State, State, u8) {
+        let history = &mut self.visits().0;
+        let before = history.state();
+        history.note(visit, now);
+        (before, history.state(), history.loss_percent())
+    }
+
+    fn visits(&self) -> MutexGuard<'_, (History, u64)> {
+        self.visits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A poisoned memory is still one.
@@ -158,6 +186,8 @@ pub struct Directory {
     identity: ArcSwap<Identity>,
     table: ArcSwap<Table>,
     ways: ArcSwap<Ways>,
+    /// Bytes of the longest packet of the overlay; 0 while that is not known.
+    mtu: AtomicU16,
     sequence: AtomicU32,
 }
 
@@ -172,6 +202,7 @@ impl Directory {
             }),
             table: ArcSwap::default(),
             ways: ArcSwap::default(),
+            mtu: AtomicU16::new(0),
             sequence: AtomicU32::new(1),
         }
     }
@@ -216,9 +247,34 @@ impl Directory {
         self.table.store(Arc::new(table));
     }
 
-    /// Takes over what the links are.
-    pub fn set_ways(&self, ways: Ways) {
+    /// Takes over what the links are, and the overlay's MTU in bytes.
+    pub fn set_ways(&self, ways: Ways, mtu: u16) {
         self.ways.store(Arc::new(ways));
+        self.mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// The overlay's MTU in bytes, once it is known.
+    #[must_use]
+    pub fn mtu(&self) -> Option<u16> {
+        let mtu = self.mtu.load(Ordering::Relaxed);
+        (mtu > 0).then_some(mtu)
+    }
+
+    /// Where a peer is asked, likeliest first: in one family, at the address that tunnel devices have; where routes
+    /// carry the packets, at that of the pods' bridge, and past the overlay if there is no pod yet.
+    #[must_use]
+    pub fn targets(&self, peer: &Peer) -> Vec<IpAddr> {
+        let ways = self.ways.load();
+        let has_device = !ways.tunnel.is_empty() || !ways.kernel_vxlan.is_empty();
+        let mut overlay = peer.overlay_addrs();
+        let (device, bridge) = (overlay.next(), overlay.next());
+        if has_device {
+            return device.into_iter().collect();
+        }
+        bridge
+            .into_iter()
+            .chain(peer.public.first().copied())
+            .collect()
     }
 
     /// The peer that has an address of its own, not one of its pods.
@@ -339,11 +395,12 @@ mod tests {
     #[test]
     fn a_datagram_past_the_overlay_says_nothing_about_it() {
         let directory = directory(&[lease("198.18.2.0-24", 2)]);
-        directory.set_ways(Ways {
+        let ways = Ways {
             tunnel: vec![4],
             kernel_vxlan: vec![5],
             underlay: vec![2],
-        });
+        };
+        directory.set_ways(ways, 1472);
         for (link, via) in [
             (2, Via::Underlay),
             (9, Via::Other),

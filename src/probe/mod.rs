@@ -12,12 +12,16 @@
 //! | [`directory`] | who may ask, and what was heard of whom |
 //! | [`responder`] | answering |
 //! | [`prober`] | asking: rounds, usable sizes, reports |
+//! | [`background`] | probing a few peers all the time |
+//! | [`history`] | what the last visits say (pure) |
 //! | [`figures`] | what a round says (pure) |
 //! | `socket`, `echo` | UDP sockets with what stood around a datagram, and ICMP echo |
 
+pub mod background;
 pub mod directory;
 mod echo;
 pub mod figures;
+pub mod history;
 pub mod prober;
 pub mod responder;
 mod socket;
@@ -26,6 +30,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use background::{Background, Tally};
 pub use directory::{Directory, Peer, Ways};
 pub use figures::{Figures, Sizes};
 pub use prober::{Prober, Round};

@@ -61,7 +61,7 @@ pub(super) struct Session {
     pub(super) registration: Registration,
     pub(super) peers: LeaseSet,
     /// The peers, for those who probe and who are probed.
-    directory: Arc<Directory>,
+    pub(super) directory: Arc<Directory>,
     /// The store has listed them all.
     listed: bool,
     /// Leases that lack what the backend needs, and why.
