@@ -15,6 +15,7 @@
 
 mod backoff;
 mod carrier;
+mod doctor;
 mod explain;
 mod hold;
 mod lock;

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::Daemon;
 use super::carrier::Carrier;
+use super::doctor;
 use super::explain::{Question, explain};
 use super::probes;
 use super::renewal::Held;
@@ -20,7 +21,7 @@ use crate::backend::udp;
 use crate::datapath::tap::filter::Filter;
 use crate::datapath::tap::{MAX_SNAP_LEN, Wanted};
 use crate::datapath::{self, DropReason};
-use crate::debug::socket::{Answer, Request};
+use crate::debug::socket::{Answer, Asked, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
 use crate::telemetry::metrics::{Snapshot, Watch};
@@ -109,14 +110,45 @@ struct DropDocument {
     document: &'static str,
 }
 
-/// What a client of the status socket gets.
-pub(super) async fn answer<S: LeaseStore, K: Kernel>(
+/// Answers a client of the status socket; what takes longer than a moment, in a task.
+pub(super) async fn serve<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+    asked: Asked,
+) {
+    let answer = match asked.request {
+        Request::Doctor { peer, mesh } => {
+            match doctor::begin(daemon, session, held, peer, mesh).await {
+                Ok(examination) => {
+                    tokio::spawn(async move {
+                        let answer = Answer::Document(value(examination.run().await));
+                        // The client may have given up.
+                        let _gone = asked.answer.send(answer);
+                    });
+                    return;
+                }
+                Err(why) => Answer::error(&why),
+            }
+        }
+        request @ (Request::Status | Request::Capture { .. } | Request::Explain { .. }) => {
+            answer(daemon, session, held, request).await
+        }
+    };
+    // The client may have given up.
+    let _gone = asked.answer.send(answer);
+}
+
+/// What can be said at once.
+async fn answer<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     held: &Held,
     request: Request,
 ) -> Answer {
     match request {
+        // It is begun elsewhere, because it takes its time.
+        Request::Doctor { .. } => Answer::error("an examination is begun by serve"),
         Request::Status => Answer::Document(document(daemon, session, held.expires.get()).await),
         Request::Capture {
             filter,

@@ -40,6 +40,9 @@ const PATIENCE: Duration = Duration::from_millis(450);
 /// Every so many visits, a packet of full size is sent, too.
 const WIDE_EVERY: u64 = 3;
 
+/// Visits at first in which every peer is asked for a probe.
+const ASK_FIRST: u64 = 3;
+
 /// A peer that answered no probe, and echoes, is asked for a probe again every so many visits.
 const ASK_AGAIN_EVERY: u64 = 12;
 
@@ -184,9 +187,7 @@ impl Running {
     /// Asks one peer once.
     async fn visit(&self, peer: &Peer) -> io::Result<Visit> {
         let (history, nth) = peer.next_visit();
-        // Whoever probes us, answers.
-        let runs_it = history.has_answered() || peer.memory().sender.is_some();
-        let asks = runs_it || nth % ASK_AGAIN_EVERY == 1;
+        let asks = peer.runs_it() || nth <= ASK_FIRST || nth % ASK_AGAIN_EVERY == 0;
         let wide = nth % WIDE_EVERY == 0 || history.is_suspect();
         let path = Path::default();
         let mut refused = None;
@@ -286,7 +287,7 @@ fn choose(peers: &[Arc<Peer>], salt: u64, now: Instant) -> Vec<Arc<Peer>> {
         let visited = history.visited();
         let ago = visited.map(|at| now.saturating_duration_since(at));
         let key = (visited, shuffled(salt, peer), peer);
-        if history.is_suspect() {
+        if history.is_suspect() || peer.is_wanted() {
             suspects.push(key);
         } else if ago.is_none_or(|ago| ago >= AT_LEAST) {
             due.push(key);

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use super::history::{History, State, Visit};
-use crate::lease::{Lease, Subnets};
+use crate::lease::{Lease, LeaseExtension, Subnets};
 use crate::wire::probe::{Heard, Identity, Via};
 
 /// What a node's links are to the overlay, by the kernel's numbers for them.
@@ -50,8 +50,12 @@ pub struct Peer {
     pub subnets: Subnets,
     /// Its addresses on the underlay.
     pub public: Vec<IpAddr>,
+    /// Its lease has what only this program publishes.
+    published: bool,
     memory: Mutex<Memory>,
     visits: Mutex<(History, u64)>,
+    /// It is to be visited before its turn.
+    wanted: AtomicBool,
 }
 
 /// What was heard of a peer.
@@ -89,8 +93,10 @@ impl Peer {
         Self {
             subnets: lease.subnets,
             public: v4.into_iter().chain(v6).collect(),
+            published: lease.extension != LeaseExtension::default(),
             memory: Mutex::default(),
             visits: Mutex::default(),
+            wanted: AtomicBool::new(false),
         }
     }
 
@@ -123,14 +129,31 @@ impl Peer {
         })
     }
 
+    /// It has shown to run this program, at some time.
+    #[must_use]
+    pub fn runs_it(&self) -> bool {
+        self.published || self.memory().sender.is_some()
+    }
+
     /// What the visits of the background prober say.
     #[must_use]
     pub fn history(&self) -> History {
         self.visits().0
     }
 
-    /// Likewise, and the number of the visit that is about to begin, from 1 on.
+    /// Has the background prober visit it soon: somebody examines the path, and wants to know whether we are heard.
+    pub(super) fn want_visit(&self) {
+        self.wanted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be visited before its turn.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    /// What the visits say, and the number of the one that is about to begin, from 1 on.
     pub(super) fn next_visit(&self) -> (History, u64) {
+        self.wanted.store(false, Ordering::Relaxed);
         let mut visits = self.visits();
         visits.1 += 1;
         *visits
@@ -320,7 +343,7 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{LeaseAttrs, LeaseExtension};
+    use crate::lease::LeaseAttrs;
     use std::net::Ipv4Addr;
 
     fn lease(subnets: &str, node: u8) -> Lease {

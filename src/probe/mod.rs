@@ -45,6 +45,8 @@ pub struct Path {
     pub device: Option<String>,
     /// The mark that policy rules may look at (`SO_MARK`).
     pub mark: Option<u32>,
+    /// Probes over IPv4 carry no UDP checksum.
+    pub unchecked: bool,
 }
 
 /// Bytes of the IP and UDP headers in front of a probe. IP options and extension headers are not sent.

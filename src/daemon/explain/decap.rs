@@ -2,7 +2,7 @@
 
 use super::Case;
 use crate::backend::kernel::Kernel;
-use crate::daemon::traffic;
+use crate::daemon::traffic::Admitting;
 use crate::datapath::DropReason;
 use crate::datapath::foretell::Foretold;
 use crate::datapath::forward::Outer;
@@ -42,7 +42,10 @@ impl<K: Kernel> Case<'_, K> {
             format!("whether {outer} sends it, and the underlay between: ask there"),
             "what the node's own firewall does with forwarded packets".to_owned(),
         ]);
-        match traffic::admission(&self.options.traffic, &self.session.registration).await {
+        match Admitting::of(&self.options.traffic, &self.session.registration)
+            .ask()
+            .await
+        {
             Ok(Admission::Closed(refusal)) => {
                 self.step("firewall", format!("{refusal}"));
                 return self.end(

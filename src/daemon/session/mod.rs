@@ -256,14 +256,10 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
                 Some(asked) = self.asked.recv() => {
-                    let answer = status::answer(self, &session, &held, asked.request).await;
-                    // The client may have given up.
-                    let _gone = asked.answer.send(answer);
+                    status::serve(self, &session, &held, asked).await;
                 }
                 Some(asked) = self.probes.asked() => {
-                    let report = probes::report(&session, &asked);
-                    // The asker may have given up.
-                    let _gone = asked.answer.send(report);
+                    probes::report(self, &session, asked);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);
