@@ -365,6 +365,70 @@ fn clock_that_is_far_off_is_named() {
 }
 
 #[test]
+fn support_bundle_has_what_is_needed_and_none_of_the_planted_secrets() {
+    let lab = up(2, Backend::Udp);
+    // In the command line of the daemon, and in rules' comments.
+    kill(&lab, 1);
+    let _first = start(
+        &lab,
+        1,
+        &["--kube-api-url", "https://user:planted-one@192.0.2.9"],
+        &[],
+    );
+    wait_ready(&lab, 1);
+    for comment in [
+        "password=planted-two",
+        "token: planted-three",
+        "Bearer planted-four",
+    ] {
+        let rule = format!(
+            "table inet host {{ chain c {{ type filter hook input priority 0; accept comment \"{comment}\"; }}; }}"
+        );
+        lab.run(Member::Node(1), "nft", &[&rule]).unwrap();
+    }
+    let path = lab.dir().join("bundle.tar");
+    let mut command = Command::new(LODEN);
+    command
+        .args(["doctor", "--support-bundle"])
+        .arg(&path)
+        .arg("--socket")
+        .arg(lab.status_socket(1));
+    let output = lab
+        .netns(Member::Node(1))
+        .run(|| command.output())
+        .unwrap()
+        .unwrap();
+    let list = Command::new("tar").arg("-tf").arg(&path).output().unwrap();
+    let names = String::from_utf8(list.stdout).unwrap();
+    for name in [
+        "status.json",
+        "doctor.json",
+        "daemon/cmdline",
+        "commands/ip_addr.txt",
+        "commands/nft_list_ruleset.txt",
+    ] {
+        assert!(
+            names.contains(&format!("loden-support/{name}\n")),
+            "{name}: {names} {output:?}"
+        );
+    }
+    let archive = fs::read(&path).unwrap();
+    let text = String::from_utf8_lossy(&archive);
+    assert!(text.contains("@192.0.2.9") && text.contains("accept comment"));
+    assert!(!text.contains("planted"), "a secret is in the archive");
+    // Never over a file that is there.
+    let again = lab
+        .netns(Member::Node(1))
+        .run(|| command.output())
+        .unwrap()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&again.stderr).contains("not there yet"),
+        "{again:?}"
+    );
+}
+
+#[test]
 fn one_peer_can_be_asked_about_and_nobody_is_refused() {
     let lab = up(3, Backend::Udp);
     let (answer, _) = doctor(&lab, 1, &["--peer", "192.0.2.3"]);

@@ -204,7 +204,7 @@ impl Invocation {
             Command::Status(args) => status::run(&args),
             Command::Capture(args) => capture::run(&args),
             Command::Explain(args) => explain::run(&args),
-            Command::Doctor(args) => doctor::run(&args),
+            Command::Doctor(args) => doctor::run(args),
             Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
             Command::DockerOpts(args) => docker_opts::run(&args),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::Value;
@@ -41,6 +41,11 @@ pub(super) struct SocketArgs {
 }
 
 impl SocketArgs {
+    /// Its subnet file, as far as that is known.
+    pub(super) fn subnet_file(&self) -> &Path {
+        &self.subnet_file
+    }
+
     /// Its socket.
     pub(super) fn path(&self) -> PathBuf {
         match &self.socket {
@@ -359,7 +364,7 @@ pub(super) fn plain(value: &Value) -> String {
 }
 
 /// Names in the answer come from files that others write: nothing in them reaches the terminal as a command.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     let safe = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().map(safe).collect()
 }

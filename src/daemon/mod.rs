@@ -20,6 +20,7 @@ mod explain;
 mod hold;
 mod lock;
 mod news;
+pub mod preflight;
 mod probes;
 mod publication;
 mod register;

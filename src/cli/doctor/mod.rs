@@ -1,14 +1,20 @@
 //! Owns `loden doctor`: asks the daemon to examine its peers, and prints what it found. Never concludes anything.
 
+mod bundle;
+mod redact;
+
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::Args;
 use serde_json::Value;
 
-use super::status::{Page, SocketArgs, list, plain};
+use crate::cli::status::{Page, SocketArgs, clean, list, plain};
+use crate::daemon::preflight::{self, Grade};
 use crate::debug::socket::{self, Request};
 
 /// Flags of `loden doctor`.
@@ -22,6 +28,19 @@ pub struct DoctorArgs {
     #[arg(long)]
     mesh: bool,
 
+    /// Look at this node before a daemon runs on it: everything that would stand in the way. Takes the daemon's flags
+    /// behind `--`, and its variables; changes nothing
+    #[arg(long, conflicts_with_all = ["peer", "mesh"])]
+    preflight: bool,
+
+    /// Write a tar archive of what somebody needs who is not there, without passwords and keys
+    #[arg(long, value_name = "FILE", conflicts_with = "preflight")]
+    support_bundle: Option<PathBuf>,
+
+    /// The daemon's flags, for --preflight
+    #[arg(last = true, value_name = "FLAG", requires = "preflight")]
+    daemon: Vec<OsString>,
+
     /// Print the daemon's answer as it is
     #[arg(long)]
     json: bool,
@@ -30,26 +49,79 @@ pub struct DoctorArgs {
     at: SocketArgs,
 }
 
-pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: DoctorArgs) -> anyhow::Result<()> {
+    if args.preflight {
+        return preflight(args.daemon, args.json);
+    }
     let request = Request::Doctor {
         peer: args.peer,
         mesh: args.mesh,
     };
-    let answer = socket::ask(&args.at.path(), &request)?;
+    let socket = args.at.path();
+    let asked = socket::ask(&socket, &request);
+    if let Some(path) = &args.support_bundle {
+        let said = asked
+            .as_ref()
+            .map(Clone::clone)
+            .map_err(ToString::to_string);
+        bundle::write(path, &socket, args.at.subnet_file(), &said)?;
+    }
+    let answer = asked?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&answer)?)
     } else {
         render(&answer)
     };
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever reads has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        result => result?,
-    }
+    print(&text)?;
     if answer["healthy"] != true {
         bail!("something is wrong: see above");
     }
     Ok(())
+}
+
+/// Looks at this node as a daemon with these flags would find it.
+fn preflight(flags: Vec<OsString>, json: bool) -> anyhow::Result<()> {
+    let program = [OsString::from("loden"), crate::cli::DAEMON.into()];
+    let line = program.into_iter().chain(flags).collect();
+    let invocation = crate::cli::parse_from(line, |name| std::env::var_os(name))?;
+    let crate::cli::Command::Daemon(daemon) = invocation.command else {
+        bail!("give the daemon's flags behind --, and nothing else");
+    };
+    let checks = preflight::preflight(&daemon.into_options(false)?);
+    let text = if json {
+        format!("{}\n", serde_json::to_string_pretty(&checks)?)
+    } else {
+        let mut page = Page::default();
+        for grade in [Grade::Failure, Grade::Warning, Grade::Good] {
+            let mut title = match grade {
+                Grade::Failure => "FAILURE",
+                Grade::Warning => "warning",
+                Grade::Good => "good",
+            };
+            for check in checks.iter().filter(|check| check.grade == grade) {
+                let found = clean(&check.found);
+                page.section(
+                    std::mem::take(&mut title),
+                    &format!("{}: {found}", check.what),
+                );
+            }
+        }
+        page.text
+    };
+    print(&text)?;
+    let failures = checks.iter().filter(|check| check.grade == Grade::Failure);
+    match failures.count() {
+        0 => Ok(()),
+        count => bail!("{count} things stand in the way: see above"),
+    }
+}
+
+fn print(text: &str) -> io::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
 }
 
 /// The human form of the daemon's answer.
