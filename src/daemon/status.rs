@@ -1,5 +1,6 @@
 //! Owns the document that `loden status` shows. Never changes anything.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Instant, SystemTime};
 
@@ -10,7 +11,7 @@ use serde_json::Value;
 use super::Daemon;
 use super::carrier::Carrier;
 use super::doctor;
-use super::explain::{Question, explain};
+use super::explain::{Question, explain, explain_and_trace};
 use super::probes;
 use super::renewal::Held;
 use super::session::Session;
@@ -19,8 +20,9 @@ use super::tunnel::Tunnel;
 use crate::backend::kernel::{Kernel, Link};
 use crate::backend::udp;
 use crate::datapath::tap::filter::Filter;
-use crate::datapath::tap::{MAX_SNAP_LEN, Wanted};
+use crate::datapath::tap::{Capture, MAX_SNAP_LEN, Wanted};
 use crate::datapath::{self, DropReason};
+use crate::debug::pcapng::End;
 use crate::debug::socket::{Answer, Asked, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
@@ -131,6 +133,33 @@ pub(super) async fn serve<S: LeaseStore, K: Kernel>(
                 Err(why) => Answer::error(&why),
             }
         }
+        Request::Explain {
+            from,
+            to,
+            len,
+            whole,
+            trace: true,
+        } => {
+            let question = Question {
+                from,
+                to,
+                len,
+                whole,
+            };
+            match explain_and_trace(daemon, session, question).await {
+                Ok((mut explanation, trace)) => {
+                    tokio::spawn(async move {
+                        if let Some(trace) = trace {
+                            trace.run(&mut explanation).await;
+                        }
+                        // The client may have given up.
+                        let _gone = asked.answer.send(Answer::Document(value(explanation)));
+                    });
+                    return;
+                }
+                Err(why) => Answer::error(&why),
+            }
+        }
         request @ (Request::Status | Request::Capture { .. } | Request::Explain { .. }) => {
             answer(daemon, session, held, request).await
         }
@@ -163,6 +192,7 @@ async fn answer<S: LeaseStore, K: Kernel>(
             to,
             len,
             whole,
+            trace: _,
         } => {
             let question = Question {
                 from,
@@ -190,23 +220,35 @@ fn capture(
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so there is nothing to capture: {why}")
     })?;
-    let tunnel = carrier.tunnels.first().ok_or_else(|| {
-        format!(
+    if carrier.tunnels.is_empty() {
+        return Err(format!(
             "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
             plan.name()
-        )
-    })?;
-    let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+        ));
+    }
     let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
     let wanted = Wanted {
         filter,
         snap_len: snap_len.min(MAX_SNAP_LEN),
         segments,
     };
-    let capture = taps.capture(wanted).map_err(|e| e.to_string())?;
+    let mut all: Option<Capture> = None;
+    let mut ends = Vec::new();
+    for tunnel in &carrier.tunnels {
+        let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+        let capture = taps.capture(wanted.clone()).map_err(|e| e.to_string())?;
+        match &mut all {
+            Some(all) => all.join(capture),
+            None => all = Some(capture),
+        }
+        ends.push(End::of(&tunnel.device, tunnel.bind, tunnel.encapsulation));
+    }
+    let capture = all.ok_or("there is nothing to capture on")?;
+    let macs = carrier.routes().iter();
+    let macs = macs.filter_map(|route| Some((route.addr.ip(), route.mac?.to_string())));
     let origin = serde_json::json!({
-        "device": tunnel.device,
-        "bind": plan.bind(),
+        "ends": ends,
+        "macs": macs.collect::<BTreeMap<_, _>>(),
     });
     Ok(Answer::Capture(origin, capture))
 }

@@ -35,6 +35,9 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 /// How long an examination of all peers may take.
 pub const EXAMINATION: Duration = Duration::from_secs(60);
 
+/// How long it may take to follow probes after an explanation.
+const TRACING: Duration = Duration::from_secs(6);
+
 /// The longest request read, in bytes.
 const MAX_REQUEST: u64 = 4096;
 
@@ -72,6 +75,9 @@ pub enum Request {
         len: u16,
         /// It must not be fragmented.
         whole: bool,
+        /// Send marked probes after it and follow them.
+        #[serde(default)]
+        trace: bool,
     },
     /// How peers are reached, and why not.
     Doctor {
@@ -83,10 +89,17 @@ pub enum Request {
 }
 
 impl Request {
+    /// Reads a client's line; none if it makes no sense.
+    #[must_use]
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        serde_json::from_slice(line).ok()
+    }
+
     /// How long its answer may take.
     const fn patience(&self) -> Duration {
         match self {
-            Self::Status | Self::Capture { .. } | Self::Explain { .. } => PATIENCE,
+            Self::Status | Self::Capture { .. } => PATIENCE,
+            Self::Explain { .. } => TRACING,
             Self::Doctor { .. } => EXAMINATION,
         }
     }
