@@ -7,312 +7,19 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+#[path = "common/cluster.rs"]
+mod cluster;
 mod common;
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{LODEN, lab, spec};
-use loden::lab::{Backend, Interrupt, Lab, Member, wait};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use cluster::{Cluster, DUAL, HOST_GW, Pings, REPAIR_LIMIT, V4, V6, VXLAN, transfers};
+use common::LODEN;
+use loden::lab::Member;
+use nix::sys::signal::Signal;
 use serde_json::Value;
-
-/// Only a failing test waits this long.
-const LIMIT: Duration = Duration::from_secs(30);
-
-/// A repair takes less, since it follows a notification and does not wait for the look every ten seconds.
-const REPAIR_LIMIT: Duration = Duration::from_secs(6);
-
-const V4: &str = r#""Network":"198.18.0.0/16""#;
-const V6: &str = r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:18::/48""#;
-const DUAL: &str = r#""Network":"198.18.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:18::/48""#;
-const VXLAN: &str = r#"{"Type":"vxlan"}"#;
-const HOST_GW: &str = r#"{"Type":"host-gw"}"#;
-
-/// Nodes with a pod each: 198.18.N.2 and fd00:18:0:N::2 on node N.
-struct Cluster {
-    // First, so that the daemons end before their namespaces.
-    daemons: Vec<Option<Daemon>>,
-    lab: Lab,
-    network: &'static str,
-}
-
-struct Daemon(Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Already reaped, if the test went well.
-        let _gone = self.0.kill();
-        let _reaped = self.0.wait();
-    }
-}
-
-impl Cluster {
-    /// Daemons on all nodes.
-    fn new(nodes: u8, network: &'static str, backend: &str) -> Self {
-        let mut cluster = Self::idle(nodes, network, backend);
-        for n in 1..=nodes {
-            cluster.start(n);
-        }
-        for n in 1..=nodes {
-            cluster.wait_until("a status with all peers", || {
-                let peers = cluster.status(n)["peers"].as_array().map(Vec::len);
-                peers == Some(usize::from(nodes) - 1)
-            });
-        }
-        cluster
-    }
-
-    /// Nodes without daemons.
-    fn idle(nodes: u8, network: &'static str, backend: &str) -> Self {
-        let cluster = Self {
-            daemons: (0..nodes).map(|_| None).collect(),
-            lab: lab(spec(nodes, Backend::None)),
-            network,
-        };
-        fs::create_dir_all(cluster.lab.dir().join("store/subnets")).unwrap();
-        cluster.configure(backend);
-        for n in 1..=nodes {
-            fs::create_dir(cluster.file(n, "")).unwrap();
-            let mut env = String::new();
-            if network != V6 {
-                env += &format!("FLANNEL_NETWORK=198.18.0.0/16\nFLANNEL_SUBNET=198.18.{n}.1/24\n");
-            }
-            if network != V4 {
-                env += &format!(
-                    "FLANNEL_IPV6_NETWORK=fd00:18::/48\nFLANNEL_IPV6_SUBNET=fd00:18:0:{n}::1/64\n"
-                );
-            }
-            // As a run before would have left it.
-            fs::write(cluster.file(n, "subnet.env"), env).unwrap();
-            let node = cluster.lab.netns(Member::Node(n));
-            node.set_sysctls(&[("ipv6/conf/all/forwarding", "1")])
-                .unwrap();
-            cluster.ip(
-                Member::Node(n),
-                "-6 addr add fd00:18:0:N::1/64 dev cni0 nodad",
-                n,
-            );
-            cluster.ip(
-                Member::Pod(n, 1),
-                "-6 addr add fd00:18:0:N::2/64 dev eth0 nodad",
-                n,
-            );
-            cluster.ip(
-                Member::Pod(n, 1),
-                "-6 route add default via fd00:18:0:N::1",
-                n,
-            );
-        }
-        cluster
-    }
-
-    fn configure(&self, backend: &str) {
-        let text = format!("{{{},\"Backend\":{backend}}}", self.network);
-        fs::write(self.lab.dir().join("store/config"), text).unwrap();
-    }
-
-    fn file(&self, n: u8, name: &str) -> PathBuf {
-        self.lab.dir().join(format!("node{n}")).join(name)
-    }
-
-    fn start(&mut self, n: u8) {
-        self.start_with(n, &[]);
-    }
-
-    /// A daemon with further flags.
-    fn start_with(&mut self, n: u8, flags: &[&str]) {
-        let file = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.file(n, "log"))
-            .unwrap();
-        let mut command = Command::new(LODEN);
-        command
-            .args([
-                "daemon",
-                "--iface",
-                "eth0",
-                "--iptables-forward-rules=false",
-            ])
-            .arg("--local-store")
-            .arg(self.lab.dir().join("store"))
-            .arg("--subnet-file")
-            .arg(self.file(n, "subnet.env"))
-            .args(flags)
-            .stdin(Stdio::null())
-            .stderr(file);
-        let child = self.lab.netns(Member::Node(n)).spawn(&mut command).unwrap();
-        self.daemons[usize::from(n) - 1] = Some(Daemon(child));
-    }
-
-    fn end(&mut self, n: u8, signal: Signal) {
-        let mut daemon = self.daemons[usize::from(n) - 1].take().unwrap();
-        let pid = Pid::from_raw(i32::try_from(daemon.0.id()).unwrap());
-        kill(pid, signal).unwrap();
-        daemon.0.wait().unwrap();
-    }
-
-    fn log(&self, n: u8) -> String {
-        fs::read_to_string(self.file(n, "log")).unwrap_or_default()
-    }
-
-    fn status(&self, n: u8) -> Value {
-        let mut command = Command::new(LODEN);
-        let output = command
-            .args(["status", "--json", "--subnet-file"])
-            .arg(self.file(n, "subnet.env"))
-            .output();
-        serde_json::from_slice(&output.unwrap().stdout).unwrap_or_default()
-    }
-
-    fn wait_until(&self, what: &str, condition: impl FnMut() -> bool) {
-        self.wait_for(what, LIMIT, condition);
-    }
-
-    fn wait_for(&self, what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
-        let waited = wait::until(what, limit, &Interrupt::default(), || {
-            Ok(condition().then_some(()))
-        });
-        let nodes = 1..=u8::try_from(self.daemons.len()).unwrap();
-        let logs: Vec<String> = nodes.map(|n| self.log(n)).collect();
-        assert!(
-            waited.is_ok(),
-            "no {what}; node 1 has {:#?}; logs:\n{}",
-            self.state(1),
-            logs.join("\n---\n")
-        );
-    }
-
-    /// `ip ARGS` inside a member, with N for the node's number; must succeed.
-    fn ip(&self, member: Member, args: &str, n: u8) {
-        let args = args.replace('N', &n.to_string());
-        self.run(member, "ip", &args);
-    }
-
-    fn run(&self, member: Member, program: &str, args: &str) -> String {
-        let args: Vec<&str> = args.split(' ').collect();
-        self.lab.run(member, program, &args).unwrap()
-    }
-
-    /// What `ip` or `bridge` shows; empty if there is nothing to show.
-    fn shown(&self, n: u8, program: &str, args: &str) -> Vec<String> {
-        let args: Vec<&str> = args.split(' ').collect();
-        let output = self
-            .lab
-            .run(Member::Node(n), program, &args)
-            .unwrap_or_default();
-        let lines = output.lines().map(|line| line.trim().to_owned());
-        lines.filter(|line| !line.is_empty()).collect()
-    }
-
-    /// All that a node's kernel holds for the overlay.
-    fn state(&self, n: u8) -> Vec<String> {
-        let mut state = self.shown(n, "ip", "-4 route show proto 108");
-        state.extend(self.shown(n, "ip", "-6 route show proto 108"));
-        for device in ["flannel.1", "flannel-v6.1"] {
-            let link = self.shown(n, "ip", &format!("-o -d link show {device}"));
-            // The number and what counts change when a device is made anew.
-            let words: Vec<&str> = link.iter().flat_map(|line| line.split(' ')).collect();
-            let after = |word| {
-                let at = words.iter().position(|found| *found == word);
-                at.map_or("-", |at| words[at + 1])
-            };
-            let facts = ["mtu", "link/ether", "id", "local", "dstport"].map(after);
-            state.push(format!(
-                "{device} {facts:?} {}",
-                words.iter().any(|it| it.contains(",UP"))
-            ));
-            for family in ["-4", "-6"] {
-                let addrs = self.shown(n, "ip", &format!("{family} -o addr show dev {device}"));
-                let texts = addrs
-                    .iter()
-                    .filter_map(|line| line.split_whitespace().nth(3));
-                state.extend(texts.map(|addr| format!("{device} has {addr}")));
-            }
-            let neighbours = self.shown(n, "ip", &format!("neigh show dev {device} nud permanent"));
-            state.extend(
-                neighbours
-                    .iter()
-                    .map(|line| format!("{device} neighbour {line}")),
-            );
-            let forwards = self.shown(n, "bridge", &format!("fdb show dev {device}"));
-            state.extend(
-                forwards
-                    .iter()
-                    .map(|line| format!("{device} forwards {line}")),
-            );
-        }
-        state.sort();
-        state
-    }
-
-    fn mac(&self, n: u8, device: &str) -> String {
-        let link = self
-            .shown(n, "ip", &format!("-o link show {device}"))
-            .join(" ");
-        let (_, rest) = link.split_once("link/ether ").unwrap();
-        rest[..17].to_owned()
-    }
-
-    fn pings(&self, from: u8, to: &str) -> bool {
-        let ping = ["-n", "-q", "-c1", "-W1", to];
-        self.lab.run(Member::Pod(from, 1), "ping", &ping).is_ok()
-    }
-
-    fn await_ping(&self, from: u8, to: &str) {
-        self.wait_until(&format!("answer from {to} to node {from}"), || {
-            self.pings(from, to)
-        });
-    }
-
-    /// A lease as another node would have it.
-    fn put(&self, key: &str, value: &str) {
-        let subnets = self.lab.dir().join("store/subnets");
-        let temporary = self.lab.dir().join("lease");
-        fs::write(&temporary, value).unwrap();
-        fs::rename(temporary, subnets.join(key)).unwrap();
-    }
-
-    fn delete(&self, key: &str) {
-        fs::remove_file(self.lab.dir().join("store/subnets").join(key)).unwrap();
-    }
-
-    fn lease(&self, n: u8) -> String {
-        let subnets = self.lab.dir().join("store/subnets");
-        let mut entries = fs::read_dir(subnets)
-            .unwrap()
-            .map(|entry| entry.unwrap().path());
-        let prefix = format!("198.18.{n}.0-24");
-        let of_node = |path: &PathBuf| {
-            path.file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .starts_with(&prefix)
-        };
-        fs::read_to_string(entries.find(of_node).unwrap()).unwrap()
-    }
-}
-
-/// TCP from the pod of node 1 to that of node 2.
-fn transfers(cluster: &Cluster, to: &str) {
-    let mut command = Command::new("iperf3");
-    command.args(["-s", "-1", "-B", to]).stdout(Stdio::null());
-    let server = cluster
-        .lab
-        .netns(Member::Pod(2, 1))
-        .spawn(&mut command)
-        .unwrap();
-    let _ended = Daemon(server);
-    cluster.wait_until("a TCP transfer of 20 megabytes", || {
-        let args = ["-c", to, "-n", "20M"];
-        cluster.lab.run(Member::Pod(1, 1), "iperf3", &args).is_ok()
-    });
-}
 
 #[test]
 fn nodes_that_carry_vxlan_in_user_space_and_those_whose_kernel_does_reach_each_other() {
@@ -810,4 +517,75 @@ fn what_flannel_has_left_is_taken_over_and_what_others_have_stays() {
             .lease(1)
             .contains(r#""VtepMAC":"be:ef:00:00:00:01""#)
     );
+}
+
+#[test]
+fn network_that_gains_a_family_keeps_its_subnets_and_the_traffic_of_the_other() {
+    let mut cluster = Cluster::new(2, V4, VXLAN);
+    cluster.await_ping(1, "198.18.2.2");
+    let pings = Pings::start(&cluster, 1, "198.18.2.2");
+    pings.go_on(&cluster);
+    cluster.network = DUAL;
+    cluster.configure(VXLAN);
+    for n in [1, 2] {
+        cluster.end(n, Signal::SIGTERM);
+        cluster.start(n);
+        cluster.wait_until("a device for IPv6", || {
+            !cluster.shown(n, "ip", "-6 route show proto 108").is_empty()
+                || cluster.status(n)["lease"]["subnets"]
+                    .as_array()
+                    .map(Vec::len)
+                    == Some(2)
+        });
+        pings.go_on(&cluster);
+        let subnets = cluster.status(n)["lease"]["subnets"].clone();
+        assert_eq!(subnets[0], format!("198.18.{n}.0/24"), "{subnets}");
+    }
+    // Where the other family is, the lease says.
+    let device = cluster.status(2)["lease"]["subnets"][1].clone();
+    let (base, _) = device.as_str().unwrap().split_once('/').unwrap();
+    cluster.wait_until("an answer over IPv6", || {
+        let ping = ["-n", "-q", "-c1", "-W1", base];
+        cluster.lab.run(Member::Node(1), "ping", &ping).is_ok()
+    });
+    let gap = pings.longest_gap();
+    assert!(gap < Duration::from_secs(2), "{gap:?}");
+}
+
+#[test]
+fn second_daemon_on_the_same_vxlan_device_is_refused_by_name_and_the_first_unharmed() {
+    let cluster = Cluster::new(2, V4, VXLAN);
+    let before = cluster.state(1);
+    for place in ["auto", "user"] {
+        let env = cluster.lab.dir().join("other.env");
+        let mut command = Command::new(LODEN);
+        command
+            .args([
+                "daemon",
+                "--iface",
+                "eth0",
+                "--iptables-forward-rules=false",
+            ])
+            .arg(format!("--vxlan={place}"))
+            .arg("--local-store")
+            .arg(cluster.lab.dir().join("store"))
+            .arg("--subnet-file")
+            .arg(&env)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        let child = cluster
+            .lab
+            .netns(Member::Node(1))
+            .spawn(&mut command)
+            .unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let first = cluster.daemons[0].as_ref().unwrap().0.id();
+        let named = format!("another daemon (pid {first}) has the VXLAN device flannel.1");
+        assert!(said.contains(&named), "{said}");
+        assert!(!env.exists());
+    }
+    assert_eq!(cluster.state(1), before);
+    cluster.await_ping(1, "198.18.2.2");
 }

@@ -9,19 +9,23 @@
 #[path = "common/ns.rs"]
 mod ns;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use loden::backend::desired::Desired;
 use loden::backend::ends::Ends;
 use loden::backend::plan::Plan;
 use loden::backend::settle::settle;
 use loden::config::NetworkConfig;
+use loden::firewall::{SenderCheck, SenderStatus, Senders, Tunnel};
 use loden::iface::{Choice, Stack, Wanted, choose};
 use loden::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
 use loden::netlink::Netlink;
 use ns::Ns;
 
 const PEERS: u32 = 5000;
+
+/// Only a failing test waits this long.
+const LIMIT: Duration = Duration::from_secs(30);
 
 fn lease(n: u32, backend: &str) -> Lease {
     let base = std::net::Ipv4Addr::from(0xc612_0000 + (n + 1) * 4);
@@ -57,6 +61,50 @@ fn desired(backend: &str, choice: &Choice) -> Desired {
     desired
 }
 
+/// The source check takes them all.
+async fn check_senders(senders: &loden::backend::desired::Senders) -> Duration {
+    let programs = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(Into::into);
+    let tunnel = Tunnel {
+        vni: 1,
+        port: 8472,
+        devices: vec!["flannel.1".to_owned()],
+        outer: true,
+    };
+    let check = SenderCheck::start(programs.to_vec(), tunnel).await.unwrap();
+    let begun = Instant::now();
+    check.want(Senders {
+        outer: senders.outer.clone(),
+        inner: senders.inner.clone(),
+    });
+    // Answered after what was wanted before is done.
+    let mut status = check.status().await;
+    while let Err(why) = held(&status) {
+        assert!(begun.elapsed() < LIMIT, "{why}: {status:?}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        status = check.status().await;
+    }
+    begun.elapsed()
+}
+
+/// Whether the kernel's sets hold every peer.
+fn held(status: &SenderStatus) -> Result<(), String> {
+    for set in ["outer-v4", "inner-v4"] {
+        let output = std::process::Command::new("nft")
+            .args(["list", "set", "inet", "loden-vxlan-1", set])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let count = match text.split_once("elements = {") {
+            Some((_, elements)) => elements.split(',').count(),
+            None => 0,
+        };
+        if u32::try_from(count) != Ok(PEERS) {
+            return Err(format!("{set} has {count} of {PEERS}"));
+        }
+    }
+    status.error.clone().map_or(Ok(()), Err)
+}
+
 #[test]
 fn five_thousand_peers_are_programmed_and_found_in_place() {
     for (backend, per_peer) in [("vxlan", 3), ("host-gw", 1)] {
@@ -83,6 +131,12 @@ fn five_thousand_peers_are_programmed_and_found_in_place() {
                 "{:?}",
                 report.failures
             );
+            let mut checked = Duration::ZERO;
+            if let Some(senders) = &report.senders
+                && backend == "vxlan"
+            {
+                checked = check_senders(senders).await;
+            }
             let mut looks = Vec::new();
             for _ in 0..5 {
                 let begun = Instant::now();
@@ -92,7 +146,8 @@ fn five_thousand_peers_are_programmed_and_found_in_place() {
             }
             looks.sort();
             eprintln!(
-                "{backend}: {PEERS} peers programmed in {programmed:?}, an idle look in {:?}",
+                "{backend}: {PEERS} peers programmed in {programmed:?} and their senders checked {checked:?} later, an idle \
+                 look in {:?}",
                 looks[2]
             );
             report.changed.len()

@@ -15,12 +15,13 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{LODEN, lab, spec};
+use loden::bench::medium::Medium;
 use loden::bench::meter::Meter;
 use loden::bench::report::Report;
 use loden::bench::scenario::{Ends, Metric, Scenario};
 use loden::bench::system::System;
 use loden::bench::udp::{self, Traffic};
-use loden::lab::{Backend, Interrupt, Member, Wire, teardown, wait};
+use loden::lab::{Backend, Interrupt, Member, teardown, wait};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -162,12 +163,12 @@ fn a_run_writes_three_files_with_every_figure_and_leaves_nothing_else() {
             .starts_with("loden bench run --reps 1 --seconds 1 --out ")
     );
     let cells = &report.cells;
-    assert_eq!(cells.scenarios_on(Wire::Packet).len(), 6);
+    assert_eq!(cells.scenarios_on(Medium::Packet).len(), 6);
     let figure = |scenario: &str, system: &System, metric| {
         let scenario = scenario.parse::<Scenario>().unwrap();
-        let (failed, _) = cells.failures(Wire::Packet, scenario, system);
+        let (failed, _) = cells.failures(Medium::Packet, scenario, system);
         assert_eq!(failed, Vec::<&str>::new(), "{scenario}, {system}");
-        let summary = cells.summary(Wire::Packet, scenario, system, metric);
+        let summary = cells.summary(Medium::Packet, scenario, system, metric);
         summary.map(|summary| summary.median)
     };
     for system in [System::Vxlan, System::LODEN] {
@@ -185,6 +186,8 @@ fn a_run_writes_three_files_with_every_figure_and_leaves_nothing_else() {
         None
     );
     assert!(figure("tcp-1", &System::LODEN, Metric::ContextSwitches).unwrap() > 0.0);
+    let version = &report.programs[0].version;
+    assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
     let used = &report.programs[0].capabilities;
     assert!(
         used.iter().any(|one| one.name == "udp-gso" && one.used),
@@ -212,6 +215,9 @@ fn a_run_writes_three_files_with_every_figure_and_leaves_nothing_else() {
     }
     let markdown = fs::read_to_string(dir.path().join("report.md")).unwrap();
     assert!(markdown.contains("| tcp-1, Gb/s | "), "{markdown}");
+    let picture = fs::read_to_string(dir.path().join("report.svg")).unwrap();
+    roxmltree::Document::parse(&picture).unwrap();
+    assert!(picture.contains("one TCP stream, packet wire"), "{picture}");
 
     let path = dir.path().join("report.json");
     let compared = Command::new(LODEN)
@@ -223,6 +229,99 @@ fn a_run_writes_three_files_with_every_figure_and_leaves_nothing_else() {
     assert!(
         compared.status.success() && text.contains("0 WORSE, 0 better"),
         "{text}"
+    );
+}
+
+#[test]
+fn on_a_terminal_a_bar_tells_how_much_time_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = format!(
+        "{LODEN} bench run --reps 1 --seconds 1 --out {} --systems plain --wires superpacket --scenarios request-idle",
+        dir.path().display()
+    );
+    // script(1) gives it a terminal, and passes on what it shows there.
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{shown}");
+    assert!(shown.contains("% ") || shown.contains("%, "), "{shown}");
+    assert!(shown.contains("left: "), "{shown}");
+    assert!(!shown.contains("(about"), "{shown}");
+    // Which program ran is in the report, and what it did not have is not.
+    let report = report_in(dir.path());
+    assert_eq!(report.programs, []);
+    assert_eq!(report.stopped, None);
+}
+
+#[test]
+fn every_transport_of_loden_is_a_system_and_its_daemons_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pid, output) = bench_run(
+        dir.path(),
+        &[
+            "--systems",
+            "loden-host-gw,loden-vxlan,loden-user-vxlan,portable",
+            "--wires",
+            "packet",
+            "--scenarios",
+            "tcp-1,udp-1472-burst,request-idle",
+        ],
+    );
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert_eq!(labs_of(pid), Vec::<String>::new());
+    let report = report_in(dir.path());
+    assert_eq!(report.notes, Vec::<String>::new());
+    let cells = &report.cells;
+    let systems = [
+        System::LodenHostGw,
+        System::LodenVxlan,
+        System::LodenUserVxlan,
+        System::Portable,
+    ];
+    assert_eq!(cells.systems(), systems);
+    for scenario in cells.scenarios_on(Medium::Packet) {
+        for system in &systems {
+            let (failed, _) = cells.failures(Medium::Packet, scenario, system);
+            assert_eq!(failed, Vec::<&str>::new(), "{scenario}, {system}");
+            // Whatever is measured, these are.
+            let figure = |metric| cells.summary(Medium::Packet, scenario, system, metric);
+            assert!(figure(Metric::MachineSwitches).unwrap().median > 0.0);
+            for metric in [Metric::ContextSwitches, Metric::CallsPerPacket] {
+                let ours = matches!(system, System::LodenUserVxlan | System::Portable);
+                assert_eq!(figure(metric).is_some(), ours, "{scenario}, {system}");
+            }
+        }
+    }
+    let engaged = |scenario: &str, system| {
+        let scenario = scenario.parse::<Scenario>().unwrap();
+        cells.engaged(Medium::Packet, scenario, system)
+    };
+    let ours = &System::LodenUserVxlan;
+    assert_eq!(
+        engaged("tcp-1", ours).unwrap(),
+        ["tun-tso", "udp-gso", "udp-gro"]
+    );
+    // Fragments come singly, and leave in runs.
+    assert!(
+        !engaged("udp-1472-burst", ours)
+            .unwrap()
+            .contains(&"tun-uso")
+    );
+    assert_eq!(
+        engaged("tcp-1", &System::Portable).unwrap(),
+        Vec::<&str>::new()
+    );
+    assert_eq!(engaged("tcp-1", &System::LodenVxlan), None);
+    let transports = report.verdicts.iter().filter(|one| one.goal == "transport");
+    assert_eq!(transports.count(), 6);
+    let markdown = fs::read_to_string(dir.path().join("report.md")).unwrap();
+    assert!(
+        markdown.contains("| Offloads that took part | loden-user-vxlan | portable |"),
+        "{markdown}"
     );
 }
 
@@ -267,12 +366,21 @@ fn a_system_whose_program_does_not_work_is_named_and_the_others_are_measured() {
             "--wires",
             "superpacket",
             "--scenarios",
-            "request-idle",
+            "latency-half,lossless-64",
         ],
     );
     assert!(output.status.success());
     let report = report_in(dir.path());
     assert_eq!(report.cells.systems(), [System::Plain]);
+    for id in ["latency-half", "lossless-64"] {
+        let scenario = id.parse::<Scenario>().unwrap();
+        let at = (Medium::Superpacket, scenario, &System::Plain);
+        assert_eq!(report.cells.failures(at.0, at.1, at.2), (Vec::new(), 1));
+        let headline = report
+            .cells
+            .summary(at.0, at.1, at.2, scenario.load.headline());
+        assert!(headline.unwrap().median > 0.0, "{id}");
+    }
     assert_eq!(report.notes.len(), 1);
     assert!(
         report.notes[0].contains("wireguard-go"),

@@ -138,6 +138,35 @@ fn a_lease_that_no_longer_fits_is_given_back_for_one_that_does() {
 }
 
 #[test]
+fn a_family_that_comes_or_goes_leaves_the_other_as_it_was() {
+    let etcd = Etcd::start();
+    const DUAL: &str = r#"{"Network":"198.18.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+    etcd.run(async || {
+        etcd.configure(CONFIG);
+        let single = etcd.store().acquire(request(7)).await.unwrap().subnets;
+        etcd.configure(DUAL);
+        let mut wanted = request(7);
+        wanted.attrs.public_ipv6 = Some("2001:db8::7".parse().unwrap());
+        let dual = etcd.store().acquire(wanted.clone()).await.unwrap().subnets;
+        assert_eq!(dual.v4(), single.v4());
+        assert!(dual.v6().is_some());
+        assert_eq!(etcd.keys("subnets/"), [format!("subnets/{dual}")]);
+        // Without IPv4 the node has another first address; what it had is known by the subnets.
+        etcd.configure(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}"#);
+        wanted.attrs.public_ip = None;
+        wanted.previous = Some(dual);
+        let six = etcd.store().acquire(wanted.clone()).await.unwrap().subnets;
+        assert_eq!((six.v4(), six.v6()), (None, dual.v6()));
+        etcd.configure(DUAL);
+        wanted.attrs.public_ip = request(7).attrs.public_ip;
+        wanted.previous = Some(six);
+        let back = etcd.store().acquire(wanted).await.unwrap().subnets;
+        assert_eq!(back.v6(), dual.v6());
+        assert_eq!(etcd.keys("subnets/"), [format!("subnets/{back}")]);
+    });
+}
+
+#[test]
 fn the_subnets_of_the_run_before_are_taken_only_if_both_are_free_and_fit() {
     let etcd = Etcd::start();
     let config = r#"{"Network":"198.18.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;

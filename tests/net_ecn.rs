@@ -12,7 +12,9 @@ use std::net::SocketAddr;
 
 use loden::datapath::EngineKind;
 use loden::lab::{NetNs, Wire, command};
-use net::{Node, Shape, adds_up, lab, pair, run, tun_v4};
+use net::{
+    Node, Shape, VXLAN_PORT, adds_up, kernel_vtep, lab, pair, run, tun_v4, udp_at, wait_for,
+};
 
 /// The four codepoints as nft names them, in the order of their values.
 const NAMES: [&str; 4] = ["not-ect", "ect1", "ect0", "ce"];
@@ -47,6 +49,20 @@ impl<'a> Counters<'a> {
         Self { netns, table }
     }
 
+    /// What is counted so far.
+    fn total(&self) -> u64 {
+        let count = |name| {
+            let text = run(
+                self.netns,
+                "nft",
+                &format!("list counter ip {} {name}", self.table),
+            );
+            let (_, rest) = text.split_once("packets ").unwrap();
+            rest.split_once(' ').unwrap().0.parse::<u64>().unwrap()
+        };
+        NAMES.map(count).iter().sum()
+    }
+
     /// What was counted since the last look.
     fn take(&self) -> [u64; 4] {
         NAMES.map(|name| {
@@ -62,14 +78,26 @@ impl<'a> Counters<'a> {
 }
 
 /// Sends [`SOME`] packets of each codepoint, each a flow of its own, so that nothing is merged.
-fn send_each(a: &Node, to: SocketAddr) {
+fn send_each(from: &NetNs, n: u8, to: SocketAddr) {
     for tos in 0..4 {
         for _ in 0..SOME {
-            let socket = a.udp();
+            let socket = udp_at(from, (tun_v4(n), 0).into());
             socket2::SockRef::from(&socket).set_tos_v4(tos).unwrap();
             socket.send_to(b"x", to).unwrap();
         }
     }
+}
+
+/// Has a router mark every outer header on its way in.
+fn mark_all(netns: &NetNs, port: u16) {
+    run(netns, "nft", "add table ip router");
+    run(
+        netns,
+        "nft",
+        "add chain ip router c { type filter hook prerouting priority -150 ; }",
+    );
+    let rule = format!("add rule ip router c udp dport {port} ip ecn set ce");
+    run(netns, "nft", &rule);
 }
 
 /// What a router between the nodes, the inner receiver and the drop counter see of [`send_each`], unmarked and
@@ -89,23 +117,13 @@ fn crosses(shape: &Shape, outer: [u64; 4], marked_inner: [u64; 4], marked_drops:
     );
     let drops = |status: &loden::datapath::Status| status.total.decap.drops["ecn_invalid"];
 
-    send_each(&a, to);
+    send_each(&a.netns, 1, to);
     b.wait_status("all", |status| status.total.decap.read == 4 * SOME);
     assert_eq!(on_the_wire.take(), outer);
     assert_eq!(delivered.take(), [SOME; 4], "unmarked, nothing changes");
 
-    run(&b.netns, "nft", "add table ip router");
-    run(
-        &b.netns,
-        "nft",
-        "add chain ip router c { type filter hook prerouting priority -150 ; }",
-    );
-    run(
-        &b.netns,
-        "nft",
-        &format!("add rule ip router c udp dport {port} ip ecn set ce"),
-    );
-    send_each(&a, to);
+    mark_all(&b.netns, port);
+    send_each(&a.netns, 1, to);
     let status = b.wait_status("all", |status| status.total.decap.read == 8 * SOME);
     assert_eq!(on_the_wire.take(), [0, 0, 0, 4 * SOME]);
     assert_eq!(delivered.take(), marked_inner);
@@ -132,4 +150,57 @@ fn towards_others_the_outer_header_is_never_ect() {
     let mut marked = [0; 4];
     marked[CE] = 3 * SOME;
     crosses(&Shape::default(), outer, marked, SOME);
+}
+
+#[test]
+fn marks_arrive_between_us_and_the_kernels_vxlan_in_both_directions() {
+    let lab = lab(2, 0, Wire::PacketNoGro);
+    let shape = Shape {
+        ecn: true,
+        ..Shape::vxlan(EngineKind::Mmsg, false)
+    };
+    let there = kernel_vtep(&lab, &shape, 2, &[1]);
+    let node = Node::start(&lab, 1, &shape, &[1, 2]);
+    let mut marked = [0; 4];
+    marked[CE] = 3 * SOME;
+
+    let sink = udp_at(&there, (tun_v4(2), 0).into());
+    let to = sink.local_addr().unwrap();
+    let outer = Counters::new(&there, "outer", &format!("udp dport {VXLAN_PORT}"));
+    let inner = format!("iifname flannel.1 udp dport {}", to.port());
+    let inner = Counters::new(&there, "inner", &inner);
+    let refused = || {
+        let link = command::run(
+            Some(&there),
+            "ip",
+            &["-j", "-s", "link", "show", "flannel.1"],
+        );
+        let link: serde_json::Value = serde_json::from_str(&link.unwrap()).unwrap();
+        link[0]["stats64"]["rx"]["errors"].as_u64().unwrap()
+    };
+    send_each(&node.netns, 1, to);
+    wait_for("all", || inner.total() == 4 * SOME);
+    assert_eq!((outer.take(), inner.take()), ([SOME; 4], [SOME; 4]));
+    mark_all(&there, VXLAN_PORT);
+    send_each(&node.netns, 1, to);
+    // The device drops what cannot hear of the congestion.
+    wait_for("all", || inner.total() + refused() == 4 * SOME);
+    assert_eq!(
+        (outer.take(), inner.take(), refused()),
+        ([0, 0, 0, 4 * SOME], marked, SOME)
+    );
+
+    let sink = node.udp();
+    let to = sink.local_addr().unwrap();
+    let inner = format!("iifname {} udp dport {}", node.device(), to.port());
+    let inner = Counters::new(&node.netns, "inner", &inner);
+    send_each(&there, 2, to);
+    node.wait_status("all", |status| status.total.decap.read == 4 * SOME);
+    assert_eq!(inner.take(), [SOME; 4]);
+    mark_all(&node.netns, VXLAN_PORT);
+    send_each(&there, 2, to);
+    let status = node.wait_status("all", |status| status.total.decap.read == 8 * SOME);
+    assert_eq!(inner.take(), marked);
+    assert_eq!(status.total.decap.drops["ecn_invalid"], SOME);
+    adds_up(&status);
 }

@@ -85,22 +85,20 @@ pub fn run(data: &[u8]) {
 
     let mut bytes = datagram.to_vec();
     let wrong = wrong_frame(datagram);
-    let Inner {
-        packet,
-        meta,
-        sender,
-    } = match encapsulation.open(&mut bytes) {
-        Ok(inner) => {
-            assert_eq!(wrong, None);
-            inner
-        }
+    let inner = match encapsulation.open(&mut bytes) {
+        Ok(inner) => inner,
         Err(reason) => {
-            let behind = datagram.get(HEADER_LEN..).unwrap_or_default();
-            assert!(wrong == Some(reason) || wrong.is_none() && ip_is_wrong(datagram, behind));
+            assert_eq!(wrong, Some(reason));
             assert_eq!(bytes, datagram, "what is dropped is not changed");
             return;
         }
     };
+    assert_eq!(wrong, None);
+    let parsed = ip::parse(inner.packet).ok();
+    let meta = parsed.filter(|meta| inner.may_be(meta.version()));
+    assert_eq!(meta.is_none(), ip_is_wrong(datagram, inner.packet));
+    let Some(meta) = meta else { return };
+    let Inner { packet, sender, .. } = inner;
     let before = packet.to_vec();
     let is_peer = who % 2 == 0;
     let outer = Outer {

@@ -1,6 +1,7 @@
 //! Owns the description of what the kernel should hold so that it carries the packets itself: devices, and a way
 //! to every peer. Plain values; how they differ from what is there is [`super::diff`]'s to say.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -23,6 +24,8 @@ pub struct Desired {
     /// Leases of nodes that use another backend, as they do while a network changes from one to another: what is
     /// there for them stays.
     pub retained: Vec<Retained>,
+    /// Ways past the tunnel are probed.
+    pub probing: bool,
     /// `peers` and `retained` are all there are, so that what belongs to none of them is stale.
     pub complete: bool,
     /// Devices that a run before has left are stale too.
@@ -57,6 +60,23 @@ pub struct Peer {
     pub way: Way,
 }
 
+impl Peer {
+    /// What the kernel is to know of a peer of our own data plane; none, if there is no way past it.
+    #[must_use]
+    pub const fn past_our_tunnel(self) -> Option<Self> {
+        match self.way {
+            Way::Vxlan {
+                direct: direct @ Direct::Probed { .. },
+                ..
+            } => Some(Self {
+                way: Way::Tunnel { direct },
+                ..self
+            }),
+            Way::Vxlan { .. } | Way::Tunnel { .. } | Way::Gateway { .. } => None,
+        }
+    }
+}
+
 /// How a peer is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -71,9 +91,54 @@ pub enum Way {
         device: usize,
         /// The peer's device's MAC address.
         mac: Mac,
-        /// By a route through the peer, if it is on any link.
-        direct: bool,
+        /// By a route through the peer instead, or not.
+        direct: Direct,
     },
+    /// Through our own data plane, which knows the peer itself.
+    Tunnel {
+        /// By a route through the peer instead, or not.
+        direct: Direct,
+    },
+}
+
+/// Whether a peer is reached by a route through it, past the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direct {
+    /// Never.
+    Never,
+    /// If it is on a link.
+    OnLink,
+    /// If it is on a link and probes have proven the way, which they take by the table that is theirs.
+    Probed {
+        /// The UDP port on which it answers them.
+        port: u16,
+        /// They have.
+        proven: bool,
+    },
+}
+
+impl Way {
+    /// Likewise, with what probes have found.
+    pub const fn prove(&mut self, found: bool) {
+        if let Self::Vxlan { direct, .. } | Self::Tunnel { direct } = self
+            && let Direct::Probed { proven, .. } = direct
+        {
+            *proven = found;
+        }
+    }
+}
+
+/// A peer whose way past the tunnel can be probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Candidate {
+    /// Its subnet.
+    pub net: IpNet,
+    /// Its address on the underlay.
+    pub public: IpAddr,
+    /// The link that it is on.
+    pub link: u32,
+    /// The UDP port on which it answers probes.
+    pub port: u16,
 }
 
 /// A lease of another backend, in one family.
@@ -83,6 +148,15 @@ pub struct Retained {
     pub net: IpNet,
     /// Its address on the underlay.
     pub public: Option<IpAddr>,
+}
+
+/// Who may send through the VXLAN devices.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Senders {
+    /// The nodes' addresses on the underlay.
+    pub outer: BTreeSet<IpAddr>,
+    /// Their devices' MAC addresses, each with the subnet whose packets its frames hold.
+    pub inner: BTreeSet<(Mac, IpNet)>,
 }
 
 /// A peer that gets no way, or a wrong one, and why.

@@ -17,7 +17,7 @@ pub enum DeviceError {
     /// The kernel has no VXLAN.
     #[error(
         "this kernel makes no VXLAN devices ({0}): load the module (modprobe vxlan; where it is missing, install \
-         the kernel's extra modules, such as linux-modules-extra-$(uname -r)), or let --vxlan auto carry the packets in user space"
+         the kernel's extra modules, such as linux-modules-extra-$(uname -r))"
     )]
     NoVxlan(KernelError),
     /// The name is taken by something else.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Peer, Refused, Way};
+use super::desired::{Candidate, Desired, Direct, Peer, Refused, Senders, Way};
 use super::kernel::{Edit, Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route};
 use super::on_link::OnLink;
 use crate::lease::Subnets;
@@ -20,6 +20,8 @@ pub struct Observed {
     pub flannels: Vec<u32>,
     /// The routes of the main table.
     pub routes: Vec<Route>,
+    /// The routes that only probes take.
+    pub probe_routes: Vec<Route>,
     /// The permanent neighbours of the devices.
     pub neighbours: Vec<Neighbour>,
     /// The permanent forwarding entries of the devices.
@@ -44,6 +46,12 @@ pub struct Difference {
     pub refused: Vec<Refused>,
     /// The subnets that are reached by a route through their node.
     pub direct: HashSet<IpNet>,
+    /// Who may send through the devices; none as long as not all peers are known.
+    pub senders: Option<Senders>,
+    /// Peers whose way past the tunnel can be probed.
+    pub candidates: Vec<Candidate>,
+    /// The subnets whose way past the tunnel is to be probed and cannot be: they are on no link.
+    pub distant: HashSet<IpNet>,
 }
 
 /// The changes that lead from `observed` to `desired`.
@@ -64,10 +72,17 @@ pub fn difference(desired: &Desired, observed: &Observed) -> Difference {
     steps.extend(missing_entries(observed, &resolved));
     steps.append(&mut resolved.route_steps);
     steps.extend(stale_entries(desired, observed, &resolved));
+    steps.extend(probe_steps(observed, &resolved));
+    let senders = desired
+        .complete
+        .then(|| senders(desired, observed, &resolved));
     Difference {
+        senders,
         steps,
         refused: resolved.refused,
         direct: resolved.direct,
+        candidates: resolved.candidates,
+        distant: resolved.distant,
     }
 }
 
@@ -132,6 +147,8 @@ struct Resolved {
     route_steps: Vec<Step>,
     refused: Vec<Refused>,
     direct: HashSet<IpNet>,
+    candidates: Vec<Candidate>,
+    distant: HashSet<IpNet>,
 }
 
 impl Resolved {
@@ -172,17 +189,18 @@ impl Resolved {
                 device,
                 mac,
                 direct,
-            } => {
-                let index = observed.devices.get(device).copied().unwrap_or_default();
-                let link = match direct {
-                    true => observer.on_link.link_of(public),
-                    false => None,
-                };
-                match link {
-                    Some(link) => (link, None),
-                    None => (index, Some(mac)),
+            } => match self.link_past_the_tunnel(peer, direct, observer) {
+                Some(link) => (link, None),
+                None => {
+                    let index = observed.devices.get(device).copied();
+                    (index.unwrap_or_default(), Some(mac))
                 }
-            }
+            },
+            Way::Tunnel { direct } => match self.link_past_the_tunnel(peer, direct, observer) {
+                Some(link) => (link, None),
+                // The route to the whole network leads there.
+                None => return Ok(()),
+            },
         };
         let route = Route {
             net,
@@ -225,6 +243,34 @@ impl Resolved {
         Ok(())
     }
 
+    /// The link of a peer that is reached past the tunnel. Notes who is to be probed.
+    fn link_past_the_tunnel(
+        &mut self,
+        peer: &Peer,
+        direct: Direct,
+        observer: &Observer<'_>,
+    ) -> Option<u32> {
+        let Peer { net, public, .. } = *peer;
+        let link = match direct {
+            Direct::Never => return None,
+            Direct::OnLink | Direct::Probed { .. } => observer.on_link.link_of(public),
+        };
+        let Direct::Probed { port, proven } = direct else {
+            return link;
+        };
+        let Some(link) = link else {
+            self.distant.insert(net);
+            return None;
+        };
+        self.candidates.push(Candidate {
+            net,
+            public,
+            link,
+            port,
+        });
+        proven.then_some(link)
+    }
+
     /// What makes `route` the one to its destination; nothing if it is.
     ///
     /// IPv6 takes a next router as on the link only if no route there is leads elsewhere
@@ -257,6 +303,30 @@ impl Resolved {
     }
 }
 
+/// The peers, and whoever uses another backend for now and is still reached through a device: by the entries that
+/// stay there for it.
+fn senders(desired: &Desired, observed: &Observed, resolved: &Resolved) -> Senders {
+    let mut senders = Senders::default();
+    for peer in &desired.peers {
+        if let Way::Vxlan { mac, .. } = peer.way
+            && resolved.routes.contains(&peer.net)
+        {
+            senders.outer.insert(peer.public);
+            senders.inner.insert((mac, peer.net));
+        }
+    }
+    for lease in &desired.retained {
+        let inside = |it: &&Neighbour| lease.net.contains(&it.ip);
+        let macs = observed.neighbours.iter().filter(inside).map(|it| it.mac);
+        for mac in macs {
+            senders.inner.insert((mac, lease.net));
+            let forwards = observed.forwards.iter().filter(|it| it.mac == mac);
+            senders.outer.extend(forwards.map(|it| it.to));
+        }
+    }
+    senders
+}
+
 fn stale_routes(
     desired: &Desired,
     observed: &Observed,
@@ -278,6 +348,40 @@ fn stale_routes(
         lease: None,
     };
     stale.map(step).collect()
+}
+
+/// Makes the probes' table what the candidates need: it is wholly ours.
+fn probe_steps(observed: &Observed, resolved: &Resolved) -> Vec<Step> {
+    let wanted: HashMap<IpNet, Route> = resolved
+        .candidates
+        .iter()
+        .map(|candidate| {
+            let route = Route {
+                net: candidate.net,
+                link: candidate.link,
+                gateway: Some(candidate.public),
+                onlink: false,
+                metric: None,
+                protocol: PROTOCOL_LODEN,
+            };
+            (candidate.net, route)
+        })
+        .collect();
+    let is_right = |route: &Route| {
+        let wanted = wanted.get(&route.net);
+        wanted.is_some_and(|wanted| wanted.same_way(route) && route.has_default_metric())
+    };
+    let (right, wrong): (Vec<&Route>, Vec<&Route>) = observed
+        .probe_routes
+        .iter()
+        .partition(|route| is_right(route));
+    let there: HashSet<IpNet> = right.iter().map(|route| route.net).collect();
+    let stale = wrong
+        .into_iter()
+        .map(|route| Edit::DeleteProbeRoute(*route));
+    let missing = wanted.values().filter(|route| !there.contains(&route.net));
+    let edits = stale.chain(missing.copied().map(Edit::AddProbeRoute));
+    edits.map(|edit| Step { edit, lease: None }).collect()
 }
 
 fn missing_entries(observed: &Observed, resolved: &Resolved) -> Vec<Step> {

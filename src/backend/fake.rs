@@ -18,6 +18,9 @@ pub(crate) struct State {
     pub(crate) links: Vec<Link>,
     pub(crate) addrs: Vec<(u32, IpNet)>,
     pub(crate) routes: Vec<Route>,
+    pub(crate) probe_routes: Vec<Route>,
+    /// Whether marked probes look there, in IPv4 and IPv6.
+    pub(crate) steered: (bool, bool),
     pub(crate) neighbours: Vec<Neighbour>,
     pub(crate) forwards: Vec<Forward>,
     /// What is below `/proc/sys/net`.
@@ -69,6 +72,7 @@ impl State {
     pub(crate) fn remove_link(&mut self, index: u32) {
         self.links.retain(|link| link.index != index);
         self.routes.retain(|route| route.link != index);
+        self.probe_routes.retain(|route| route.link != index);
         self.addrs.retain(|(at, _)| *at != index);
         self.neighbours.retain(|it| it.link != index);
         self.forwards.retain(|it| it.link != index);
@@ -116,6 +120,16 @@ impl State {
                 self.routes.push(route);
             }
             Edit::DeleteRoute(route) => self.routes.retain(|other| *other != route),
+            Edit::AddProbeRoute(route) => {
+                if !self.link_mut(route.link)?.up {
+                    return Err(libc::ENETDOWN);
+                }
+                if self.probe_routes.iter().any(|other| other.net == route.net) {
+                    return Err(libc::EEXIST);
+                }
+                self.probe_routes.push(route);
+            }
+            Edit::DeleteProbeRoute(route) => self.probe_routes.retain(|other| *other != route),
             Edit::SetNeighbour(it) => {
                 self.link_mut(it.link)?;
                 let same = |other: &Neighbour| (other.link, other.ip) == (it.link, it.ip);
@@ -146,6 +160,7 @@ impl State {
             link.up = false;
         }
         self.routes.retain(|route| route.link != index);
+        self.probe_routes.retain(|route| route.link != index);
         self.neighbours.retain(|it| it.link != index);
         self.addrs
             .retain(|(at, addr)| *at != index || addr.addr().is_ipv4());
@@ -293,6 +308,19 @@ impl Kernel for FakeKernel {
 
     async fn routes(&self) -> Result<Vec<Route>, KernelError> {
         Ok(self.state().routes.clone())
+    }
+
+    async fn probe_routes(&self) -> Result<Vec<Route>, KernelError> {
+        Ok(self.state().probe_routes.clone())
+    }
+
+    async fn steer_probes(&self, v4: bool, v6: bool) -> Result<bool, KernelError> {
+        let mut changed = false;
+        self.change("steer probes".to_owned(), |state| {
+            changed = std::mem::replace(&mut state.steered, (v4, v6)) != (v4, v6);
+            Ok(())
+        })?;
+        Ok(changed)
     }
 
     async fn add_route(&self, route: Route) -> Result<(), KernelError> {

@@ -1,6 +1,7 @@
 //! Owns the ways in which packets cross the underlay: what each needs from the kernel, and how the kernel is
 //! brought there. Reaches the kernel only through [`kernel::Kernel`].
 
+pub mod abilities;
 pub mod data_plane;
 pub mod desired;
 pub mod device;

@@ -224,7 +224,7 @@ impl Plan {
                 let both = |lease: &'a Lease| {
                     [Family::V4, Family::V6].into_iter().filter_map(|family| {
                         let peer = vxlan.peer(lease, family).ok().flatten()?;
-                        vxlan.route(&peer, lease.extension.ecn)
+                        vxlan.route(&peer)
                     })
                 };
                 (ours.flat_map(both).collect(), Vec::new())
@@ -250,6 +250,7 @@ impl Plan {
                 }
                 Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) => Vec::new(),
             },
+            probing: matches!(self, Self::Vxlan(vxlan) if vxlan.is_auto()),
             ..Desired::default()
         };
         let mut refused = Vec::new();
@@ -271,8 +272,10 @@ impl Plan {
             }
             for family in [Family::V4, Family::V6] {
                 match self.peer(lease, family) {
-                    // The kernel knows nothing of the peers of our own data plane.
-                    Ok(_) if self.in_user_space().is_some() => {}
+                    // The kernel knows nothing of the peers of our own data plane, but for ways past it.
+                    Ok(peer) if self.in_user_space().is_some() => {
+                        desired.peers.extend(peer.and_then(Peer::past_our_tunnel));
+                    }
                     Ok(peer) => desired.peers.extend(peer),
                     Err(why) => refused.push(Refused {
                         lease: lease.subnets,

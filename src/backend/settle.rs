@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Refused};
+use super::desired::{Candidate, Desired, Refused, Senders};
 use super::device::{self, DeviceError};
 use super::diff::{Observed, Step, difference};
 use super::kernel::{Edit, Kernel, KernelError, Link, PROTOCOL_LODEN};
@@ -24,6 +24,14 @@ pub struct Report {
     pub refused: Vec<Refused>,
     /// The subnets that are reached by a route through their node.
     pub direct: HashSet<IpNet>,
+    /// Who may send through the devices; none as long as not all peers are known.
+    pub senders: Option<Senders>,
+    /// Peers whose way past the tunnel can be probed.
+    pub candidates: Vec<Candidate>,
+    /// The subnets whose way past the tunnel is to be probed and cannot be: they are on no link.
+    pub distant: HashSet<IpNet>,
+    /// Why ways past the tunnel cannot be probed at all.
+    pub unprobed: Option<String>,
     /// What the kernel refused, the first few in words.
     pub failures: Vec<String>,
     /// How often it refused.
@@ -59,6 +67,19 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
         observed.flannels = sweep_devices(kernel, desired, &mut report).await?;
     }
     observed.routes = kernel.routes().await?;
+    if desired.probing || (desired.complete && desired.sweep_devices) {
+        observed.probe_routes = kernel.probe_routes().await?;
+        let of_family = |v4: bool| {
+            let mut networks = desired.networks.iter();
+            desired.probing && networks.any(|net| matches!(net, IpNet::V4(_)) == v4)
+        };
+        match kernel.steer_probes(of_family(true), of_family(false)).await {
+            Ok(false) => {}
+            Ok(true) => report.changed.push("routing rule for probes".to_owned()),
+            // A kernel without policy routing has nothing of ours there, either.
+            Err(error) => report.unprobed = Some(error.to_string()),
+        }
+    }
     for &index in &report.devices {
         observed.neighbours.extend(kernel.neighbours(index).await?);
         observed.forwards.extend(kernel.forwards(index).await?);
@@ -66,9 +87,22 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
     let difference = difference(desired, &observed);
     report.refused = difference.refused;
     report.direct = difference.direct;
-    let edits: Vec<Edit> = difference.steps.iter().map(|step| step.edit).collect();
+    report.senders = difference.senders;
+    report.candidates = difference.candidates;
+    report.distant = difference.distant;
+    let mut steps = difference.steps;
+    if report.unprobed.is_some() {
+        report.candidates.clear();
+        steps.retain(|step| {
+            !matches!(
+                step.edit,
+                Edit::AddProbeRoute(_) | Edit::DeleteProbeRoute(_)
+            )
+        });
+    }
+    let edits: Vec<Edit> = steps.iter().map(|step| step.edit).collect();
     let results = kernel.edit(&edits).await;
-    for (step, result) in difference.steps.iter().zip(results) {
+    for (step, result) in steps.iter().zip(results) {
         report.note(step, result);
     }
     Ok(report)
@@ -111,6 +145,17 @@ pub async fn remove(kernel: &impl Kernel) -> (Vec<String>, Vec<KernelError>) {
                 }
             }
         }
+        Err(error) => errors.push(error),
+    }
+    let probes = kernel.probe_routes().await.unwrap_or_default();
+    let edits: Vec<Edit> = probes.into_iter().map(Edit::DeleteProbeRoute).collect();
+    let deleted = kernel.edit(&edits).await;
+    errors.extend(deleted.into_iter().filter_map(Result::err));
+    match kernel.steer_probes(false, false).await {
+        Ok(true) => removed.push("routing rule for probes".to_owned()),
+        Ok(false) => {}
+        // A kernel without policy routing has no rule.
+        Err(error) if error.is_unsupported() => {}
         Err(error) => errors.push(error),
     }
     match kernel.links().await {

@@ -9,15 +9,16 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use super::abilities::Abilities;
 use super::data_plane::DataPlane;
-use super::desired::{Device, Peer, Way};
+use super::desired::{Device, Direct, Peer, Way};
 use super::device::{NAME_V4, NAME_V6};
 use super::ends::Ends;
 use super::kernel::{Link, VxlanLink};
 use super::plan::PlanError;
 use super::{reconcile, udp};
 use crate::addr::{Mac, Mtu, Vni};
-use crate::config::{NetworkConfig, Object, SourcePort, VxlanBackend};
+use crate::config::{NetworkConfig, Object, SourceCheck, SourcePort, VxlanBackend};
 use crate::datapath::{self, Encapsulation, PeerRoute};
 use crate::iface::{Choice, Family};
 use crate::lease::{BackendData, Lease, LeaseAttrs, Subnets};
@@ -35,6 +36,17 @@ pub struct Vxlan {
     in_user_space: Option<String>,
     /// Which ports our own data plane sends from.
     source_port: SourcePort,
+    /// What this node takes and says beside the tunnel, where peers are reached by the best way that is proven.
+    past: Past,
+}
+
+/// What a node does about ways past the tunnel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Past {
+    /// Where it answers probes, if it does.
+    pub probe_port: Option<u16>,
+    /// Why it can use none itself, if it cannot.
+    pub obstacle: Option<String>,
 }
 
 /// A device before it is known which subnet it belongs to.
@@ -102,6 +114,10 @@ impl Vxlan {
             devices,
             in_user_space: None,
             source_port: SourcePort::Spread,
+            past: Past {
+                probe_port: None,
+                obstacle: Some("it has not been looked for".to_owned()),
+            },
         })
     }
 
@@ -117,7 +133,7 @@ impl Vxlan {
     pub fn attrs(&self) -> LeaseAttrs {
         let mut attrs = self.ends.attrs(TYPE);
         for (family, device) in &self.devices {
-            let data = data(self.backend.vni, device.mac);
+            let data = data(self.backend.vni, device.mac, self.abilities().as_ref());
             match family {
                 Family::V4 => attrs.backend_data = data,
                 Family::V6 => attrs.backend_v6_data = data,
@@ -130,6 +146,18 @@ impl Vxlan {
     #[must_use]
     pub const fn port(&self) -> u16 {
         self.backend.port
+    }
+
+    /// Which packets are accepted from the underlay; `None`: all.
+    #[must_use]
+    pub const fn source_check(&self) -> Option<SourceCheck> {
+        self.backend.source_check
+    }
+
+    /// The network identifier.
+    #[must_use]
+    pub const fn vni(&self) -> u32 {
+        self.backend.vni
     }
 
     /// The address of this node that the status shows.
@@ -201,7 +229,65 @@ impl Vxlan {
     /// Takes over from the plan before who carries the packets.
     pub fn keep_place_of(&mut self, before: &Self) {
         self.in_user_space.clone_from(&before.in_user_space);
+        self.past = before.past.clone();
         self.source_port = before.source_port;
+    }
+
+    /// Whether peers are reached by the best way that is proven.
+    #[must_use]
+    pub const fn is_auto(&self) -> bool {
+        self.backend.auto
+    }
+
+    /// Says what this node can do past the tunnel.
+    pub fn set_past(&mut self, past: Past) {
+        self.past = past;
+    }
+
+    /// The external interface's names and those of the devices, by which packets of the overlay come in.
+    pub fn links(&self) -> impl Iterator<Item = &str> {
+        let ends = self.ends.iter().map(|end| end.name.as_str());
+        ends.chain(self.device_names())
+    }
+
+    /// What the lease says of us beside flannel's data.
+    fn abilities(&self) -> Option<Abilities> {
+        self.backend.auto.then(|| Abilities {
+            route: self.past.obstacle.is_none() && self.past.probe_port.is_some(),
+            in_user_space: self.in_user_space.is_some(),
+            port: self.backend.port,
+            probe_port: self.past.probe_port,
+        })
+    }
+
+    /// The port at which the way past the tunnel to a peer is probed; none where nobody asks for such ways.
+    ///
+    /// # Errors
+    ///
+    /// Why there is none to this peer, whatever the links are.
+    pub fn past_to(&self, lease: &Lease, family: Family) -> Result<Option<u16>, String> {
+        if !self.backend.auto {
+            return Ok(None);
+        }
+        if let Some(obstacle) = &self.past.obstacle {
+            return Err(format!("this node uses none: {obstacle}"));
+        }
+        let data = match family {
+            Family::V4 => lease.attrs.backend_data.as_ref(),
+            Family::V6 => lease.attrs.backend_v6_data.as_ref(),
+        };
+        let said = data.map(Abilities::parse).transpose()?.flatten();
+        let said = said
+            .ok_or("its lease does not say that it takes any, as that of an unmodified flannel")?;
+        if !said.route {
+            return Err(
+                "its lease says that it takes none: its own `loden status` says why".to_owned(),
+            );
+        }
+        let port = said
+            .probe_port
+            .ok_or("it answers no probes (--probe-port)")?;
+        Ok(Some(port))
     }
 
     /// Which ports datagrams are sent from, where that is ours to say.
@@ -235,7 +321,11 @@ impl Vxlan {
                 },
                 bind: self.endpoint(choice.addr),
                 mtu: device.mtu,
-                source_check: datapath::SourceCheck::Strict,
+                // Our own data plane knows no "off": a peer is recognised by something.
+                source_check: match self.backend.source_check {
+                    Some(SourceCheck::Strict) => datapath::SourceCheck::Strict,
+                    Some(SourceCheck::Loose) | None => datapath::SourceCheck::Loose,
+                },
                 source_port: udp::source_port(self.source_port),
                 device: reconcile::Desired {
                     mtu: device.mtu,
@@ -259,9 +349,10 @@ impl Vxlan {
         }
     }
 
-    /// A peer's way, as our own data plane goes it.
+    /// A peer's way, as our own data plane goes it. Whoever terminates VXLAN combines the ECN fields as RFC 6040 says:
+    /// the kernel's device (`vxlan_ecn_decapsulate` in drivers/net/vxlan) as our own data plane does.
     #[must_use]
-    pub fn route(&self, peer: &Peer, ecn: bool) -> Option<PeerRoute> {
+    pub fn route(&self, peer: &Peer) -> Option<PeerRoute> {
         let Way::Vxlan { mac, .. } = peer.way else {
             return None;
         };
@@ -269,7 +360,7 @@ impl Vxlan {
             net: peer.net,
             addr: self.endpoint(peer.public),
             mac: Some(mac),
-            ecn,
+            ecn: true,
         })
     }
 
@@ -330,7 +421,14 @@ impl Vxlan {
                 "its VtepMAC {mac} is also this node's: give the nodes different ones"
             ));
         }
-        let direct = self.backend.direct_routing;
+        let direct = match self.past_to(lease, family) {
+            Ok(Some(port)) => Direct::Probed {
+                port,
+                proven: false,
+            },
+            Ok(None) | Err(_) if self.backend.direct_routing => Direct::OnLink,
+            Ok(None) | Err(_) => Direct::Never,
+        };
         Ok(Some(Peer {
             lease: lease.subnets,
             net,
@@ -344,9 +442,11 @@ impl Vxlan {
     }
 }
 
-/// What a lease publishes about a device, byte for byte as the original.
-fn data(vni: u32, mac: Mac) -> Option<BackendData> {
-    BackendData::new(&format!(r#"{{"VNI":{vni},"VtepMAC":"{mac}"}}"#))
+/// What a lease publishes about a device, byte for byte as the original; what it knows nothing of comes after that.
+fn data(vni: u32, mac: Mac, abilities: Option<&Abilities>) -> Option<BackendData> {
+    let more = abilities.map(|it| format!(",{}", it.to_member()));
+    let more = more.unwrap_or_default();
+    BackendData::new(&format!(r#"{{"VNI":{vni},"VtepMAC":"{mac}"{more}}}"#))
 }
 
 /// The device's MAC address in what a lease publishes. The VNI beside it is never looked at, as in the original.

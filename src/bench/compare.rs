@@ -8,14 +8,13 @@ use std::fmt::{self, Write as _};
 
 use serde::Serialize;
 
+use super::medium::Medium;
 use super::ratio::paired;
 use super::report::{Report, SCHEMA};
 use super::scenario::{Metric, Scenario};
 use super::stats::Summary;
 use super::system::System;
 use super::table::cell;
-use crate::lab::Wire;
-use crate::lab::spec::cli_name;
 
 /// The figures that are compared, where a scenario has them; the others explain these.
 const METRICS: [Metric; 8] = [
@@ -61,7 +60,7 @@ impl fmt::Display for Change {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Line {
     /// On this wire.
-    pub wire: Wire,
+    pub wire: Medium,
     /// In this scenario.
     pub scenario: Scenario,
     /// Of this system.
@@ -145,7 +144,7 @@ pub fn compare(
 }
 
 struct Figure<'a> {
-    wire: Wire,
+    wire: Medium,
     scenario: Scenario,
     metric: Metric,
     system: &'a System,
@@ -236,7 +235,7 @@ fn warnings(old: &Report, new: &Report, reference: Option<&System>) -> Vec<Strin
                 .collect::<Vec<_>>()
                 .join(" ")
         };
-        let what = format!("offered UDP rate on the {} wire", cli_name(&wire));
+        let what = format!("offered UDP rate on the {}", wire);
         differs(&what, &rates(old), &rates(new));
     }
     for (which, report) in [("old", old), ("new", new)] {
@@ -292,8 +291,8 @@ impl Comparison {
         for line in &self.lines {
             let star = if line.over_reference { "" } else { " *" };
             let what = format!(
-                "{} wire, {}, {} ({}){star}",
-                cli_name(&line.wire),
+                "{}, {}, {} ({}){star}",
+                line.wire,
                 line.scenario,
                 line.system,
                 line.metric.unit()

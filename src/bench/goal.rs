@@ -1,47 +1,16 @@
 //! Owns the goals that the project holds itself to, the floors below which it must not fall again, and the ratios
 //! they are held against. Pure.
 
+mod list;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::ratio::{Rule, paired};
 use super::report::Cells;
-use super::scenario::{Metric, Scenario};
 use super::stats::Summary;
-use super::system::System;
-use crate::lab::Wire;
-use crate::lab::spec::cli_name;
-
-/// Whose number it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
-    Loden,
-    Vxlan,
-    Portable,
-    /// The daemon given with `--against`; where there is none, the portable engine, which works as it does, stands
-    /// for it.
-    Original,
-}
-
-impl Who {
-    fn among(self, cells: &Cells) -> System {
-        match self {
-            Self::Loden => System::LODEN,
-            Self::Vxlan => System::Vxlan,
-            Self::Portable => System::Portable,
-            Self::Original => cells
-                .systems()
-                .into_iter()
-                .find(|system| matches!(system, System::Other(_)))
-                .unwrap_or(System::Portable),
-        }
-    }
-}
-
-/// One side of a ratio.
-#[derive(Clone, Copy, Debug)]
-struct Side(Scenario, Who);
+use list::{FLOORS, Goal, PROJECT, Side};
 
 /// How the ratio, or the number itself, must lie.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,185 +39,6 @@ impl fmt::Display for Bound {
         }
     }
 }
-
-struct Goal {
-    id: &'static str,
-    wire: Wire,
-    metric: Metric,
-    over: Side,
-    /// Without it, the number itself is judged.
-    under: Option<Side>,
-    bound: Bound,
-}
-
-const TCP_1: Scenario = Scenario::tcp(1);
-const TCP_8: Scenario = Scenario::tcp(8);
-const TCP_64: Scenario = Scenario::tcp(64);
-const BURST: Scenario = Scenario::udp(true);
-const SINGLE: Scenario = Scenario::udp(false);
-const IDLE: Scenario = Scenario::LATENCY_IDLE;
-
-/// loden over `under`, in one scenario.
-const fn against(
-    id: &'static str,
-    wire: Wire,
-    scenario: Scenario,
-    metric: Metric,
-    under: Who,
-    bound: Bound,
-) -> Goal {
-    Goal {
-        id,
-        wire,
-        metric,
-        over: Side(scenario, Who::Loden),
-        under: Some(Side(scenario, under)),
-        bound,
-    }
-}
-
-const fn throughput(id: &'static str, wire: Wire, under: Who, floor: f64) -> Goal {
-    let bound = Bound::AtLeast(floor);
-    against(id, wire, TCP_1, Metric::Throughput, under, bound)
-}
-
-/// Many streams over one.
-const fn streams(id: &'static str, wire: Wire, many: Scenario) -> Goal {
-    Goal {
-        id,
-        wire,
-        metric: Metric::Throughput,
-        over: Side(many, Who::Loden),
-        under: Some(Side(TCP_1, Who::Loden)),
-        bound: Bound::AtLeast(0.9),
-    }
-}
-
-/// loden's own number, without a ratio.
-const fn alone(
-    wire: Wire,
-    id: &'static str,
-    scenario: Scenario,
-    metric: Metric,
-    most: f64,
-) -> Goal {
-    Goal {
-        id,
-        wire,
-        metric,
-        over: Side(scenario, Who::Loden),
-        under: None,
-        bound: Bound::AtMost(most),
-    }
-}
-
-const SUPER: Wire = Wire::Superpacket;
-const PACKET: Wire = Wire::Packet;
-const NO_GRO: Wire = Wire::PacketNoGro;
-
-/// What has been reached and must not be lost again; each only ever rises.
-const FLOORS: [Goal; 8] = [
-    throughput("floor", SUPER, Who::Vxlan, 0.55),
-    throughput("floor", SUPER, Who::Portable, 12.0),
-    throughput("floor", PACKET, Who::Vxlan, 0.70),
-    throughput("floor", NO_GRO, Who::Portable, 2.0),
-    streams("floor", SUPER, TCP_8),
-    streams("floor", PACKET, TCP_8),
-    against(
-        "floor",
-        SUPER,
-        BURST,
-        Metric::CpuPerPacket,
-        Who::Portable,
-        Bound::AtMost(0.25),
-    ),
-    against(
-        "floor",
-        SUPER,
-        IDLE,
-        Metric::LatencyP50,
-        Who::Portable,
-        Bound::AtMost(1.0),
-    ),
-];
-
-/// Where the project wants to be. P8, P9 and P11 are not figures of a network: `benches/` and the tests of memory
-/// measure the first two.
-const PROJECT: [Goal; 24] = [
-    throughput("P1", SUPER, Who::Original, 20.0),
-    throughput("P1, first milestone", SUPER, Who::Vxlan, 0.6),
-    throughput("P1", SUPER, Who::Vxlan, 1.0),
-    throughput("P2", PACKET, Who::Original, 20.0),
-    throughput("P2, first milestone", PACKET, Who::Vxlan, 0.75),
-    throughput("P2", PACKET, Who::Vxlan, 1.0),
-    throughput("P3", NO_GRO, Who::Original, 5.0),
-    throughput("P3", NO_GRO, Who::Vxlan, 0.6),
-    against(
-        "P4",
-        SUPER,
-        BURST,
-        Metric::CpuPerPacket,
-        Who::Original,
-        Bound::AtMost(0.125),
-    ),
-    against(
-        "P4",
-        PACKET,
-        BURST,
-        Metric::CpuPerPacket,
-        Who::Original,
-        Bound::AtMost(0.125),
-    ),
-    against(
-        "P5",
-        SUPER,
-        SINGLE,
-        Metric::CpuPerPacket,
-        Who::Original,
-        Bound::AtMost(0.5),
-    ),
-    against(
-        "P6",
-        SUPER,
-        IDLE,
-        Metric::LatencyP50,
-        Who::Original,
-        Bound::AtMost(0.8),
-    ),
-    against(
-        "P6",
-        SUPER,
-        IDLE,
-        Metric::LatencyP99,
-        Who::Original,
-        Bound::AtMost(0.8),
-    ),
-    against(
-        "P6",
-        SUPER,
-        IDLE,
-        Metric::LatencyP50,
-        Who::Vxlan,
-        Bound::AtMost(1.3),
-    ),
-    against(
-        "P6",
-        SUPER,
-        IDLE,
-        Metric::LatencyP99,
-        Who::Vxlan,
-        Bound::AtMost(1.3),
-    ),
-    streams("P7", SUPER, TCP_8),
-    streams("P7", SUPER, TCP_64),
-    streams("P7", PACKET, TCP_8),
-    streams("P7", PACKET, TCP_64),
-    alone(SUPER, "P7", TCP_8, Metric::Reordered, 0.0),
-    alone(PACKET, "P7", TCP_8, Metric::Reordered, 0.0),
-    alone(PACKET, "P7", TCP_64, Metric::Reordered, 0.0),
-    alone(SUPER, "P10", TCP_1, Metric::CpuPerGigabyte, 1.2),
-    alone(PACKET, "P10", TCP_1, Metric::CpuPerGigabyte, 1.2),
-];
 
 /// What came of a goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -340,17 +130,17 @@ impl Goal {
     fn describe(&self, cells: &Cells) -> String {
         let Side(scenario, who) = self.over;
         let system = who.among(cells);
-        let (what, wire) = (scenario.describe(), cli_name(&self.wire));
+        let (what, wire) = (scenario.describe(), self.wire);
         let unit = self.metric.unit();
         match self.under {
-            None => format!("{what} ({unit}), {wire} wire: {system}"),
+            None => format!("{what} ({unit}), {wire}: {system}"),
             Some(Side(other, under)) if other == scenario => {
                 let under = under.among(cells);
-                format!("{what} ({unit}), {wire} wire: {system} / {under}")
+                format!("{what} ({unit}), {wire}: {system} / {under}")
             }
             Some(Side(other, _)) => {
                 let other = other.describe();
-                format!("{what} / {other} ({unit}), {wire} wire: {system}")
+                format!("{what} / {other} ({unit}), {wire}: {system}")
             }
         }
     }
@@ -361,7 +151,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::measure::Sample;
+    use super::list::{SUPER, TCP_1};
     use super::*;
+    use crate::bench::scenario::Metric;
+    use crate::bench::system::System;
 
     fn cells(systems: &[(System, &[f64])]) -> Cells {
         let mut cells = Cells::default();
@@ -369,7 +162,7 @@ mod tests {
             for &value in *values {
                 let sample = Sample {
                     figures: BTreeMap::from([(Metric::Throughput, value)]),
-                    failed: None,
+                    ..Sample::default()
                 };
                 cells.push(SUPER, TCP_1, system, sample);
             }

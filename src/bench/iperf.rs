@@ -1,17 +1,18 @@
 //! Owns one iperf3 run between two pods: server, client, and reading the client's report. Never decides
 //! how long or how often.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::Error;
-use super::system::Path;
-use crate::lab::{Lab, wait};
+use super::service::{Kind, Order};
+use super::stage::Stage;
+use super::system::Path as Route;
 
-/// iperf3's own port.
-const PORT: u16 = 5201;
+const PROGRAM: &str = "iperf3";
 /// Connecting, slow start and the exchange of results come on top of the measured time.
 const EXTRA: Duration = Duration::from_secs(20);
 
@@ -26,46 +27,31 @@ pub struct TcpResult {
     pub retransmits: f64,
 }
 
-/// Sends over `streams` connections along `path` for `seconds`; with `both`, over as many the other way at the same
+/// Sends over `streams` connections along `route` for `seconds`; with `both`, over as many the other way at the same
 /// time.
 ///
 /// # Errors
-/// [`Error::Lab`] if a program fails, [`Error::Report`] if the client's report is not understood.
+/// [`Error::Lab`] or [`Error::Remote`] if a program fails, [`Error::Report`] if the client's report is not understood.
 pub fn run(
-    lab: &Lab,
-    path: &Path,
+    stage: &dyn Stage,
+    route: &Route,
     streams: u8,
     both: bool,
     seconds: u32,
 ) -> Result<TcpResult, Error> {
-    let target = path.to;
-    let addr = path.addr.to_string();
-    let mut server = Command::new("iperf3");
-    server.args(["-s", "-1", "-4", "-p", &PORT.to_string()]);
-    let mut server = lab.spawn(target, "iperf3-server", &mut server)?;
-    wait::until_bound(&lab.netns(target), "tcp", PORT, lab.interrupt(), || {
-        server.check_running()
-    })?;
-
-    let mut client = Command::new("iperf3");
-    client.args([
-        "-c",
-        &addr,
-        "-p",
-        &PORT.to_string(),
-        "-J",
-        "-i",
-        "0",
-        "--connect-timeout",
-        "3000",
-    ]);
+    let time = Duration::from_secs(u64::from(seconds));
+    let order = Order::new(Kind::Iperf, route.addr, time + EXTRA);
+    let _server = stage.serve(route, Path::new(PROGRAM), order)?;
+    let (addr, port) = (route.addr.to_string(), order.socket().port().to_string());
+    let mut client = Command::new(PROGRAM);
+    client.args(["-c", &addr, "-p", &port, "-J", "-i", "0"]);
+    client.args(["--connect-timeout", "3000"]);
     client.args(["-t", &seconds.to_string(), "-P", &streams.to_string()]);
     if both {
         client.arg("--bidir");
     }
-    let client = lab.spawn(path.from, "iperf3-client", &mut client)?;
-    let limit = Duration::from_secs(u64::from(seconds)) + EXTRA;
-    parse(&client.finish(limit, lab.interrupt())?)
+    let client = stage.spawn(route, "iperf3-client", &mut client)?;
+    parse(&client.finish(order.limit(), stage.interrupt())?)
 }
 
 #[derive(Deserialize)]

@@ -7,9 +7,11 @@
 //! | [`system`] | what is compared: the wire, plain routing, kernel VXLAN, loden's engines, other programs |
 //! | [`scenario`] | what is done with it, by text id: streams, bursts, single packets, latency |
 //! | [`measure`] | taking one [`Sample`](measure::Sample) of one scenario on one lab |
+//! | [`stage`], [`service`], [`remote`] | where the two ends run: in a lab, or here and on another machine |
+//! | [`medium`] | what lies between them |
 //! | [`iperf`], [`udp`], [`tcp`], [`lossless`] | the traffic: iperf3, and packets and requests of our own |
 //! | [`meter`], [`process_clock`], [`dataplane`] | what it cost: processors, context switches, system calls |
-//! | [`run`] | the order of a run: interleaved repetitions on the labs of one underlay after the other |
+//! | [`plan`], [`run`] | the order of a run: interleaved repetitions on the labs of one underlay after the other |
 //! | [`quick`] | what the quick benchmark takes of it |
 //! | [`stats`], [`ratio`], [`goal`] | medians, ratios within a repetition, and the goals they are held against |
 //! | [`report`] | the result as data |
@@ -25,15 +27,20 @@ pub mod goal;
 pub mod iperf;
 pub mod lossless;
 pub mod measure;
+pub mod medium;
 pub mod meter;
 pub mod page;
+pub mod plan;
 pub mod plot;
 pub mod process_clock;
 pub mod quick;
 pub mod ratio;
+pub mod remote;
 pub mod report;
 pub mod run;
 pub mod scenario;
+pub mod service;
+pub mod stage;
 pub mod stats;
 pub mod system;
 pub mod table;
@@ -88,6 +95,20 @@ pub enum Error {
         /// The system's answer.
         source: nix::Error,
     },
+    /// The other machine does not answer, does not want us, or something failed there.
+    #[error("the other machine: {0}")]
+    Remote(String),
+    /// The connection to the other machine is gone.
+    #[error("the connection to the other machine is lost: {0}")]
+    Lost(std::io::Error),
+    /// There is no token.
+    #[error("token file {}: {reason}", path.display())]
+    Token {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// A system call of a traffic program failed.
     #[error("cannot {doing}: {source}")]
     Io {
@@ -111,8 +132,17 @@ impl Error {
             | Self::Status(_)
             | Self::Plot { .. }
             | Self::Clock { .. }
+            | Self::Remote(_)
+            | Self::Lost(_)
+            | Self::Token { .. }
             | Self::Io { .. } => false,
         }
+    }
+
+    /// Whether nothing that comes after it can succeed.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Lost(_)) || self.is_interruption()
     }
 
     fn io<E: Into<std::io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Self {

@@ -9,13 +9,15 @@ use super::stats::Summary;
 
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 340;
-/// Above the bars, for the legend.
-const LEGEND: u32 = 34;
+/// One line of the legend, which is above the bars.
+const LEGEND: i32 = 24;
+/// Where the legend begins.
+const LEFT: i32 = 70;
 /// Below the bars, for the names of the groups.
 const NAMES: u32 = 26;
 const FONT: &str = "sans-serif";
 /// Distinguishable also for people who do not see all colours (Okabe and Ito), then greys.
-const COLOURS: [RGBColor; 9] = [
+const COLOURS: [RGBColor; 12] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -25,6 +27,9 @@ const COLOURS: [RGBColor; 9] = [
     RGBColor(240, 228, 66),
     RGBColor(90, 90, 90),
     RGBColor(170, 170, 170),
+    RGBColor(120, 94, 240),
+    RGBColor(140, 86, 50),
+    RGBColor(30, 30, 30),
 ];
 
 /// What is drawn: for each group a bar of each series that has one.
@@ -60,12 +65,12 @@ impl Bars {
     fn draw_on(&self, root: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<(), String> {
         let failed = |error: DrawingAreaErrorKind<_>| error.to_string();
         root.fill(&WHITE).map_err(failed)?;
-        self.draw_legend(root)?;
+        let legend = self.draw_legend(root)?;
         let values = self.groups.iter().flat_map(|(_, bars)| bars).flatten();
         let top = values.map(|summary| summary.max).fold(0.0, f64::max);
         let top = if top > 0.0 { top * 1.05 } else { 1.0 };
         let mut chart = ChartBuilder::on(root)
-            .margin_top(LEGEND)
+            .margin_top(legend)
             .margin_bottom(NAMES)
             .margin_right(12)
             .y_label_area_size(64)
@@ -106,19 +111,25 @@ impl Bars {
         Ok(())
     }
 
-    fn draw_legend(&self, root: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<(), String> {
+    /// Draws the names of the series in as many lines as they need, and returns the height of those.
+    fn draw_legend(&self, root: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<i32, String> {
         let failed = |error: DrawingAreaErrorKind<_>| error.to_string();
-        let mut x = 70;
+        let right = i32::try_from(WIDTH).unwrap_or(i32::MAX);
+        let (mut x, mut y) = (LEFT, 10);
         for (series, name) in self.series.iter().enumerate() {
-            let square = [(x, 10), (x + 12, 22)];
+            // Eight pixels are more than the mean width of a letter at this size.
+            let width = 34 + 8 * i32::try_from(name.chars().count()).unwrap_or(0);
+            if x > LEFT && x + width > right {
+                (x, y) = (LEFT, y + LEGEND);
+            }
+            let square = [(x, y), (x + 12, y + 12)];
             root.draw(&Rectangle::new(square, colour(series).filled()))
                 .map_err(failed)?;
-            root.draw(&Text::new(name.as_str(), (x + 17, 8), text(14)))
+            root.draw(&Text::new(name.as_str(), (x + 17, y - 2), text(14)))
                 .map_err(failed)?;
-            // Eight pixels are more than the mean width of a letter at this size.
-            x += 34 + 8 * i32::try_from(name.chars().count()).unwrap_or(0);
+            x += width;
         }
-        Ok(())
+        Ok(y + LEGEND)
     }
 }
 
@@ -177,6 +188,36 @@ mod tests {
         let (two, four, eight) = (heights(0)[0], heights(1)[0], heights(1)[1]);
         assert!((four / two - 2.0).abs() < 0.1 && (eight / two - 4.0).abs() < 0.2);
         assert!(svg.contains("a &amp; b"), "{svg}");
+    }
+
+    #[test]
+    fn a_legend_that_is_too_long_for_a_line_goes_on_in_the_next() {
+        let bars = Bars {
+            unit: "Gb/s".to_owned(),
+            series: vec!["a-rather-long-name".to_owned(); 10],
+            groups: vec![("tcp-1".to_owned(), vec![Some(summary(1.0)); 10])],
+        };
+        let svg = bars.draw().unwrap();
+        let tree = roxmltree::Document::parse(&svg).unwrap();
+        let texts = tree
+            .descendants()
+            .filter(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "text")));
+        let names: Vec<(f64, String)> = texts
+            .filter(|node| {
+                node.descendants()
+                    .any(|one| one.text().is_some_and(|text| text.contains("rather")))
+            })
+            .map(|node| {
+                (
+                    node.attribute("x").unwrap().parse().unwrap(),
+                    node.attribute("y").unwrap().to_owned(),
+                )
+            })
+            .collect();
+        assert_eq!(names.len(), 10);
+        assert!(names.iter().all(|(x, _)| *x < 800.0), "{names:?}");
+        let lines: std::collections::BTreeSet<&String> = names.iter().map(|(_, y)| y).collect();
+        assert_eq!(lines.len(), 2);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::medium::Medium;
 use super::report::Cells;
 use super::scenario::{Metric, Scenario};
 use super::stats::Summary;
 use super::system::System;
-use crate::lab::Wire;
 
 /// When a ratio is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,7 +62,7 @@ impl Rule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ratio {
     /// On this wire.
-    pub wire: Wire,
+    pub wire: Medium,
     /// In this scenario.
     pub scenario: Scenario,
     /// Of this number.

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use super::dataplane::Capability;
 use super::goal::Verdict;
 use super::measure::{Rates, Sample};
+use super::medium::Medium;
 use super::ratio::{Ratio, Rule};
 use super::scenario::{Metric, Scenario};
 use super::stats::Summary;
 use super::system::System;
-use crate::lab::Wire;
 
 /// The form of a report. A program reads the reports of its own form and says so of others.
 pub const SCHEMA: u32 = 1;
@@ -24,6 +24,9 @@ pub struct Report {
     pub schema: u32,
     /// Where it ran.
     pub machine: Machine,
+    /// Where the other end was, if not there too.
+    #[serde(default)]
+    pub other_machine: Option<Machine>,
     /// The command that does it again.
     pub command: String,
     /// When it began, in seconds since 1970.
@@ -58,7 +61,7 @@ pub struct Report {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BedRates {
     /// The wire.
-    pub wire: Wire,
+    pub wire: Medium,
     /// With an MTU of 9000.
     pub jumbo: bool,
     /// The rates.
@@ -73,6 +76,9 @@ pub struct Program {
     pub system: System,
     /// Its file.
     pub path: String,
+    /// What it says of its version; empty if it does not.
+    #[serde(default)]
+    pub version: String,
     /// What of the kernel it uses, where it says so.
     pub capabilities: Vec<Capability>,
 }
@@ -128,7 +134,7 @@ impl Machine {
 /// One scenario on one wire with one system, repeated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Cell {
-    wire: Wire,
+    wire: Medium,
     scenario: Scenario,
     system: System,
     samples: Vec<Sample>,
@@ -141,7 +147,7 @@ pub struct Cells(Vec<Cell>);
 
 impl Cells {
     /// Adds the sample of one more repetition.
-    pub fn push(&mut self, wire: Wire, scenario: Scenario, system: &System, sample: Sample) {
+    pub fn push(&mut self, wire: Medium, scenario: Scenario, system: &System, sample: Sample) {
         let known = |cell: &&mut Cell| cell.is(wire, scenario, system);
         match self.0.iter_mut().find(known) {
             Some(cell) => cell.samples.push(sample),
@@ -154,7 +160,7 @@ impl Cells {
         }
     }
 
-    fn cell(&self, wire: Wire, scenario: Scenario, system: &System) -> Option<&Cell> {
+    fn cell(&self, wire: Medium, scenario: Scenario, system: &System) -> Option<&Cell> {
         self.0.iter().find(|cell| cell.is(wire, scenario, system))
     }
 
@@ -163,7 +169,7 @@ impl Cells {
     #[must_use]
     pub fn values(
         &self,
-        wire: Wire,
+        wire: Medium,
         scenario: Scenario,
         system: &System,
         metric: Metric,
@@ -181,7 +187,7 @@ impl Cells {
     #[must_use]
     pub fn summary(
         &self,
-        wire: Wire,
+        wire: Medium,
         scenario: Scenario,
         system: &System,
         metric: Metric,
@@ -192,11 +198,29 @@ impl Cells {
 
     /// Why repetitions failed, one text per repetition that did, and how many there were.
     #[must_use]
-    pub fn failures(&self, wire: Wire, scenario: Scenario, system: &System) -> (Vec<&str>, usize) {
+    pub fn failures(
+        &self,
+        wire: Medium,
+        scenario: Scenario,
+        system: &System,
+    ) -> (Vec<&str>, usize) {
         let cell = self.cell(wire, scenario, system);
         let samples = cell.map_or(&[][..], |cell| &cell.samples);
         let failed = samples.iter().filter_map(|sample| sample.failed.as_deref());
         (failed.collect(), samples.len())
+    }
+
+    /// The offloads that took part in every repetition that counts; `None` where no daemon tells.
+    #[must_use]
+    pub fn engaged(&self, wire: Medium, scenario: Scenario, system: &System) -> Option<Vec<&str>> {
+        system.expected()?.engine?;
+        let cell = self.cell(wire, scenario, system)?;
+        let mut counted = cell.samples.iter().filter(|one| one.failed.is_none());
+        let mut engaged: Vec<&str> = counted.next()?.engaged.iter().map(String::as_str).collect();
+        for sample in counted {
+            engaged.retain(|name| sample.engaged.iter().any(|other| other == name));
+        }
+        Some(engaged)
     }
 
     /// The systems that were measured at all.
@@ -207,13 +231,13 @@ impl Cells {
 
     /// The wires that were measured at all.
     #[must_use]
-    pub fn wires(&self) -> Vec<Wire> {
+    pub fn wires(&self) -> Vec<Medium> {
         distinct(self.0.iter().map(|cell| cell.wire))
     }
 
     /// The scenarios that were measured on a wire, in the order of measuring.
     #[must_use]
-    pub fn scenarios_on(&self, wire: Wire) -> Vec<Scenario> {
+    pub fn scenarios_on(&self, wire: Medium) -> Vec<Scenario> {
         let mut found = Vec::new();
         for cell in self.0.iter().filter(|cell| cell.wire == wire) {
             if !found.contains(&cell.scenario) {
@@ -232,7 +256,7 @@ fn distinct<T: Ord>(all: impl Iterator<Item = T>) -> Vec<T> {
 }
 
 impl Cell {
-    fn is(&self, wire: Wire, scenario: Scenario, system: &System) -> bool {
+    fn is(&self, wire: Medium, scenario: Scenario, system: &System) -> bool {
         self.wire == wire && self.scenario == scenario && self.system == *system
     }
 }
@@ -250,9 +274,9 @@ pub(super) mod tests {
             for &value in *values {
                 let sample = Sample {
                     figures: BTreeMap::from([(Metric::Throughput, value)]),
-                    failed: None,
+                    ..Sample::default()
                 };
-                cells.push(Wire::Packet, Scenario::tcp(1), system, sample);
+                cells.push(Medium::Packet, Scenario::tcp(1), system, sample);
             }
         }
         let rule = Rule::default();
@@ -266,6 +290,7 @@ pub(super) mod tests {
                 load: 0.5,
                 version: "9.9.9".to_owned(),
             },
+            other_machine: None,
             command: "loden bench run --out report".to_owned(),
             started: 1_800_000_000,
             took: 61,
@@ -274,7 +299,7 @@ pub(super) mod tests {
             seconds: 2,
             rule,
             rates: vec![BedRates {
-                wire: Wire::Packet,
+                wire: Medium::Packet,
                 jumbo: false,
                 rates: Rates {
                     burst: 60_000,
@@ -303,10 +328,11 @@ pub(super) mod tests {
         };
         report
             .cells
-            .push(Wire::Packet, Scenario::tcp(1), &System::LODEN, failure);
+            .push(Medium::Packet, Scenario::tcp(1), &System::LODEN, failure);
         report.programs.push(Program {
             system: System::LODEN,
             path: "/bin/loden".to_owned(),
+            version: "0.1.0".to_owned(),
             capabilities: vec![Capability {
                 name: "udp-gso".to_owned(),
                 used: true,
@@ -324,16 +350,16 @@ pub(super) mod tests {
         let mut cells = Cells::default();
         let good = |value| Sample {
             figures: BTreeMap::from([(Metric::Throughput, value)]),
-            failed: None,
+            ..Sample::default()
         };
         let bad = Sample {
             failed: Some("x".to_owned()),
             ..good(99.0)
         };
         for sample in [good(1.0), bad, good(3.0)] {
-            cells.push(Wire::Packet, Scenario::tcp(1), &System::LODEN, sample);
+            cells.push(Medium::Packet, Scenario::tcp(1), &System::LODEN, sample);
         }
-        let at = (Wire::Packet, Scenario::tcp(1), &System::LODEN);
+        let at = (Medium::Packet, Scenario::tcp(1), &System::LODEN);
         assert_eq!(
             cells.values(at.0, at.1, at.2, Metric::Throughput),
             Some(vec![Some(1.0), None, Some(3.0)])

@@ -1,66 +1,23 @@
 //! Owns the order of a benchmark: the labs of one underlay at a time, and on them every system once per repetition,
 //! so that a drift of the machine meets all of them alike. Never computes a result.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::dataplane::Picture;
-use super::measure::{self, Rates, Sample, Settings, Subject};
-use super::ratio::Rule;
+use super::measure::{self, Rates, Sample, Settings, Site, Subject};
+use super::plan::{
+    BUILD_TIME, Bed, CALIBRATION_TIME, Extent, Place, Plan, beds, expected, scenarios,
+};
+use super::remote::client::Pair;
 use super::report::{BedRates, Cells, Machine, Program, Report, SCHEMA};
 use super::scenario::Scenario;
-use super::system::{Programs, System};
+use super::system::System;
 use super::{Error, goal, ratio};
-use crate::lab::spec::cli_name;
-use crate::lab::{Interrupt, Lab, Wire};
-
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// How often each sample is taken.
-    pub reps: u32,
-    /// Length of a TCP run.
-    pub seconds: u32,
-    /// The wires, one after the other.
-    pub wires: Vec<Wire>,
-    /// The systems that are compared.
-    pub systems: Vec<System>,
-    /// What is done with them.
-    pub scenarios: Vec<Scenario>,
-    /// Which of it.
-    pub extent: Extent,
-    /// Which files are measured.
-    pub programs: Programs,
-    /// This program, which also generates the packets.
-    pub program: PathBuf,
-    /// The command that does it again.
-    pub command: String,
-    /// When a ratio is printed.
-    pub rule: Rule,
-}
-
-/// Which scenarios run on which wire, with which systems.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// All of them, wherever they say something.
-    All,
-    /// Each wire only with what depends on it.
-    Quick,
-    /// As quick, and each system only with what the floors need. The first failure ends it.
-    Floors,
-}
-
-impl Extent {
-    fn takes(self, wire: Wire, scenario: Scenario, system: &System) -> bool {
-        let quick = scenario.is_quick_on(wire);
-        system.takes(scenario)
-            && match self {
-                Self::All => true,
-                Self::Quick => quick,
-                Self::Floors => quick && super::quick::includes(scenario, system),
-            }
-    }
-}
+use crate::lab::{Interrupt, Lab, Member};
 
 /// Who is told how far the run is.
 pub trait Watch {
@@ -74,17 +31,10 @@ pub trait Watch {
     fn passes(&mut self, expected: Duration);
 }
 
-/// One underlay: what the labs that exist at the same time have in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Bed {
-    wire: Wire,
-    jumbo: bool,
-}
-
-/// Building one lab and warming it up, about.
-const BUILD_TIME: Duration = Duration::from_secs(4);
-/// Finding the rates that one system carries, about.
-const CALIBRATION_TIME: Duration = Duration::from_secs(2);
+/// How soon a program says its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(2);
+/// Characters of it that a report has room for.
+const MAX_VERSION: usize = 80;
 
 struct Bench<'a> {
     plan: &'a Plan,
@@ -123,16 +73,24 @@ pub fn run(plan: &Plan, interrupt: &Interrupt, watch: &mut dyn Watch) -> Result<
         Err(error) => Some(error.to_string()),
     };
     let cells = bench.cells;
+    let nothing = || "nothing could be measured".to_owned();
+    let stopped = stopped.or_else(|| cells.systems().is_empty().then(nothing));
     let (ratios, verdicts) = match plan.extent {
         Extent::Floors => (Vec::new(), goal::floors(&cells)),
         Extent::All | Extent::Quick => (
             ratio::all(&cells, &plan.rule),
-            goal::project(&cells, &plan.rule),
+            // The goals are those of the lab's wires.
+            match plan.remote {
+                None => goal::project(&cells, &plan.rule),
+                Some(_) => Vec::new(),
+            },
         ),
     };
+    let other_machine = plan.remote.as_ref().map(|remote| &remote.server.machine);
     Ok(Report {
         schema: SCHEMA,
         machine,
+        other_machine: other_machine.cloned(),
         command: plan.command.clone(),
         started: started
             .duration_since(UNIX_EPOCH)
@@ -151,44 +109,6 @@ pub fn run(plan: &Plan, interrupt: &Interrupt, watch: &mut dyn Watch) -> Result<
         ratios,
         verdicts,
     })
-}
-
-fn beds(plan: &Plan) -> Vec<Bed> {
-    let beds = plan
-        .wires
-        .iter()
-        .flat_map(|&wire| [false, true].map(|jumbo| Bed { wire, jumbo }));
-    beds.filter(|bed| !scenarios(plan, *bed).is_empty())
-        .collect()
-}
-
-fn scenarios(plan: &Plan, bed: Bed) -> Vec<Scenario> {
-    let on_bed = |scenario: &Scenario| {
-        let taken = |system| plan.extent.takes(bed.wire, *scenario, system);
-        scenario.jumbo == bed.jumbo && plan.systems.iter().any(taken)
-    };
-    plan.scenarios.iter().copied().filter(on_bed).collect()
-}
-
-/// About how long `plan` takes.
-#[must_use]
-pub fn expected(plan: &Plan) -> Duration {
-    let mut total = Duration::ZERO;
-    for bed in beds(plan) {
-        let scenarios = scenarios(plan, bed);
-        for system in &plan.systems {
-            total += BUILD_TIME;
-            if scenarios.iter().any(|scenario| scenario.load.is_paced()) {
-                total += CALIBRATION_TIME;
-            }
-            let taken = scenarios
-                .iter()
-                .filter(|scenario| plan.extent.takes(bed.wire, **scenario, system));
-            let each: Duration = taken.map(|s| s.load.expected(plan.seconds)).sum();
-            total += each * plan.reps;
-        }
-    }
-    total
 }
 
 impl Bench<'_> {
@@ -211,7 +131,7 @@ impl Bench<'_> {
         for rep in 1..=plan.reps {
             for &scenario in &scenarios {
                 for subject in &mut subjects {
-                    if plan.extent.takes(bed.wire, scenario, &subject.system) {
+                    if plan.extent.takes(bed.medium(), scenario, &subject.system) {
                         self.sample(bed, rep, scenario, subject, &settings)?;
                     }
                 }
@@ -221,7 +141,9 @@ impl Bench<'_> {
             subjects.rotate_left(step);
         }
         for subject in subjects {
-            subject.lab.down()?;
+            if let Site::Lab(lab) = subject.site {
+                lab.down()?;
+            }
         }
         Ok(())
     }
@@ -236,11 +158,11 @@ impl Bench<'_> {
     ) -> Result<(), Error> {
         self.interrupt.check()?;
         let system = subject.system.clone();
-        let what = format!("{} wire, {scenario}, {system}", cli_name(&bed.wire));
+        let what = format!("{}, {scenario}, {system}", bed.medium());
         self.watch.doing(&what);
         let sample = match subject.sample(scenario, settings) {
             Ok(sample) => sample,
-            Err(error) if error.is_interruption() => return Err(error),
+            Err(error) if error.is_final() => return Err(error),
             Err(source) if self.plan.extent == Extent::Floors => {
                 let source = Box::new(source);
                 return Err(Error::Measuring { what, source });
@@ -251,26 +173,24 @@ impl Bench<'_> {
         self.watch
             .says(&format!("{rep}/{}: {what}: {headline}", self.plan.reps));
         self.watch.passes(scenario.load.expected(self.plan.seconds));
-        self.cells.push(bed.wire, scenario, &system, sample);
+        self.cells.push(bed.medium(), scenario, &system, sample);
         Ok(())
     }
 
     fn build(&mut self, bed: Bed) -> Result<Vec<Subject>, Error> {
         let mut subjects = Vec::new();
         for system in &self.plan.systems {
-            self.watch.doing(&format!(
-                "building {system} on the {} wire",
-                cli_name(&bed.wire)
-            ));
+            let what = format!("{system}, {}", bed.medium());
+            self.watch.doing(&format!("building {what}"));
             match self.subject(bed, system) {
                 Ok(subject) => subjects.push(subject),
-                Err(error) if error.is_interruption() || self.plan.extent == Extent::Floors => {
+                Err(error) if error.is_final() || self.plan.extent == Extent::Floors => {
                     return Err(error);
                 }
                 Err(error) => {
-                    let note = format!("{system} on the {} wire: {error}", cli_name(&bed.wire));
-                    self.watch.says(&format!("not measured: {note}"));
-                    self.notes.push(format!("not measured: {note}"));
+                    let note = format!("not measured: {what}: {error}");
+                    self.watch.says(&note);
+                    self.notes.push(note);
                 }
             }
             self.watch.passes(BUILD_TIME);
@@ -279,36 +199,58 @@ impl Bench<'_> {
     }
 
     fn subject(&mut self, bed: Bed, system: &System) -> Result<Subject, Error> {
-        let programs = &self.plan.programs;
-        let spec = system.spec(std::process::id(), bed.wire, bed.jumbo, programs)?;
-        let path = spec.daemon.clone();
-        let subject = Subject {
-            system: system.clone(),
-            lab: Lab::build(spec, self.interrupt)?,
+        let site = match (bed.place, &self.plan.remote) {
+            (Place::Lab(wire), _) => {
+                let (run, programs) = (std::process::id(), &self.plan.programs);
+                let spec = system.spec(run, wire, bed.jumbo, programs)?;
+                Site::Lab(Box::new(Lab::build(spec, self.interrupt)?))
+            }
+            (Place::Machines, Some(remote)) => {
+                let path = remote.paths.iter().find(|(known, _)| known == system);
+                let (_, addr) = path.ok_or_else(|| Error::Remote(format!("no path {system}")))?;
+                let (server, dir) = (Rc::clone(&remote.server), remote.dir.clone());
+                Site::Pair(Pair::new(server, *addr, dir, self.interrupt.clone()))
+            }
+            (Place::Machines, None) => {
+                return Err(Error::Remote("it was not named".to_owned()));
+            }
         };
+        let system = system.clone();
+        let subject = Subject { system, site };
         subject.warm_up(&self.plan.program)?;
-        let gaps = subject.lab.layout().wire_gaps.iter();
-        self.wire_gaps
-            .extend(gaps.map(|gap| format!("{}, {system}: {gap}", cli_name(&bed.wire))));
-        if let Some(path) = path
-            && !self.programs.iter().any(|known| known.system == *system)
-        {
-            let capabilities = match system.engine() {
-                Some(engine) => {
-                    let socket = subject.lab.status_socket(1);
-                    Picture::take(&socket, &cli_name(&engine))?
-                        .capabilities()
-                        .to_vec()
-                }
-                None => Vec::new(),
-            };
-            self.programs.push(Program {
-                system: system.clone(),
-                path: path.display().to_string(),
-                capabilities,
-            });
-        }
+        self.describe(bed, &subject)?;
         Ok(subject)
+    }
+
+    /// Notes what the wire cannot do, and which program runs.
+    fn describe(&mut self, bed: Bed, subject: &Subject) -> Result<(), Error> {
+        let Site::Lab(lab) = &subject.site else {
+            return Ok(());
+        };
+        let system = &subject.system;
+        let gaps = lab.layout().wire_gaps.iter();
+        self.wire_gaps
+            .extend(gaps.map(|gap| format!("{}, {system}: {gap}", bed.medium())));
+        let Some(path) = &lab.spec().daemon else {
+            return Ok(());
+        };
+        if self.programs.iter().any(|known| known.system == *system) {
+            return Ok(());
+        }
+        let capabilities = match system.expected() {
+            Some(expected) => {
+                let picture = Picture::take(&lab.status_socket(1), expected)?;
+                picture.capabilities().to_vec()
+            }
+            None => Vec::new(),
+        };
+        self.programs.push(Program {
+            system: system.clone(),
+            path: path.display().to_string(),
+            version: version_of(lab, path),
+            capabilities,
+        });
+        Ok(())
     }
 
     fn calibrate(
@@ -330,12 +272,28 @@ impl Bench<'_> {
         let systems = u32::try_from(self.plan.systems.len()).unwrap_or(u32::MAX);
         self.watch.passes(CALIBRATION_TIME * systems);
         self.rates.push(BedRates {
-            wire: bed.wire,
+            wire: bed.medium(),
             jumbo: bed.jumbo,
             rates,
         });
         Ok(rates)
     }
+}
+
+/// The first line that a program answers `--version` with; empty if it does not, for that is no reason not to measure it.
+fn version_of(lab: &Lab, program: &Path) -> String {
+    let said = || -> Result<String, crate::lab::Error> {
+        let mut command = Command::new(program);
+        let asked = lab.spawn(Member::Node(1), "version", command.arg("--version"))?;
+        let log = asked.log_path().to_owned();
+        let printed = asked.finish(VERSION_LIMIT, lab.interrupt())?;
+        // flanneld writes it to standard error.
+        let logged = fs::read(&log).unwrap_or_default();
+        Ok(printed + &String::from_utf8_lossy(&logged))
+    };
+    let text = said().unwrap_or_default();
+    let line = text.lines().map(str::trim).find(|line| !line.is_empty());
+    line.unwrap_or_default().chars().take(MAX_VERSION).collect()
 }
 
 /// The first number of a sample, which the rest only explains.
@@ -349,48 +307,4 @@ fn headline(scenario: Scenario, sample: &Sample) -> String {
         .take(1)
         .map(|(metric, value)| format!("{value:.2} {}", metric.unit()))
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::lab::Store;
-
-    fn plan(extent: Extent, scenarios: &[&str]) -> Plan {
-        Plan {
-            reps: 3,
-            seconds: 1,
-            wires: vec![Wire::Superpacket, Wire::PacketNoGro],
-            systems: vec![System::Veth, System::LODEN],
-            scenarios: scenarios.iter().map(|id| id.parse().unwrap()).collect(),
-            extent,
-            programs: Programs {
-                loden: "/bin/loden".into(),
-                others: std::collections::BTreeMap::new(),
-                store: Store::Local,
-            },
-            program: "/bin/loden".into(),
-            command: String::new(),
-            rule: Rule::default(),
-        }
-    }
-
-    #[test]
-    fn labs_are_built_only_for_underlays_on_which_something_runs() {
-        let built = |plan: &Plan| -> Vec<(Wire, bool)> {
-            beds(plan).iter().map(|bed| (bed.wire, bed.jumbo)).collect()
-        };
-        let all = plan(Extent::All, &["tcp-8", "jumbo-tcp-1"]);
-        assert_eq!(built(&all).len(), 4);
-        let quick = plan(Extent::Quick, &["tcp-8", "latency-idle"]);
-        assert_eq!(built(&quick), [(Wire::Superpacket, false)]);
-    }
-
-    #[test]
-    fn the_expected_time_is_that_of_every_sample_and_of_building() {
-        // Two wires; host to host, the bare wire has nothing to say.
-        let plan = plan(Extent::All, &["tcp-1", "host-tcp-1"]);
-        let samples = Duration::from_millis(1_500) * 3 * 3;
-        assert_eq!(expected(&plan), (samples + BUILD_TIME * 2) * 2);
-    }
 }

@@ -1,13 +1,16 @@
 //! Owns what is done with a system: the traffic, between which ends, and what is read off it. Every scenario has a
 //! text id that stays the same from release to release. Pure.
 
-use std::fmt;
-use std::str::FromStr;
+mod id;
+mod metric;
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lab::Wire;
+pub use metric::Metric;
+
+use super::medium::Medium;
 
 /// Datagrams in one `UDP_SEGMENT` send of a burst scenario: what a QUIC sender hands over at once.
 pub const BURST: u16 = 32;
@@ -76,47 +79,6 @@ pub struct Scenario {
     pub load: Load,
 }
 
-/// A number that a scenario yields.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Metric {
-    /// Gigabits of TCP payload per second, as the receiver counts them, both directions together.
-    Throughput,
-    /// Thousands of datagrams per second.
-    PacketRate,
-    /// TCP connections opened, used and closed per second.
-    ConnectRate,
-    /// Requests answered per second.
-    RequestRate,
-    /// Retransmitted TCP segments.
-    Retransmits,
-    /// Processor seconds of all daemons per gigabyte (10⁹ bytes) of TCP payload.
-    CpuPerGigabyte,
-    /// Processor seconds of the whole machine, traffic programs and kernel threads included, per gigabyte.
-    MachinePerGigabyte,
-    /// Processor microseconds of all daemons per datagram that arrived.
-    CpuPerPacket,
-    /// The same of the whole machine.
-    MachinePerPacket,
-    /// Datagrams that did not arrive, in percent.
-    Loss,
-    /// Datagrams that arrived after one sent later; for TCP, how often the sender's kernel found its segments
-    /// reordered.
-    Reordered,
-    /// Microseconds, median: one way, or from request to answer.
-    LatencyP50,
-    /// The same, 99th percentile.
-    LatencyP99,
-    /// The same, 99.9th percentile.
-    LatencyP999,
-    /// Context switches of the daemons' threads per second, voluntary or not.
-    ContextSwitches,
-    /// System calls that read or wrote packets, of all daemons, per inner packet that crossed.
-    CallsPerPacket,
-    /// Inner packets moved per such call.
-    PacketsPerCall,
-}
-
 impl Scenario {
     /// `load` from pod to pod on the usual underlay.
     #[must_use]
@@ -154,58 +116,10 @@ impl Scenario {
 }
 
 impl Load {
-    /// What a table shows of it, the most important first.
+    /// Whether sender and receiver stamp packets by the same clock, which two machines do not have.
     #[must_use]
-    pub const fn metrics(self) -> &'static [Metric] {
-        match self {
-            Self::Tcp { .. } => &[
-                Metric::Throughput,
-                Metric::Retransmits,
-                Metric::Reordered,
-                Metric::CpuPerGigabyte,
-                Metric::MachinePerGigabyte,
-                Metric::ContextSwitches,
-                Metric::CallsPerPacket,
-                Metric::PacketsPerCall,
-            ],
-            Self::Udp { .. } => &[
-                Metric::CpuPerPacket,
-                Metric::MachinePerPacket,
-                Metric::PacketRate,
-                Metric::Loss,
-                Metric::Reordered,
-                Metric::ContextSwitches,
-                Metric::CallsPerPacket,
-                Metric::PacketsPerCall,
-            ],
-            Self::OneWay { .. } => &[
-                Metric::LatencyP50,
-                Metric::LatencyP99,
-                Metric::LatencyP999,
-                Metric::Loss,
-            ],
-            Self::Request { .. } => &[
-                Metric::LatencyP50,
-                Metric::LatencyP99,
-                Metric::LatencyP999,
-                Metric::RequestRate,
-            ],
-            Self::Connect => &[Metric::ConnectRate, Metric::LatencyP50, Metric::LatencyP99],
-            Self::Lossless { .. } => &[Metric::PacketRate],
-        }
-    }
-
-    /// The number that systems are ranked by; [`Metric::MachinePerPacket`] where a daemon's processor time would
-    /// leave out those without a daemon.
-    #[must_use]
-    pub const fn headline(self) -> Metric {
-        match self {
-            Self::Udp { .. } => Metric::MachinePerPacket,
-            Self::Tcp { .. } => Metric::Throughput,
-            Self::OneWay { .. } | Self::Request { .. } => Metric::LatencyP50,
-            Self::Connect => Metric::ConnectRate,
-            Self::Lossless { .. } => Metric::PacketRate,
-        }
+    pub const fn needs_one_clock(self) -> bool {
+        matches!(self, Self::OneWay { .. })
     }
 
     /// Whether it needs the rates that every system carries.
@@ -230,107 +144,12 @@ impl Load {
     pub fn expected(self, seconds: u32) -> Duration {
         let tcp = Duration::from_secs(u64::from(seconds));
         match self {
-            Self::Tcp { .. } => tcp + Duration::from_millis(500),
-            Self::Udp { .. } => Duration::from_millis(1_500),
-            Self::OneWay { .. } => Duration::from_millis(2_500),
+            Self::Tcp { .. } => tcp + Duration::from_millis(350),
+            Self::Udp { .. } => Duration::from_millis(1_250),
+            Self::OneWay { .. } => Duration::from_millis(2_300),
             Self::Request { .. } | Self::Connect => Duration::from_millis(1_300),
             Self::Lossless { .. } => Duration::from_secs(7),
         }
-    }
-}
-
-/// What a scenario is called on the command line, in reports, and for people.
-impl fmt::Display for Scenario {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let jumbo = if self.jumbo { "jumbo-" } else { "" };
-        let ends = match self.ends {
-            Ends::Pods => "",
-            Ends::Hosts => "host-",
-        };
-        let load = |half| if half { "half" } else { "idle" };
-        let text = match self.load {
-            Load::Tcp { streams, both } => {
-                format!("tcp-{streams}{}", if both { "-both" } else { "" })
-            }
-            Load::Udp { len, burst } => format!("udp-{len}{}", if burst { "-burst" } else { "" }),
-            Load::OneWay { half } => format!("latency-{}", load(half)),
-            Load::Request { half } => format!("request-{}", load(half)),
-            Load::Connect => "connect-rate".to_owned(),
-            Load::Lossless { len } => format!("lossless-{len}"),
-        };
-        f.pad(&format!("{jumbo}{ends}{text}"))
-    }
-}
-
-impl FromStr for Scenario {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (jumbo, rest) = stripped(text, "jumbo-");
-        let (hosts, rest) = stripped(rest, "host-");
-        let ends = if hosts { Ends::Hosts } else { Ends::Pods };
-        Load::parse(rest)
-            .map(|load| Self { jumbo, ends, load })
-            // There is one way to write each, so that ids and scenarios map one to one.
-            .filter(|scenario| scenario.id() == text)
-            .ok_or_else(|| {
-                format!(
-                    "there is no scenario {text:?}; there are tcp-N, tcp-N-both (1 to {MAX_STREAMS} streams), \
-                     udp-LEN, udp-LEN-burst, lossless-LEN (20 to {MAX_LEN} bytes), latency-idle, latency-half, \
-                     request-idle, request-half and connect-rate, each also after host- and, before that, jumbo-"
-                )
-            })
-    }
-}
-
-impl Load {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "latency-idle" => return Some(Self::OneWay { half: false }),
-            "latency-half" => return Some(Self::OneWay { half: true }),
-            "request-idle" => return Some(Self::Request { half: false }),
-            "request-half" => return Some(Self::Request { half: true }),
-            "connect-rate" => return Some(Self::Connect),
-            _ => {}
-        }
-        let (kind, rest) = text.split_once('-')?;
-        let (number, suffix) = rest.split_once('-').unwrap_or((rest, ""));
-        let value: u16 = number.parse().ok()?;
-        let len = || (20..=MAX_LEN).contains(&value).then_some(value);
-        match (kind, suffix) {
-            ("tcp", "" | "both") => {
-                let streams = u8::try_from(value).ok();
-                Some(Self::Tcp {
-                    streams: streams.filter(|n| (1..=MAX_STREAMS).contains(n))?,
-                    both: suffix == "both",
-                })
-            }
-            ("udp", "" | "burst") => Some(Self::Udp {
-                len: len()?,
-                burst: suffix == "burst",
-            }),
-            ("lossless", "") => Some(Self::Lossless { len: len()? }),
-            _ => None,
-        }
-    }
-}
-
-fn stripped<'a>(text: &'a str, prefix: &str) -> (bool, &'a str) {
-    text.strip_prefix(prefix)
-        .map_or((false, text), |rest| (true, rest))
-}
-
-impl TryFrom<String> for Scenario {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Scenario> for String {
-    fn from(scenario: Scenario) -> Self {
-        scenario.to_string()
     }
 }
 
@@ -364,118 +183,12 @@ impl Scenario {
     /// Whether a quick run takes it on this wire: packet sizes and wake-ups do not depend on the wire, so single
     /// packets are sent over one wire only.
     #[must_use]
-    pub fn is_quick_on(self, wire: Wire) -> bool {
+    pub fn is_quick_on(self, wire: Medium) -> bool {
         let load = self.load;
         match wire {
-            Wire::Superpacket => true,
-            Wire::Packet => load.is_bulk() || matches!(load, Load::Udp { burst: true, .. }),
-            Wire::PacketNoGro => load == Self::tcp(1).load,
-        }
-    }
-}
-
-impl Metric {
-    /// The unit, for a table.
-    #[must_use]
-    pub const fn unit(self) -> &'static str {
-        match self {
-            Self::Throughput => "Gb/s",
-            Self::PacketRate => "kpps",
-            Self::ConnectRate => "connections/s",
-            Self::RequestRate => "requests/s",
-            Self::Retransmits => "retransmits",
-            Self::CpuPerGigabyte => "CPU s/GB",
-            Self::MachinePerGigabyte => "machine s/GB",
-            Self::CpuPerPacket => "CPU us/packet",
-            Self::MachinePerPacket => "machine us/packet",
-            Self::Loss => "% lost",
-            Self::Reordered => "reordered",
-            Self::LatencyP50 => "p50 us",
-            Self::LatencyP99 => "p99 us",
-            Self::LatencyP999 => "p99.9 us",
-            Self::ContextSwitches => "switches/s",
-            Self::CallsPerPacket => "calls/packet",
-            Self::PacketsPerCall => "packets/call",
-        }
-    }
-
-    /// Whether more is better.
-    #[must_use]
-    pub const fn more_is_better(self) -> bool {
-        matches!(
-            self,
-            Self::Throughput
-                | Self::PacketRate
-                | Self::ConnectRate
-                | Self::RequestRate
-                | Self::PacketsPerCall
-        )
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_id_gives_back_its_scenario_and_the_scenario_its_id() {
-        for id in [
-            "tcp-1",
-            "tcp-64",
-            "tcp-8-both",
-            "udp-64",
-            "udp-1472",
-            "udp-64-burst",
-            "lossless-512",
-            "latency-idle",
-            "latency-half",
-            "request-half",
-            "connect-rate",
-            "host-tcp-1",
-            "jumbo-tcp-1",
-            "jumbo-host-latency-idle",
-        ] {
-            assert_eq!(id.parse::<Scenario>().unwrap().id(), id);
-        }
-        assert_eq!("tcp-8".parse(), Ok(Scenario::tcp(8)));
-        let hosts = "jumbo-host-tcp-1".parse::<Scenario>().unwrap();
-        assert_eq!((hosts.jumbo, hosts.ends), (true, Ends::Hosts));
-    }
-
-    #[test]
-    fn what_no_generator_could_send_is_refused_by_name() {
-        for id in [
-            "",
-            "tcp",
-            "tcp-0",
-            "tcp-129",
-            "tcp-01",
-            "tcp-1-",
-            "udp-19",
-            "udp-2001",
-            "udp-64-both",
-            "host-jumbo-tcp-1",
-            "latency",
-            "lossless-64-burst",
-            "tcp-one",
-        ] {
-            let error = id.parse::<Scenario>().unwrap_err();
-            assert!(error.contains(&format!("{id:?}")), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_headline_is_among_the_numbers_of_its_load() {
-        for id in [
-            "tcp-1",
-            "udp-64",
-            "latency-idle",
-            "request-idle",
-            "connect-rate",
-            "lossless-64",
-        ] {
-            let load = id.parse::<Scenario>().unwrap().load;
-            assert!(load.metrics().contains(&load.headline()), "{id}");
+            Medium::Superpacket | Medium::Machines => true,
+            Medium::Packet => load.is_bulk() || matches!(load, Load::Udp { burst: true, .. }),
+            Medium::PacketNoGro => load == Self::tcp(1).load,
         }
     }
 }

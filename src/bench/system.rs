@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -21,14 +22,30 @@ pub enum System {
     Plain,
     /// The kernel's VXLAN, configured as flannel does.
     Vxlan,
+    /// `loden daemon` with its `host-gw` backend: the kernel's routes.
+    LodenHostGw,
+    /// `loden daemon` with its `vxlan` backend and the kernel's device.
+    LodenVxlan,
     /// `loden daemon` with its fast engine and so many workers; `None` is the daemon's own choice.
     Loden(Option<u8>),
+    /// `loden daemon` with VXLAN in its own data plane.
+    LodenUserVxlan,
     /// `loden daemon` with the portable engine: one packet per system call, as the original daemon works.
     Portable,
     /// `wireguard-go`: encrypted, and what people would otherwise run in user space.
     WireguardGo,
-    /// Another program that takes flanneld's arguments, by the name that it was given.
+    /// Another program that takes flanneld's arguments, by the name that it was given; between two machines, what
+    /// leads to an address of the other, by its name.
     Other(String),
+}
+
+/// What `loden status` of a system's daemons should say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// The engine, whose counters then explain the figures; `None` where the kernel carries the packets.
+    pub engine: Option<Engine>,
+    /// How packets reach the other node.
+    pub transport: &'static str,
 }
 
 /// Which files are run.
@@ -50,19 +67,29 @@ impl System {
     #[must_use]
     pub const fn has_daemon(&self) -> bool {
         match self {
-            Self::Loden(_) | Self::Portable | Self::WireguardGo | Self::Other(_) => true,
-            Self::Veth | Self::Plain | Self::Vxlan => false,
+            Self::Loden(_)
+            | Self::LodenUserVxlan
+            | Self::Portable
+            | Self::WireguardGo
+            | Self::Other(_) => true,
+            Self::Veth | Self::Plain | Self::Vxlan | Self::LodenHostGw | Self::LodenVxlan => false,
         }
     }
 
-    /// The engine whose counters explain the figures; `None` where there are no such counters.
+    /// What its daemons should say of themselves; `None` where they say nothing that we understand.
     #[must_use]
-    pub const fn engine(&self) -> Option<Engine> {
-        match self {
-            Self::Loden(_) => Some(Engine::Mmsg),
-            Self::Portable => Some(Engine::Portable),
-            Self::Veth | Self::Plain | Self::Vxlan | Self::WireguardGo | Self::Other(_) => None,
-        }
+    pub const fn expected(&self) -> Option<Expected> {
+        let (engine, transport) = match self {
+            Self::Loden(_) => (Some(Engine::Mmsg), "udp"),
+            Self::Portable => (Some(Engine::Portable), "udp"),
+            Self::LodenUserVxlan => (Some(Engine::Mmsg), "vxlan in user space"),
+            Self::LodenVxlan => (None, "vxlan"),
+            Self::LodenHostGw => (None, "route"),
+            Self::Veth | Self::Plain | Self::Vxlan | Self::WireguardGo | Self::Other(_) => {
+                return None;
+            }
+        };
+        Some(Expected { engine, transport })
     }
 
     /// Whether it needs a file that somebody must name.
@@ -93,19 +120,23 @@ impl System {
         let mut spec = Spec {
             wire,
             underlay_mtu: if jumbo { JUMBO_MTU } else { UNDERLAY_MTU },
-            engine: self.engine(),
+            engine: self.expected().and_then(|expected| expected.engine),
+            backend: self.backend(),
             ..Spec::new(name, 2)
         };
-        let program = || programs.others.get(self).cloned();
         match self {
-            Self::Veth | Self::Plain => spec.backend = Backend::Plain,
-            Self::Vxlan => spec.backend = Backend::ByHand,
-            Self::WireguardGo => {
-                spec.backend = Backend::WireguardGo;
-                spec.daemon = program();
+            Self::Veth | Self::Plain | Self::Vxlan => {}
+            Self::WireguardGo => spec.daemon = programs.others.get(self).cloned(),
+            Self::Other(_) => {
+                spec.store = programs.store;
+                spec.daemon = programs.others.get(self).cloned();
+                spec.dialect = Dialect::Flanneld;
             }
-            Self::Loden(_) | Self::Portable | Self::Other(_) => {
-                spec.backend = Backend::Udp;
+            Self::LodenHostGw
+            | Self::LodenVxlan
+            | Self::Loden(_)
+            | Self::LodenUserVxlan
+            | Self::Portable => {
                 spec.store = programs.store;
                 spec.daemon = Some(programs.loden.clone());
             }
@@ -113,11 +144,19 @@ impl System {
         if let Self::Loden(workers) = self {
             spec.workers = *workers;
         }
-        if let Self::Other(_) = self {
-            spec.daemon = program();
-            spec.dialect = Dialect::Flanneld;
-        }
         Ok(spec)
+    }
+
+    const fn backend(&self) -> Backend {
+        match self {
+            Self::Veth | Self::Plain => Backend::Plain,
+            Self::Vxlan => Backend::ByHand,
+            Self::LodenHostGw => Backend::HostGw,
+            Self::LodenVxlan => Backend::Vxlan,
+            Self::LodenUserVxlan => Backend::UserVxlan,
+            Self::Loden(_) | Self::Portable | Self::Other(_) => Backend::Udp,
+            Self::WireguardGo => Backend::WireguardGo,
+        }
     }
 
     /// Who sends to whom in `lab`.
@@ -129,13 +168,13 @@ impl System {
             (Self::Veth, _) => Path {
                 from: Member::Node(1),
                 to: Member::Node(2),
-                addr: plan::underlay_v4(2),
+                addr: plan::underlay_v4(2).into(),
             },
             (_, Ends::Pods) => Path::of_pods(lab, 1, 2)?,
             (_, Ends::Hosts) => Path {
                 from: Member::Node(1),
                 to: Member::Node(2),
-                addr: lab.node_addr(2)?,
+                addr: lab.node_addr(2)?.into(),
             },
         })
     }
@@ -149,7 +188,7 @@ pub struct Path {
     /// Who receives.
     pub to: Member,
     /// The receiver's address.
-    pub addr: std::net::Ipv4Addr,
+    pub addr: IpAddr,
 }
 
 impl Path {
@@ -161,7 +200,7 @@ impl Path {
         Ok(Self {
             from: Member::Pod(from, 1),
             to: Member::Pod(to, 1),
-            addr: lab.pod_addr(to, 1)?,
+            addr: lab.pod_addr(to, 1)?.into(),
         })
     }
 }
@@ -172,6 +211,9 @@ impl fmt::Display for System {
             Self::Veth => f.pad("veth"),
             Self::Plain => f.pad("plain"),
             Self::Vxlan => f.pad("vxlan"),
+            Self::LodenHostGw => f.pad("loden-host-gw"),
+            Self::LodenVxlan => f.pad("loden-vxlan"),
+            Self::LodenUserVxlan => f.pad("loden-user-vxlan"),
             Self::Loden(None) => f.pad("loden"),
             Self::Loden(Some(workers)) => f.pad(&format!("loden-{workers}w")),
             Self::Portable => f.pad("portable"),
@@ -195,6 +237,9 @@ impl FromStr for System {
             "veth" => Self::Veth,
             "plain" => Self::Plain,
             "vxlan" => Self::Vxlan,
+            "loden-host-gw" => Self::LodenHostGw,
+            "loden-vxlan" => Self::LodenVxlan,
+            "loden-user-vxlan" => Self::LodenUserVxlan,
             "loden" => Self::LODEN,
             "portable" => Self::Portable,
             "wireguard-go" => Self::WireguardGo,
@@ -244,6 +289,9 @@ mod tests {
             "vxlan",
             "loden",
             "loden-2w",
+            "loden-host-gw",
+            "loden-vxlan",
+            "loden-user-vxlan",
             "portable",
             "wireguard-go",
             "flannel",
@@ -277,10 +325,19 @@ mod tests {
             others: BTreeMap::from([(other.clone(), "/bin/flanneld".into())]),
             store: Store::Etcd,
         };
-        for system in [System::LODEN, System::Portable, other] {
-            let spec = system.spec(1, Wire::Packet, false, &programs).unwrap();
+        for (system, backend) in [
+            (System::LODEN, Backend::Udp),
+            (System::Portable, Backend::Udp),
+            (other, Backend::Udp),
+            (System::LodenVxlan, Backend::Vxlan),
+            (System::LodenUserVxlan, Backend::UserVxlan),
+            (System::LodenHostGw, Backend::HostGw),
+        ] {
+            // The largest process number that Linux gives.
+            let spec = system.spec(4_194_304, Wire::Packet, false, &programs);
+            let spec = spec.unwrap();
             spec.validate().unwrap();
-            assert_eq!((spec.backend, spec.store), (Backend::Udp, Store::Etcd));
+            assert_eq!((spec.backend, spec.store), (backend, Store::Etcd));
         }
     }
 }

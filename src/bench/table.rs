@@ -7,7 +7,6 @@ use super::quick;
 use super::report::Report;
 use super::scenario::{Metric, Scenario};
 use super::stats::Summary;
-use crate::lab::spec::cli_name;
 
 /// Wide enough for the longest scenario with its unit.
 const LABEL: usize = 42;
@@ -27,7 +26,7 @@ pub fn render(report: &Report) -> Result<String, fmt::Error> {
     )?;
     writeln!(text, "median of {} [smallest - largest]", report.reps)?;
     for wire in report.cells.wires() {
-        heading(&mut text, report, &format!("{} wire", cli_name(&wire)))?;
+        heading(&mut text, report, &format!("{}", wire))?;
         for scenario in report.cells.scenarios_on(wire) {
             for &metric in quick::metrics(scenario.load) {
                 row(&mut text, report, wire, scenario, metric)?;
@@ -66,7 +65,7 @@ fn heading(text: &mut String, report: &Report, title: &str) -> fmt::Result {
 fn row(
     text: &mut String,
     report: &Report,
-    wire: crate::lab::Wire,
+    wire: super::medium::Medium,
     scenario: Scenario,
     metric: Metric,
 ) -> fmt::Result {

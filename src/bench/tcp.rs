@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use super::Error;
+use super::service::{Kind, Order};
+use super::stage::Stage;
 use super::system::Path as Route;
 use super::udp::Processor;
-use crate::lab::{Lab, wait};
+use crate::lab::wait;
 
-/// Where the server listens.
-const PORT: u16 = 5401;
 /// Connections that are served at a time, and so the most that a client may open.
 const CLIENTS: u8 = 8;
 /// Bytes of a request and of its answer.
@@ -56,34 +56,29 @@ pub struct Answered {
     pub p999_ns: u64,
 }
 
-/// Asks along `path` for `time`. `program` is this program.
+/// Asks along `route` for `time`. `program` is this program.
 ///
 /// # Errors
-/// [`Error::Lab`] if a program fails, [`Error::Report`] if its report is not understood or nothing was answered.
+/// [`Error::Lab`] or [`Error::Remote`] if a program fails, [`Error::Report`] if its report is not understood or nothing
+/// was answered.
 pub fn run(
-    lab: &Lab,
+    stage: &dyn Stage,
     program: &Path,
-    path: &Route,
+    route: &Route,
     ask: Ask,
     time: Duration,
 ) -> Result<Answered, Error> {
-    let limit = time + EXTRA;
-    let addr = format!("{}:{PORT}", path.addr);
-    let mut server = Command::new(program);
-    server.args(["bench", "tcp-serve", "--listen", &addr]);
-    server.args(["--limit-ms", &limit.as_millis().to_string()]);
-    let mut server = lab.spawn(path.to, "tcp-serve", &mut server)?;
-    wait::until_bound(&lab.netns(path.to), "tcp", PORT, lab.interrupt(), || {
-        server.check_running()
-    })?;
+    let order = Order::new(Kind::TcpServer, route.addr, time + EXTRA);
+    let limit = order.limit();
+    let _server = stage.serve(route, program, order)?;
     let mut client = Command::new(program);
-    client.args(["bench", "tcp-ask", "--dest", &addr]);
+    client.args(["bench", "tcp-ask", "--dest", &order.socket().to_string()]);
     client.args(["--time-ms", &time.as_millis().to_string()]);
     if ask == Ask::Connections {
         client.arg("--connect");
     }
-    let client = lab.spawn(path.from, "tcp-ask", &mut client)?;
-    let text = client.finish(limit, lab.interrupt())?;
+    let client = stage.spawn(route, "tcp-ask", &mut client)?;
+    let text = client.finish(limit, stage.interrupt())?;
     let unusable = |reason: String| Error::Report {
         program: "the TCP client",
         reason,

@@ -12,10 +12,12 @@ use clap::{Args, Subcommand};
 
 mod full;
 mod progress;
+mod serve;
 
+use crate::bench::plan::{Extent, Plan};
 use crate::bench::quick;
 use crate::bench::ratio::Rule;
-use crate::bench::run::{self, Extent, Plan};
+use crate::bench::run;
 use crate::bench::scenario::Scenario;
 use crate::bench::system::{Programs, System};
 use crate::bench::table;
@@ -38,6 +40,8 @@ enum BenchCommand {
     Quick(QuickArgs),
     /// Measure a matrix of systems, scenarios and wires, and write a report
     Run(full::RunArgs),
+    /// Be the other machine of `loden bench run --remote`
+    Serve(serve::ServeArgs),
     /// Compare two reports, and fail if a figure became worse
     Compare(full::CompareArgs),
     /// Send numbered packets (run inside a pod by the benchmark)
@@ -48,7 +52,7 @@ enum BenchCommand {
     UdpSink(SinkArgs),
     /// Answer TCP requests (run inside a pod by the benchmark)
     #[command(hide = true)]
-    TcpServe(ServeArgs),
+    TcpServe(AnswerArgs),
     /// Send TCP requests (run inside a pod by the benchmark)
     #[command(hide = true)]
     TcpAsk(AskArgs),
@@ -104,7 +108,7 @@ struct SinkArgs {
 }
 
 #[derive(Args, Debug)]
-struct ServeArgs {
+struct AnswerArgs {
     #[arg(long)]
     listen: SocketAddr,
     #[arg(long)]
@@ -129,8 +133,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Quick(args) => run_quick(args),
         BenchCommand::Run(args) => full::run(&args, command_line()),
+        BenchCommand::Serve(args) => serve::run(args),
         BenchCommand::Compare(args) => full::compare(args),
-        BenchCommand::TcpServe(ServeArgs { listen, limit_ms }) => {
+        BenchCommand::TcpServe(AnswerArgs { listen, limit_ms }) => {
             Ok(tcp::serve(listen, Duration::from_millis(limit_ms))?)
         }
         BenchCommand::TcpAsk(AskArgs {
@@ -199,6 +204,7 @@ fn run_quick(args: QuickArgs) -> anyhow::Result<()> {
         program,
         command: command_line(),
         rule: Rule::ANY,
+        remote: None,
     };
     if let Some(system) = plan.systems.iter().find(|system| system.needs_program()) {
         anyhow::bail!("{system} is not part of a quick benchmark: use `loden bench run`");

@@ -137,11 +137,12 @@ fn render(answer: &Value) -> String {
         traffic(&mut page, answer);
     } else {
         page.section("backend", &format!("{}, by the kernel", text("/backend")));
+        senders(&mut page, at("/source_check"));
         page.blank();
     }
     peers(&mut page, at("/peers"), own);
     probes(&mut page, at("/peers"));
-    if own {
+    if own || at("/source_check").is_object() {
         drops(&mut page, at("/drops"));
     }
     for (title, entries) in [("refused", at("/refused")), ("conflicts", at("/conflicts"))] {
@@ -157,6 +158,25 @@ fn render(answer: &Value) -> String {
         }
     }
     page.text
+}
+
+/// Which senders the kernel's VXLAN device is kept from.
+fn senders(page: &mut Page, check: &Value) {
+    if !check.is_object() {
+        return;
+    }
+    let checked: Vec<&str> = [("outer", "nodes"), ("inner", "inner sources")]
+        .into_iter()
+        .filter(|(key, _)| check[*key] == true)
+        .map(|(_, what)| what)
+        .collect();
+    match checked.as_slice() {
+        [] => {}
+        checked => page.section("checks", &checked.join(" and ")),
+    }
+    if let Some(why) = check["why_not"].as_str() {
+        page.section("", &format!("source check incomplete: {}", clean(why)));
+    }
 }
 
 /// How far the daemon follows the store.
@@ -260,6 +280,7 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if !counted {
             let (public, by) = (or(&peer["public"], "-"), or(&peer["transport"], "nothing"));
             page.row([&subnets, &public, &by, "", "", ""]);
+            rejected(page, peer);
             continue;
         }
         let path_mtu = or(&peer["path_mtu"], "-");
@@ -275,6 +296,15 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if let Some(why) = peer["gso_withdrawn"].as_str() {
             page.section("", &format!("UDP GSO given up: {}", clean(why)));
         }
+        rejected(page, peer);
+    }
+}
+
+/// Why a peer is not reached by a better way.
+fn rejected(page: &mut Page, peer: &Value) {
+    for better in list(&peer["rejected"]) {
+        let (transport, why) = (plain(&better["transport"]), plain(&better["why"]));
+        page.section("", &format!("not by {transport}: {why}"));
     }
 }
 

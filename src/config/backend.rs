@@ -5,7 +5,7 @@ use crate::addr::Mtu;
 use crate::config::Null;
 
 /// The backends that can be chosen.
-pub(super) const AVAILABLE: &[&str] = &["udp", "vxlan", "host-gw"];
+pub(super) const AVAILABLE: &[&str] = &["udp", "vxlan", "host-gw", "auto"];
 
 /// The backends of flannel that cannot be chosen yet.
 const UNAVAILABLE: &[&str] = &[
@@ -27,6 +27,7 @@ const PORT: &str = "Port";
 const MTU: &str = "MTU";
 const SOURCE_PORT: &str = "SourcePort";
 const SOURCE_CHECK: &str = "SourceCheck";
+const AUTO: &str = "Auto";
 const VNI: &str = "VNI";
 const GBP: &str = "GBP";
 const LEARNING: &str = "Learning";
@@ -44,6 +45,8 @@ const VXLAN_KEYS: &[&str] = &[
     GBP,
     LEARNING,
     DIRECT_ROUTING,
+    SOURCE_CHECK,
+    AUTO,
     "MacPrefix",
     "Name",
 ];
@@ -93,6 +96,10 @@ pub struct VxlanBackend {
     pub learning: bool,
     /// Peers that are on a link of this node are reached by a plain route.
     pub direct_routing: bool,
+    /// Which packets are accepted from the underlay; `None`: all.
+    pub source_check: Option<SourceCheck>,
+    /// Each peer that says what it can do is reached by the best way that is proven to work.
+    pub auto: bool,
 }
 
 /// The port that Linux uses for VXLAN where none is given (`drivers/net/vxlan`, module parameter `udp_port`);
@@ -108,6 +115,8 @@ impl Default for VxlanBackend {
             gbp: false,
             learning: false,
             direct_routing: false,
+            source_check: Some(SourceCheck::Strict),
+            auto: false,
         }
     }
 }
@@ -167,9 +176,19 @@ impl Backend {
     pub(super) fn read(object: &Object) -> Result<Self, ConfigError> {
         let name: String = object.plain(TYPE, "a backend's name")?.unwrap_or_default();
         let name = name.to_lowercase();
+        let auto = object.plain::<bool>(AUTO, "true or false")?;
+        if auto == Some(true) && matches!(name.as_str(), "udp" | "host-gw") {
+            // There is no way that both an unmodified peer and one without a proven route could fall back to.
+            let expected = "false, or Type \"vxlan\"";
+            return Err(object.refuse(AUTO, expected, "true").into());
+        }
         match name.as_str() {
             "udp" => UdpBackend::read(object).map(Self::Udp),
             "vxlan" => VxlanBackend::read(object).map(Self::Vxlan),
+            "auto" => VxlanBackend::read(object).map(|vxlan| {
+                let auto = true;
+                Self::Vxlan(VxlanBackend { auto, ..vxlan })
+            }),
             "host-gw" => Ok(Self::HostGw),
             known if UNAVAILABLE.contains(&known) => Err(ConfigError::BackendUnavailable { name }),
             _ => Err(ConfigError::BackendUnknown {
@@ -266,13 +285,26 @@ impl VxlanBackend {
             "a UDP port from 1 to 65535, or 0 for 8472",
             |given| u16::try_from(given).ok(),
         )?;
+        let source_check = object.text(
+            SOURCE_CHECK,
+            "\"strict\", \"loose\" or \"off\"",
+            Null::Skipped,
+            |text| match text {
+                "strict" => Some(Some(SourceCheck::Strict)),
+                "loose" => Some(Some(SourceCheck::Loose)),
+                "off" => Some(None),
+                _ => None,
+            },
+        )?;
         Ok(Self {
+            source_check: source_check.unwrap_or(defaults.source_check),
             vni: vni.unwrap_or(defaults.vni),
             port: port.filter(|&port| port != 0).unwrap_or(defaults.port),
             mtu: mtu(object)?,
             gbp: flag(GBP)?.unwrap_or(defaults.gbp),
             learning: flag(LEARNING)?.unwrap_or(defaults.learning),
             direct_routing: flag(DIRECT_ROUTING)?.unwrap_or(defaults.direct_routing),
+            auto: flag(AUTO)?.unwrap_or(defaults.auto),
         })
     }
 }

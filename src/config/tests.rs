@@ -250,6 +250,8 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
         gbp: false,
         learning: false,
         direct_routing: false,
+        source_check: Some(SourceCheck::Strict),
+        auto: false,
     };
     for text in [
         r#"{"Type":"VXLAN"}"#,
@@ -262,7 +264,7 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
         );
     }
     let all = read(
-        r#"{"Type":"vxlan","vni":9999999,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true,"MacPrefix":"0E-2A","Name":"n","SourcePort":"x"}"#,
+        r#"{"Type":"vxlan","vni":9999999,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true,"SourceCheck":"off","Auto":true,"MacPrefix":"0E-2A","Name":"n","SourcePort":"x"}"#,
     );
     let expected = VxlanBackend {
         vni: 9_999_999,
@@ -271,9 +273,31 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
         gbp: true,
         learning: true,
         direct_routing: true,
+        source_check: None,
+        auto: true,
     };
     assert_eq!(all.backend, Backend::Vxlan(expected));
     assert_eq!(all.unknown_keys, ["Backend.SourcePort"]);
+    let auto = VxlanBackend {
+        auto: true,
+        ..defaults
+    };
+    for text in [
+        r#"{"Type":"auto"}"#,
+        r#"{"Type":"Auto","Auto":false}"#,
+        r#"{"Type":"vxlan","auto":true}"#,
+    ] {
+        assert_eq!(read(text).backend, Backend::Vxlan(auto.clone()), "{text}");
+    }
+    for name in ["udp", "host-gw"] {
+        let text =
+            format!(r#"{{"Network":"10.9.0.0/16","Backend":{{"Type":"{name}","Auto":true}}}}"#);
+        let refused = refusal(&text);
+        assert!(
+            refused.contains("Backend.Auto: expected false"),
+            "{refused}"
+        );
+    }
     let host_gw = read(r#"{"Type":"host-gw","VNI":1}"#);
     assert_eq!(host_gw.backend, Backend::HostGw);
     assert_eq!(host_gw.unknown_keys, ["Backend.VNI"]);
@@ -301,7 +325,7 @@ fn backends_are_read_typed_or_refused_by_name() {
         (r#"{"Type":null}"#, "unknown backend type \"\""),
         (
             r#"{"Type":"quic"}"#,
-            "use one of udp, vxlan, host-gw, ipip, wireguard",
+            "use one of udp, vxlan, host-gw, auto, ipip, wireguard",
         ),
         (r#"{"Type":"VXLAN","VNI":-1}"#, "Backend.VNI: expected"),
         (r#"{"Type":"vxlan","VNI":16777215}"#, "from 0 to 9999999"),

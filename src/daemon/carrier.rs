@@ -14,7 +14,6 @@ use crate::backend::kernel::{Change, Kernel};
 use crate::backend::reconcile::Outcome;
 use crate::backend::settle::{self, settle};
 use crate::datapath::PeerRoute;
-use crate::lease::Subnets;
 
 /// What should be there for the peers.
 #[derive(Debug, Default)]
@@ -137,13 +136,6 @@ impl Carrier {
         tunnels.chain(self.report.devices.iter().copied())
     }
 
-    /// Whether a peer is reached by a route through its node.
-    pub(super) fn is_direct(&self, subnets: &Subnets) -> bool {
-        crate::backend::udp::nets(subnets)
-            .iter()
-            .any(|net| self.report.direct.contains(net))
-    }
-
     /// Looks at what is there, and puts it right.
     pub(super) async fn look(&mut self, kernel: &impl Kernel) -> Looked {
         let begun = Instant::now();
@@ -164,8 +156,8 @@ impl Carrier {
                 }
             }
         }
-        // With a data plane of ours, nothing in the kernel depends on single peers.
-        if !self.tunnels.is_empty() && !self.stale {
+        // With a data plane of ours, nothing in the kernel depends on single peers, but for ways past it.
+        if !self.tunnels.is_empty() && !self.stale && !self.wanted.desired.probing {
             self.look_took = begun.elapsed();
             return repaired.map_or(Looked::Unchanged, Looked::Repaired);
         }
@@ -222,7 +214,7 @@ impl Carrier {
 
     /// Whether a change may be about what we keep.
     pub(super) fn concerns(&self, change: Change, external: u32) -> bool {
-        let in_kernel = self.tunnels.is_empty();
+        let in_kernel = self.tunnels.is_empty() || self.wanted.desired.probing;
         let is_ours = |index: u32| self.tunnels.iter().any(|tunnel| tunnel.index == index);
         let link = |index: u32| {
             is_ours(index)
@@ -232,10 +224,10 @@ impl Carrier {
             Change::Link(index) | Change::Address(index) => link(index),
             Change::Neighbour(index) => in_kernel && self.report.devices.contains(&index),
             Change::Route(net) => match self.tunnels.as_slice() {
-                tunnels @ [_, ..] => tunnels
+                tunnels @ [_, ..] if !in_kernel => tunnels
                     .iter()
                     .any(|tunnel| tunnel.desired.networks.contains(&net)),
-                [] => {
+                _ => {
                     let desired = &self.wanted.desired;
                     // A route of ours, or one that decides whether a peer is on a link.
                     desired

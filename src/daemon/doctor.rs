@@ -20,6 +20,7 @@ use super::traffic::Admitting;
 use crate::backend::kernel::Kernel;
 use crate::backend::preflight;
 use crate::backend::udp;
+use crate::config::Backend;
 use crate::debug::doctor::{Evidence, Finding, LOSSY, Said, Way, diagnose};
 use crate::lease::Lease;
 use crate::probe::directory::Peer;
@@ -64,7 +65,7 @@ pub(super) struct Document {
 struct PeerDocument {
     subnets: String,
     public: Option<IpAddr>,
-    transport: Option<&'static str>,
+    transport: Option<String>,
     /// What is wrong.
     findings: Vec<Finding>,
     /// What is worth knowing.
@@ -104,6 +105,7 @@ pub(super) struct Examination {
     admission: Arc<LastAdmission>,
     admitting: Admitting,
     mtu: u16,
+    ways_are_chosen: bool,
     own: String,
     node: Vec<String>,
     peers_in_all: usize,
@@ -117,7 +119,7 @@ struct Patient {
     public: Option<IpAddr>,
     /// Where the tunnel's datagrams go.
     endpoint: Option<SocketAddr>,
-    transport: Option<&'static str>,
+    transport: Option<String>,
     way: Way,
     clashes: Vec<String>,
 }
@@ -195,6 +197,10 @@ pub(super) async fn begin<S: LeaseStore, K: Kernel>(
         admission: Arc::clone(&daemon.probes.admission),
         admitting: Admitting::of(&daemon.options.traffic, registration),
         mtu: registration.plan.mtu().get(),
+        ways_are_chosen: matches!(
+            &registration.config.backend,
+            Backend::Vxlan(vxlan) if vxlan.auto || vxlan.direct_routing
+        ),
         own: registration.lease.subnets.to_string(),
         node,
         peers_in_all: session.peers.leases().len(),
@@ -294,6 +300,7 @@ impl Examination {
             refused: false,
             said: None,
             we_hear: false,
+            ways_are_chosen: self.ways_are_chosen,
             runs_it: patient.peer.runs_it(),
             overlay,
             direct,
@@ -323,7 +330,7 @@ impl Examination {
         PeerDocument {
             subnets: patient.peer.subnets.to_string(),
             public: patient.public,
-            transport: patient.transport,
+            transport: patient.transport.clone(),
             findings,
             notes,
             overlay: evidence.overlay,

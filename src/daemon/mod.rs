@@ -17,9 +17,11 @@ mod backoff;
 mod carrier;
 mod doctor;
 mod explain;
+mod guard;
 mod hold;
 mod lock;
 mod news;
+mod past;
 pub mod preflight;
 mod probes;
 mod publication;
@@ -197,6 +199,20 @@ pub enum DaemonError {
     /// A device that the backend needs cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The kernel has no VXLAN, and nothing else may do its work.
+    #[error("{0}, or let --vxlan auto carry the packets in user space")]
+    NoVxlan(DeviceError),
+    /// Another daemon in this network namespace has the device that ours would have.
+    #[error(
+        "another daemon (pid {pid}) has the VXLAN device {name} of this node: stop it, or give one of the two networks \
+         another Backend.VNI"
+    )]
+    DeviceHeld {
+        /// The device.
+        name: String,
+        /// The other daemon.
+        pid: i32,
+    },
     /// Something on the node rules the overlay out.
     #[error("{0}")]
     Conflict(Conflict),

@@ -2,6 +2,7 @@
 //! waiting helps, fails where an operator has to act.
 
 use std::collections::HashSet;
+use std::num::NonZero;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
@@ -13,7 +14,9 @@ use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
 use crate::backend::plan::Plan;
 use crate::backend::preflight::{self, Conflict};
 use crate::backend::udp;
+use crate::backend::vxlan::{Past, Vxlan};
 use crate::config::NetworkConfig;
+use crate::datapath::lock::{LockError, NameLock};
 use crate::iface::{Candidate, Choice, Selector, Snapshot, Wanted};
 use crate::lease::{Lease, Subnets};
 use crate::store::{AcquireRequest, LeaseStore, StoreError};
@@ -31,6 +34,8 @@ pub(super) struct Registration {
     pub(super) candidates: Vec<Candidate>,
     pub(super) lease: Lease,
     pub(super) conflicts: Vec<Conflict>,
+    /// The devices are ours.
+    _devices: Vec<NameLock>,
 }
 
 impl Registration {
@@ -62,7 +67,20 @@ pub(super) async fn register(
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
     let mut plan = Plan::new(&config, ends.clone())?;
+    let devices = hold_devices(&plan)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
+    if let Plan::Vxlan(vxlan) = &mut plan
+        && vxlan.is_auto()
+    {
+        let obstacle = past_the_tunnel(kernel, vxlan, options);
+        if let Some(obstacle) = &obstacle {
+            tracing::warn!("no peer is reached past the tunnel: {obstacle}");
+        }
+        vxlan.set_past(Past {
+            probe_port: options.probes.port.map(NonZero::get),
+            obstacle,
+        });
+    }
     if let Plan::Vxlan(vxlan) = &plan
         && vxlan.leaves_direct_routing()
     {
@@ -98,7 +116,33 @@ pub(super) async fn register(
         candidates,
         lease,
         conflicts,
+        _devices: devices,
     })
+}
+
+/// The name that stands for a VXLAN device.
+pub(super) fn device_lock(device: &str) -> String {
+    format!("vxlan/{device}")
+}
+
+/// Takes the names of the backend's devices: a second daemon with them would be of one mind with the first about
+/// nothing.
+fn hold_devices(plan: &Plan) -> Result<Vec<NameLock>, DaemonError> {
+    let Plan::Vxlan(vxlan) = plan else {
+        return Ok(Vec::new());
+    };
+    let hold = |name: &str| match NameLock::take(&device_lock(name)) {
+        Ok(lock) => Ok(lock),
+        Err(LockError::Held { pid }) => Err(DaemonError::DeviceHeld {
+            name: name.to_owned(),
+            pid,
+        }),
+        Err(LockError::Io(source)) => Err(DaemonError::Process {
+            action: "take the name of the VXLAN device",
+            source,
+        }),
+    };
+    vxlan.device_names().map(hold).collect()
 }
 
 fn warn_or_fail(conflicts: &[Conflict]) -> Result<(), DaemonError> {
@@ -206,10 +250,34 @@ pub(super) async fn prepare(
                 tracing::warn!("VXLAN is carried in user space, on the same port: {error}");
                 return Ok(vxlan.move_to_user_space(error.to_string())?);
             }
+            Err(error @ DeviceError::NoVxlan(_)) => return Err(DaemonError::NoVxlan(error)),
             ensured => drop(ensured?),
         }
     }
     Ok(())
+}
+
+/// Why packets cannot come and go past the tunnel here, if they cannot.
+fn past_the_tunnel(kernel: &impl Kernel, vxlan: &Vxlan, options: &Options) -> Option<String> {
+    if options.probes.port.is_none() {
+        return Some("no probes are answered (--probe-port 0)".to_owned());
+    }
+    // While two nodes change over, packets come in by the link that the route back does not take; strict reverse path
+    // filtering drops those (ip-sysctl.rst: of `all` and the link's own the higher counts, and 2 is loose).
+    let value = |link: &str| -> Option<u8> {
+        let path = format!("ipv4/conf/{link}/rp_filter");
+        kernel.setting(&path)?.parse().ok()
+    };
+    let all = value("all").unwrap_or(0);
+    vxlan.links().find_map(|link| {
+        // A device that is yet to come begins with the default.
+        let own = value(link).or_else(|| value("default")).unwrap_or(0);
+        (own.max(all) == 1).then(|| {
+            format!(
+                "reverse path filtering is strict on {link} (sysctl -w net.ipv4.conf.all.rp_filter=2 makes it loose)"
+            )
+        })
+    })
 }
 
 /// The numbers of the devices that are the original's or ours, of whichever run: the first look at the kernel puts

@@ -12,6 +12,8 @@ use super::Daemon;
 use super::carrier::Carrier;
 use super::doctor;
 use super::explain::{Question, explain, explain_and_trace};
+use super::guard::GuardDocument;
+use super::past::RejectedDocument;
 use super::probes;
 use super::renewal::Held;
 use super::session::Session;
@@ -58,6 +60,8 @@ struct Document<'a> {
     /// Every reason for a drop, with both directions' counts.
     drops: Vec<DropDocument>,
     datapath: datapath::Status,
+    /// Who may send to the kernel's VXLAN device.
+    source_check: Option<GuardDocument>,
 }
 
 #[derive(Serialize)]
@@ -85,7 +89,9 @@ struct PeerDocument {
     public: Option<IpAddr>,
     endpoint: Option<SocketAddr>,
     /// How packets reach it; none if they do not.
-    transport: Option<&'static str>,
+    transport: Option<String>,
+    /// Better ways that are not used, and why.
+    rejected: Vec<RejectedDocument>,
     ecn: bool,
     sent: u64,
     received: u64,
@@ -261,6 +267,8 @@ async fn document<S: LeaseStore, K: Kernel>(
 ) -> Value {
     let registration = &session.registration;
     let carrier = session.carrier.as_ref();
+    // First, for the counters.
+    let source_check = session.guard.document().await;
     let datapath = datapath_of(session);
     let mut devices = Vec::new();
     for index in carrier.into_iter().flat_map(Carrier::devices) {
@@ -300,6 +308,7 @@ async fn document<S: LeaseStore, K: Kernel>(
             .collect(),
         drops: drops(&datapath.total),
         datapath,
+        source_check,
     };
     value(document)
 }
@@ -351,7 +360,12 @@ fn datapath_of(session: &Session) -> datapath::Status {
     let carrier = session.carrier.as_ref();
     let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
     let all = tunnels.iter().map(Tunnel::status);
-    all.reduce(datapath::Status::beside).unwrap_or_default()
+    let mut status = all.reduce(datapath::Status::beside).unwrap_or_default();
+    // What the kernel drops for the same reason as we would.
+    for (reason, count) in session.guard.drops() {
+        *status.total.decap.drops.entry(reason.name()).or_default() += count;
+    }
+    status
 }
 
 fn watch(session: &Session) -> Watch {
@@ -393,6 +407,10 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             public: lease.attrs.node(),
             endpoint,
             transport: session.transport_of(&lease.subnets),
+            rejected: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
+                let ways = &session.ways;
+                ways.rejected(&session.registration, &carrier.report, lease)
+            }),
             ecn: lease.extension.ecn,
             sent: seen.map_or(0, |peer| peer.sent),
             received: seen.map_or(0, |peer| peer.received),

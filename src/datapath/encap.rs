@@ -12,13 +12,13 @@
 
 use super::drop::DropReason;
 use super::forward::EncapVerdict;
-use super::outbox::{Destination, Outbox, Slots};
-use super::portable::after_tun_read;
+use super::outbox::Outbox;
+use super::pending::{Destination, Slots};
 use super::shared::Shared;
 use super::stats::Counts;
 use super::table::Peer;
 use super::tap::{Direction, Form, Seen};
-use super::worker::{Context, Progress};
+use super::worker::{Context, Progress, after_tun_read};
 use crate::addr::Mtu;
 use crate::offload::split::{MAX_HEADER_LEN, Split, finish_checksum};
 use crate::offload::vnet_hdr::{VNET_HDR_LEN, VnetHdr};

@@ -9,7 +9,7 @@ use crate::offload::split::{Split, finish_checksum};
 use crate::offload::unfinished;
 use crate::offload::vnet_hdr::VnetHdr;
 use crate::wire::checksum::SumFn;
-use crate::wire::ip::{self, IpMeta, Version};
+use crate::wire::ip::{self, Version};
 use crate::wire::vxlan::{self, Vxlan};
 
 /// The most that [`Encapsulation::write_header`] writes.
@@ -34,11 +34,22 @@ pub enum Encapsulation {
 #[derive(Debug)]
 pub struct Inner<'b> {
     /// The packet, and padding where [`IpMeta::total_len`] is less.
+    ///
+    /// [`IpMeta::total_len`]: crate::wire::ip::IpMeta::total_len
     pub packet: &'b mut [u8],
-    /// Its header.
-    pub meta: IpMeta,
     /// The MAC address of whoever sent it, where the encapsulation tells.
     pub sender: Option<Mac>,
+    /// Its IP version, where the encapsulation tells.
+    version: Option<Version>,
+}
+
+impl Inner<'_> {
+    /// Whether a packet of this version may stand here.
+    #[inline]
+    #[must_use]
+    pub fn may_be(&self, version: Version) -> bool {
+        self.version.is_none_or(|claimed| claimed == version)
+    }
 }
 
 impl Encapsulation {
@@ -83,7 +94,8 @@ impl Encapsulation {
         vxlan::HEADER_LEN
     }
 
-    /// Finds the inner packet of a datagram.
+    /// Finds the inner packet of a datagram. What the packet is, is not looked at: its header is worth parsing once,
+    /// where it is used.
     ///
     /// # Errors
     /// The reason to drop it: it is not of this encapsulation, not of our network, not IP or not for us.
@@ -92,21 +104,18 @@ impl Encapsulation {
         let (header, packet) = datagram
             .split_at_mut_checked(self.header_len())
             .ok_or(DropReason::TooShort)?;
-        let claimed = match self {
-            Self::Plain => None,
-            Self::Vxlan { vni, mac } => Some(open_frame(&Vxlan::new_unchecked(header), vni, mac)?),
+        let (version, sender) = match self {
+            Self::Plain => (None, None),
+            Self::Vxlan { vni, mac } => {
+                let frame = Vxlan::new(header).or(Err(DropReason::TooShort))?;
+                let (version, sender) = open_frame(&frame, vni, mac)?;
+                (Some(version), Some(sender))
+            }
         };
-        let Ok(meta) = ip::parse(packet) else {
-            return Err(DropReason::of_unparsed(packet.len()));
-        };
-        if claimed.is_some_and(|(version, _)| version != meta.version()) {
-            return Err(DropReason::Malformed);
-        }
-        let sender = claimed.map(|(_, sender)| sender);
         Ok(Inner {
             packet,
-            meta,
             sender,
+            version,
         })
     }
 

@@ -3,6 +3,7 @@
 
 pub mod answer;
 pub mod decap;
+pub mod delivery;
 pub mod drop;
 pub mod encap;
 pub mod encapsulation;
@@ -11,6 +12,7 @@ pub mod forward;
 pub mod limiter;
 pub mod lock;
 pub mod outbox;
+pub mod pending;
 mod plane;
 pub mod portable;
 pub mod report;

@@ -16,118 +16,22 @@
 use std::io;
 
 use super::drop::DropReason;
-use super::encapsulation;
+use super::pending::{Destination, MAX_SEGMENTS, Pending, Segment, Slots};
 use super::slow_path::{SlowPath, note, sent};
 use super::stats::Counts;
 use super::table::Peer;
 use super::tap::run::Piece;
 use super::tap::{Direction, Form, Seen, Verdict};
 use super::worker::Context;
-use crate::offload::gso::{Planner, Run, RunKey, RunLimits};
-use crate::offload::split::{MAX_HEADER_LEN, Split};
+use crate::offload::gso::Run;
+use crate::offload::split::Split;
 use crate::sys::mmsg::{Entry, SendBatch};
-use crate::underlay::{SOURCE_PORTS, UdpCaps, UnderlaySocket};
+use crate::underlay::{UdpCaps, UnderlaySocket};
 
-/// Segments held before a flush: four 64 KiB superpackets of 1400-byte segments, five times over.
-const MAX_SEGMENTS: usize = 1024;
-/// As the planner counts them.
-const PLANNED_SEGMENTS: u16 = 1024;
-const PLANNED_PORTS: u16 = 8;
-const _: () = assert!(PLANNED_SEGMENTS as usize == MAX_SEGMENTS);
-const _: () = assert!(PLANNED_PORTS as usize == SOURCE_PORTS);
 /// Entries of one `sendmmsg`.
 const MAX_ENTRIES: usize = 64;
 /// Slices of one `sendmmsg`: a header and a payload for every segment.
 const MAX_SLICES: usize = 2 * MAX_SEGMENTS;
-/// Room for one header; whole cache lines.
-const HEADER_STRIDE: usize = (encapsulation::MAX_HEADER_LEN + MAX_HEADER_LEN).next_multiple_of(64);
-
-/// One inner packet that goes out.
-#[derive(Clone, Copy, Debug)]
-struct Segment {
-    /// Bytes of it in the outbox; 0 when the payload is the whole packet and nothing precedes that.
-    header_len: usize,
-    /// The slot its payload is in.
-    slot: usize,
-    /// Where in the slot.
-    at: usize,
-    /// Payload bytes.
-    len: usize,
-}
-
-/// Where segments' payloads are: the reader's buffers.
-pub trait Slots {
-    /// The packet bytes of one slot.
-    fn slot(&self, slot: usize) -> &[u8];
-}
-
-/// Where a packet goes: what `forward` and the flow hash decided.
-#[derive(Clone, Copy)]
-pub struct Destination<'t> {
-    /// The peer.
-    pub peer: &'t Peer,
-    /// The peer's index in the table of this burst.
-    pub hop: u32,
-    /// Whether runs may be used towards it.
-    pub gso: bool,
-    /// Outer TOS byte.
-    pub tos: u8,
-    /// The source socket, chosen by the inner flow's hash.
-    pub socket: u16,
-}
-
-/// Segments waiting for the flush.
-struct Pending {
-    headers: Vec<u8>,
-    segments: Vec<Segment>,
-    planner: Planner,
-    limits: RunLimits,
-}
-
-impl Pending {
-    /// Header and payload of one segment.
-    fn parts<'b>(&'b self, slots: &'b impl Slots, idx: usize) -> [&'b [u8]; 2] {
-        let Some(segment) = self.segments.get(idx) else {
-            return [&[], &[]];
-        };
-        let header_at = idx * HEADER_STRIDE;
-        let header = self.headers.get(header_at..header_at + segment.header_len);
-        let slot = slots.slot(segment.slot);
-        let payload = slot.get(segment.at..segment.at + segment.len);
-        [header.unwrap_or_default(), payload.unwrap_or_default()]
-    }
-
-    /// `false` when the planner refuses, which it does for an unknown source socket or beyond its capacity.
-    fn push(&mut self, to: Destination<'_>, segment: Segment) -> bool {
-        let key = RunKey {
-            source: to.socket,
-            next_hop: to.hop,
-            tos: to.tos,
-        };
-        let limits = RunLimits {
-            gso: to.gso,
-            ..self.limits
-        };
-        let len = u32::try_from(segment.header_len + segment.len).unwrap_or(u32::MAX);
-        let planned = self.planner.push(key, len, &limits).is_ok();
-        if planned {
-            self.segments.push(segment);
-        }
-        planned
-    }
-
-    /// Room for what precedes the payload of the segment that is pushed next.
-    fn next_header(&mut self) -> &mut [u8] {
-        let at = self.segments.len() * HEADER_STRIDE;
-        self.headers
-            .get_mut(at..at + HEADER_STRIDE)
-            .unwrap_or_default()
-    }
-
-    const fn is_full(&self) -> bool {
-        self.segments.len() == MAX_SEGMENTS
-    }
-}
 
 /// One worker's outgoing segments. Memory is fixed at construction.
 pub struct Outbox {
@@ -142,16 +46,7 @@ impl Outbox {
     #[must_use]
     pub fn new(caps: &UdpCaps) -> Self {
         Self {
-            pending: Pending {
-                headers: vec![0; MAX_SEGMENTS * HEADER_STRIDE],
-                segments: Vec::with_capacity(MAX_SEGMENTS),
-                planner: Planner::new(PLANNED_SEGMENTS, PLANNED_PORTS),
-                limits: RunLimits {
-                    gso: caps.gso,
-                    max_segments: caps.max_segments,
-                    max_bytes: caps.max_run_len,
-                },
-            },
+            pending: Pending::new(caps),
             batch: SendBatch::new(MAX_ENTRIES, MAX_SLICES),
             slow: SlowPath::new(),
         }
@@ -229,7 +124,7 @@ impl Outbox {
 
     /// Sends everything collected. Afterwards each segment was sent, answered or dropped, and counted.
     pub fn flush(&mut self, cx: &Context<'_>, slots: &impl Slots, counts: &mut Counts) {
-        if self.pending.segments.is_empty() {
+        if self.pending.is_empty() {
             return;
         }
         let Self {
@@ -240,8 +135,7 @@ impl Outbox {
         for source in pending.planner.sources() {
             send_runs(pending, batch, slow, cx, slots, counts, source);
         }
-        self.pending.segments.clear();
-        self.pending.planner.clear();
+        self.pending.clear();
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::answer::Answerer;
 use super::drop::DropReason;
 use super::encapsulation::MAX_HEADER_LEN;
-use super::outbox::Destination;
+use super::pending::Destination;
 use super::stats::Counts;
 use super::table::Peer;
 use super::tap::{Direction, Form, Seen, Verdict};

@@ -43,6 +43,17 @@ pub enum Progress {
     Gone,
 }
 
+/// What a failed TUN read means.
+pub fn after_tun_read(error: &io::Error) -> Progress {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => Progress::Drained,
+        Some(libc::EINTR) => Progress::More,
+        // EBADFD: detached because the device was deleted; anything else on a character device that worked
+        // until now means the same, and reading on would spin.
+        _ => Progress::Gone,
+    }
+}
+
 /// What a burst works with; none of it changes during the burst.
 pub struct Context<'a> {
     /// This worker's TUN queue.

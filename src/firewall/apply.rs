@@ -270,6 +270,12 @@ pub async fn remove(search: Vec<PathBuf>) -> Removed {
 /// Removes what is held by programs other than `keep`.
 async fn sweep(search: &SearchPath, keep: Option<&Holder>) -> Removed {
     let mut removed = Removed::default();
+    if keep.is_none() {
+        match super::senders::sweep(search.0.clone(), |_vni| false).await {
+            Ok(found) => removed.places.extend(found),
+            Err(error) => removed.errors.push(error),
+        }
+    }
     let mut note = |result: Result<Vec<Difference>, Error>| match result {
         Ok(found) => removed.places.extend(found.into_iter().map(|d| d.place)),
         Err(error) => removed.errors.push(error),

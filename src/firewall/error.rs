@@ -73,6 +73,9 @@ pub enum Error {
     /// flannel spins on such a value.
     #[error("--iptables-resync={0}: the interval must be at least 1 second")]
     ResyncInterval(i64),
+    /// Neither part of the source check works here.
+    #[error("the kernel or nft cannot check who sends to a VXLAN device: {0}")]
+    NoSenderCheck(String),
     /// The socket for the kernel's notifications failed.
     #[error("cannot listen for changes of the ruleset: {0}")]
     Events(#[source] io::Error),

@@ -189,14 +189,14 @@ async fn changed(rules: &mut watch::Receiver<Rules>) {
 
 /// Slows down a keeper that another program fights with, so that neither eats the node's CPU.
 #[derive(Debug, Default)]
-struct Repairs {
+pub(super) struct Repairs {
     count: u32,
     last: Option<Instant>,
 }
 
 impl Repairs {
     /// Counts a repair; returns how long to hold back, doubling from one second up to [`PEACE`].
-    fn note(&mut self, now: Instant) -> Option<Duration> {
+    pub(super) fn note(&mut self, now: Instant) -> Option<Duration> {
         if self.last.is_some_and(|last| now - last > PEACE * 2) {
             self.count = 0;
         }

@@ -28,6 +28,8 @@ pub(super) enum Interest {
     /// Those of the built-in chains of iptables that we have a jump in, and of our chains. A service proxy
     /// changes its own chains all the time; that costs us nothing.
     CompatChains,
+    /// Everything in the tables of the source check, of which nobody but its keeper changes anything.
+    SenderTables,
 }
 
 impl Interest {
@@ -36,6 +38,7 @@ impl Interest {
             Self::OwnTables => {
                 table == "loden-notrack" || table == "flannel-ipv4" || table == "flannel-ipv6"
             }
+            Self::SenderTables => table.starts_with(super::senders::PREFIX),
             Self::CompatChains => super::iptables::SLOTS.iter().any(|slot| {
                 slot.table == table
                     && chain.is_none_or(|name| name == slot.chain || slot.hooks.contains(&name))
@@ -137,8 +140,16 @@ fn header(message: &[u8]) -> Option<(usize, u16)> {
 /// 1; a rule its chain in attribute 2, a chain itself in attribute 3. Sets and counters never matter here.
 fn message_concerns(kind: u16, attributes: &[u8], interest: Interest) -> bool {
     let [message, subsystem] = kind.to_le_bytes();
-    if subsystem != NFTABLES_SUBSYSTEM || message > 8 {
+    if subsystem != NFTABLES_SUBSYSTEM {
         return false;
+    }
+    // All kinds of messages about parts of a table name it first (linux/netfilter/nf_tables.h); that of a
+    // generation, which names none, follows every change.
+    if message > 8 {
+        let sets = 9..=14;
+        return interest == Interest::SenderTables
+            && sets.contains(&message)
+            && text(attributes, 1).is_some_and(|table| interest.covers(table, None));
     }
     let chain = match message {
         0..=2 => None,

@@ -13,8 +13,9 @@
 //! | masquerade | chain `postrtg` of `flannel-ipv4`, `flannel-ipv6` | chain `FLANNEL-POSTRTG` of `nat` |
 //! | forward | chain `forward` of the same tables | chain `FLANNEL-FWD` of `filter` |
 //! | tunnel untracked | table `inet loden-notrack` | chain `LODEN-NOTRACK` of `raw` |
+//! | senders to the kernel's VXLAN | table `inet loden-vxlan-VNI` | likewise in nftables |
 //!
-//! The first two rows are flannel's, to the byte as `iptables -S` and `nft list chain` show them; the third is
+//! The first two rows are flannel's, to the byte as `iptables -S` and `nft list chain` show them; the others are
 //! ours. In nftables an `accept` does not overrule a drop in another table, so there the forward rules cannot
 //! open a node whose own policy is to drop; in iptables they can.
 
@@ -25,6 +26,7 @@ mod keeper;
 mod kernel_events;
 mod nft;
 mod rules;
+mod senders;
 mod tool;
 mod variant;
 
@@ -35,4 +37,7 @@ pub use apply::{Applied, Firewall, Removed, remove};
 pub use error::{Difference, Error, What};
 pub use keeper::{Keeper, KeeperStatus, ResyncInterval};
 pub use rules::{Family, FamilyRules, Masquerade, Notrack, Rules, Underlay};
+pub use senders::{
+    Scope as SenderScope, SenderCheck, SenderStatus, Senders, Tunnel, sweep as sweep_senders,
+};
 pub use variant::{Flavor, Mode};

@@ -10,7 +10,7 @@ use super::plan::{self, PodNet};
 use super::process::Tracked;
 use super::spec::cli_name;
 use super::wait::{self, Interrupt};
-use super::{Dialect, Error, Member, NetNs, Spec, Store, command};
+use super::{Backend, Dialect, Error, Member, NetNs, Spec, Store, command};
 
 /// A daemon writes `subnet.env` as soon as it has a lease and a device; on a busy machine that may take
 /// a while, and only a failing lab ever waits this long.
@@ -112,6 +112,17 @@ fn daemon(program: &Path, spec: &Spec, lab_dir: &Path, node: u8) -> Command {
         command
             .args(["daemon", "--status-socket"])
             .arg(status_socket(lab_dir, node));
+        // A lab has what was asked for, and nothing in its place.
+        match spec.backend {
+            Backend::Vxlan => command.args(["--vxlan", "kernel"]),
+            Backend::UserVxlan => command.args(["--vxlan", "user"]),
+            Backend::None
+            | Backend::Plain
+            | Backend::ByHand
+            | Backend::Udp
+            | Backend::HostGw
+            | Backend::WireguardGo => &mut command,
+        };
     }
     command
         .args(["--iface", "eth0", "--public-ip"])

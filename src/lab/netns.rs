@@ -13,7 +13,10 @@ use super::Error;
 /// Where `ip netns` pins namespaces (ip-netns(8)).
 pub const NETNS_DIR: &str = "/run/netns";
 
-/// A named network namespace.
+/// What the namespace that this program runs in is called here; no namespace of `ip netns` has a slash in its name.
+const HERE: &str = "./this";
+
+/// A named network namespace, or this program's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetNs {
     name: String,
@@ -24,6 +27,12 @@ impl NetNs {
     #[must_use]
     pub fn named(name: impl Into<String>) -> Self {
         Self { name: name.into() }
+    }
+
+    /// The one that this program runs in. Using it needs no privilege.
+    #[must_use]
+    pub fn here() -> Self {
+        Self::named(HERE)
     }
 
     /// Its name.
@@ -49,6 +58,9 @@ impl NetNs {
     /// # Panics
     /// Passes on a panic of `work`.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, Error> {
+        if self.name == HERE {
+            return Ok(work());
+        }
         let file = self.open()?;
         thread::scope(|scope| {
             let worker = scope.spawn(move || {

@@ -189,6 +189,8 @@ pub enum Backend {
     Udp,
     /// Likewise, with the kernel's VXLAN.
     Vxlan,
+    /// Likewise, with VXLAN carried by the daemon itself.
+    UserVxlan,
     /// Likewise, with routes.
     HostGw,
     /// One `wireguard-go` per node; two nodes at most.
@@ -202,7 +204,7 @@ impl Backend {
         match self {
             Self::None | Self::Plain | Self::ByHand | Self::WireguardGo => None,
             Self::Udp => Some("udp"),
-            Self::Vxlan => Some("vxlan"),
+            Self::Vxlan | Self::UserVxlan => Some("vxlan"),
             Self::HostGw => Some("host-gw"),
         }
     }

@@ -63,6 +63,13 @@ impl LeaseAttrs {
             .or(self.public_ipv6.map(IpAddr::V6))
     }
 
+    /// Whether both name one address of one family.
+    #[must_use]
+    pub fn shares_address(&self, other: &Self) -> bool {
+        (self.public_ip.is_some() && self.public_ip == other.public_ip)
+            || (self.public_ipv6.is_some() && self.public_ipv6 == other.public_ipv6)
+    }
+
     /// Parses a lease value. Unknown fields are ignored.
     ///
     /// # Errors

@@ -177,6 +177,11 @@ pub(super) fn prefix(message: &AddressMessage) -> Option<IpNet> {
 
 /// The unicast route of the main table that a message tells of: one entry per next hop, none for others.
 pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
+    routes_of(message, u32::from(RouteHeader::RT_TABLE_MAIN))
+}
+
+/// Likewise, of another table.
+pub(super) fn routes_of(message: &RouteMessage, wanted: u32) -> Vec<Route> {
     let header = &message.header;
     let mut table = u32::from(header.table);
     let mut link = 0;
@@ -221,7 +226,7 @@ pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
             }));
         }
     }
-    let ours = table == u32::from(RouteHeader::RT_TABLE_MAIN)
+    let ours = table == wanted
         && header.kind == RouteType::Unicast
         && !header.flags.contains(RouteFlags::Cloned);
     let net = IpNet::new(destination, header.destination_prefix_length);

@@ -10,10 +10,14 @@ use netlink_packet_route::link::{
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
-use netlink_packet_route::route::{RouteMessage, RouteProtocol};
-use rtnetlink::{LinkUnspec, LinkVxlan, RouteMessageBuilder};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::{IpVersion, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
-use crate::backend::kernel::{Forward, KernelError, LinkChange, Neighbour, NewVxlan, Route};
+use crate::backend::kernel::{
+    Forward, KernelError, LinkChange, Neighbour, NewVxlan, PROBE_MARK, PROBE_PRIORITY, PROBE_TABLE,
+    PROTOCOL_LODEN, Route,
+};
 
 /// A VXLAN device as flannel asks for it (specification section 8.2); what is not named here is as the kernel
 /// has it by default, which is off.
@@ -124,4 +128,39 @@ pub(super) fn route(route: &Route) -> Result<RouteMessage, KernelError> {
         builder = builder.priority(metric);
     }
     Ok(builder.build())
+}
+
+/// The same route in another table than the main one.
+pub(super) fn in_table(mut message: RouteMessage, table: u32) -> RouteMessage {
+    message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+    message.attributes.push(RouteAttribute::Table(table));
+    message
+}
+
+/// The rule that leads marked probes to their table.
+pub(super) fn probe_rule(version: IpVersion) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = match version {
+        IpVersion::V4 => AddressFamily::Inet,
+        IpVersion::V6 => AddressFamily::Inet6,
+    };
+    message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(PROBE_PRIORITY),
+        RuleAttribute::FwMark(PROBE_MARK),
+        RuleAttribute::FwMask(u32::MAX),
+        RuleAttribute::Table(PROBE_TABLE),
+        RuleAttribute::Protocol(RouteProtocol::from(PROTOCOL_LODEN)),
+    ];
+    message
+}
+
+/// Whether a rule is that one, or was made to be: it leads to our table and is marked as ours.
+pub(super) fn is_probe_rule(message: &RuleMessage) -> bool {
+    let has = |wanted: &RuleAttribute| message.attributes.contains(wanted);
+    has(&RuleAttribute::Table(PROBE_TABLE))
+        && has(&RuleAttribute::Protocol(RouteProtocol::from(
+            PROTOCOL_LODEN,
+        )))
 }

@@ -16,11 +16,13 @@ use netlink_packet_route::link::{
 };
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage};
 use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteType};
-use rtnetlink::{AddressMessageBuilder, Handle, RouteMessageBuilder};
+use netlink_packet_route::rule::RuleMessage;
+use rtnetlink::{AddressMessageBuilder, Handle, IpVersion, RouteMessageBuilder};
 use tokio::sync::mpsc;
 
 use crate::backend::kernel::{
-    Change, Edit, Forward, Kernel, KernelError, Link, LinkChange, Neighbour, NewVxlan, Route,
+    Change, Edit, Forward, Kernel, KernelError, Link, LinkChange, Neighbour, NewVxlan, PROBE_TABLE,
+    Route,
 };
 use crate::iface::{Reach, Snapshot};
 
@@ -97,6 +99,15 @@ impl Netlink {
             Edit::DeleteRoute(route) => {
                 let request = handle.route().del(encode::route(&route)?);
                 (Some(libc::ESRCH), request.execute().await)
+            }
+            Edit::AddProbeRoute(route) => {
+                let message = encode::in_table(encode::route(&route)?, PROBE_TABLE);
+                (None, handle.route().add(message).execute().await)
+            }
+            Edit::DeleteProbeRoute(route) => {
+                let message = encode::in_table(encode::route(&route)?, PROBE_TABLE);
+                let done = handle.route().del(message).execute().await;
+                (Some(libc::ESRCH), done)
             }
             Edit::SetNeighbour(Neighbour { link, ip, mac }) => {
                 let request = handle.neighbours().add(link, ip);
@@ -242,6 +253,42 @@ impl Kernel for Netlink {
     async fn routes(&self) -> Result<Vec<Route>, KernelError> {
         let messages = self.route_messages().await?;
         Ok(messages.iter().flat_map(decode::routes).collect())
+    }
+
+    async fn probe_routes(&self) -> Result<Vec<Route>, KernelError> {
+        let messages = self.route_messages().await?;
+        let routes = |message| decode::routes_of(message, PROBE_TABLE);
+        Ok(messages.iter().flat_map(routes).collect())
+    }
+
+    async fn steer_probes(&self, v4: bool, v6: bool) -> Result<bool, KernelError> {
+        let mut changed = false;
+        for (version, wanted) in [(IpVersion::V4, v4), (IpVersion::V6, v6)] {
+            let there = self.handle.rule().get(version.clone()).execute();
+            let there: Vec<RuleMessage> = match collect(there, "list routing rules").await {
+                Err(error) if error.is_unsupported() && !wanted => continue,
+                there => there?,
+            };
+            let ours: Vec<RuleMessage> = there.into_iter().filter(encode::is_probe_rule).collect();
+            if wanted && ours.len() == 1 {
+                continue;
+            }
+            for rule in ours {
+                changed = true;
+                let deleted = self.handle.rule().del(rule).execute().await;
+                let what = "delete the routing rule for probes".to_owned();
+                unless(libc::ENOENT, deleted.map_err(failed(what)))?;
+            }
+            if wanted {
+                changed = true;
+                let mut request = self.handle.rule().add();
+                *request.message_mut() = encode::probe_rule(version);
+                let what = "add the routing rule for probes".to_owned();
+                let added = request.execute().await;
+                unless(libc::EEXIST, added.map_err(failed(what)))?;
+            }
+        }
+        Ok(changed)
     }
 
     async fn add_route(&self, route: Route) -> Result<(), KernelError> {

@@ -14,6 +14,8 @@
 //! | [`prober`] | asking: rounds, usable sizes, reports |
 //! | [`background`] | probing a few peers all the time |
 //! | [`history`] | what the last visits say (pure) |
+//! | [`past`] | proving ways past the tunnel, by marked probes |
+//! | [`proof`] | when a way may be used (pure) |
 //! | [`figures`] | what a round says (pure) |
 //! | `socket`, `echo` | UDP sockets with what stood around a datagram, and ICMP echo |
 
@@ -22,7 +24,9 @@ pub mod directory;
 mod echo;
 pub mod figures;
 pub mod history;
+pub mod past;
 pub mod prober;
+pub mod proof;
 pub mod responder;
 mod socket;
 

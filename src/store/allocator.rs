@@ -1,6 +1,8 @@
 //! Owns the choice of a free subnet. Pure: what is taken and the randomness are handed in. Never claims
 //! anything.
 
+use ipnet::{Ipv4Net, Ipv6Net};
+
 use crate::addr::OverlayPrefix;
 use crate::config::{ConfigError, NetworkConfig, SubnetPool};
 use crate::lease::Subnets;
@@ -11,8 +13,8 @@ use super::StoreError;
 /// apart, few enough to keep a network's subnets together.
 pub const CANDIDATES: usize = 100;
 
-/// Picks free subnets for a node in every family of the network, each drawn uniformly from the first
-/// [`CANDIDATES`] free ones. Free is what overlaps nothing in `taken`.
+/// Picks subnets for a node in every family of the network: those of `kept`, and in the families without one, each
+/// drawn uniformly from the first [`CANDIDATES`] free ones. Free is what overlaps nothing in `taken`.
 ///
 /// `choose` is given a count of at least 1 and returns an index below it.
 ///
@@ -21,25 +23,68 @@ pub const CANDIDATES: usize = 100;
 /// [`StoreError::OutOfSubnets`] for the first family that has none left.
 pub fn allocate(
     config: &NetworkConfig,
+    kept: Kept,
     taken: &[Subnets],
     mut choose: impl FnMut(usize) -> usize,
 ) -> Result<Subnets, StoreError> {
-    let v4 = draw(
-        "IPv4",
-        config.ipv4.as_ref(),
-        taken.iter().filter_map(Subnets::v4),
-        &mut choose,
-    );
-    let v6 = draw(
-        "IPv6",
-        config.ipv6.as_ref(),
-        taken.iter().filter_map(Subnets::v6),
-        &mut choose,
-    );
+    let v4 = match kept.v4 {
+        Some(v4) => Ok(Some(v4)),
+        None => draw(
+            "IPv4",
+            config.ipv4.as_ref(),
+            taken.iter().filter_map(Subnets::v4),
+            &mut choose,
+        ),
+    };
+    let v6 = match kept.v6 {
+        Some(v6) => Ok(Some(v6)),
+        None => draw(
+            "IPv6",
+            config.ipv6.as_ref(),
+            taken.iter().filter_map(Subnets::v6),
+            &mut choose,
+        ),
+    };
     Subnets::new(v4?, v6?).ok_or_else(|| StoreError::Config {
         location: "network configuration".to_owned(),
         source: ConfigError::NoFamily,
     })
+}
+
+/// What a node keeps of the subnets that it had, family by family: a network that gains or loses a family costs the
+/// pods of the other one nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Kept {
+    v4: Option<Ipv4Net>,
+    v6: Option<Ipv6Net>,
+}
+
+impl Kept {
+    /// What of `previous` lies in the network's pools and overlaps nothing in `standing`.
+    #[must_use]
+    pub fn of(config: &NetworkConfig, previous: Option<Subnets>, standing: &[Subnets]) -> Self {
+        fn one<N: OverlayPrefix>(
+            pool: Option<&SubnetPool<N>>,
+            previous: Option<N>,
+            mut standing: impl Iterator<Item = N>,
+        ) -> Option<N> {
+            let net = previous.filter(|net| pool.is_some_and(|pool| pool.contains(net)))?;
+            let overlaps = |other: N| other.holds(&net) || net.holds(&other);
+            (!standing.any(overlaps)).then_some(net)
+        }
+        let Some(previous) = previous else {
+            return Self::default();
+        };
+        let v6 = standing.iter().filter_map(Subnets::v6);
+        Self {
+            v4: one(
+                config.ipv4.as_ref(),
+                previous.v4(),
+                standing.iter().filter_map(Subnets::v4),
+            ),
+            v6: one(config.ipv6.as_ref(), previous.v6(), v6),
+        }
+    }
 }
 
 /// Whether a lease claims more than a node of this network may have. Every node refuses it, so that it stands in
@@ -131,7 +176,6 @@ fn first_free<N: OverlayPrefix>(pool: &SubnetPool<N>, taken: impl Iterator<Item 
 
 #[cfg(test)]
 mod tests {
-    use ipnet::{Ipv4Net, Ipv6Net};
     use proptest::prelude::*;
 
     use super::*;
@@ -152,14 +196,14 @@ mod tests {
             "10.9.100.0-25".parse().unwrap(),
         ];
         let mut offered = None;
-        let last = allocate(&config, &taken, |n| {
+        let last = allocate(&config, Kept::default(), &taken, |n| {
             offered = Some(n);
             n - 1
         });
         // 2 to 103, without 100: a subnet that is taken in part is not free.
         assert_eq!(offered, Some(100));
         assert_eq!(last.unwrap().to_string(), "10.9.102.0-24");
-        let first = allocate(&config, &taken, |_| 0).unwrap();
+        let first = allocate(&config, Kept::default(), &taken, |_| 0).unwrap();
         assert_eq!(first.to_string(), "10.9.2.0-24");
     }
 
@@ -169,8 +213,39 @@ mod tests {
             config(r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#);
         let taken = ["10.9.1.0-24&fd00:0:0:1::-64".parse().unwrap()];
         let mut indices = [3, 7].into_iter();
-        let drawn = allocate(&config, &taken, |_| indices.next().unwrap()).unwrap();
+        let drawn = allocate(&config, Kept::default(), &taken, |_| {
+            indices.next().unwrap()
+        })
+        .unwrap();
         assert_eq!(drawn.to_string(), "10.9.5.0-24&fd00:0:0:9::-64");
+    }
+
+    #[test]
+    fn each_family_is_kept_or_drawn_by_itself() {
+        let dual =
+            config(r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#);
+        let taken: [Subnets; 2] = [
+            "10.9.1.0-24&fd00:0:0:1::-64".parse().unwrap(),
+            "10.9.9.0-24".parse().unwrap(),
+        ];
+        for (previous, got) in [
+            ("10.9.7.0-24", "10.9.7.0-24&fd00:0:0:2::-64"),
+            ("0.0.0.0-0&fd00:0:0:7::-64", "10.9.2.0-24&fd00:0:0:7::-64"),
+            // Somebody else's, or not of the network's form: drawn anew, and the other family is kept.
+            ("10.9.9.0-24&fd00:0:0:7::-64", "10.9.2.0-24&fd00:0:0:7::-64"),
+            ("10.9.7.0-25&fd00:0:0:7::-64", "10.9.2.0-24&fd00:0:0:7::-64"),
+            ("10.9.7.0-24&fd00:0:0:1::-64", "10.9.7.0-24&fd00:0:0:2::-64"),
+        ] {
+            let previous = Some(previous.parse().unwrap());
+            let kept = Kept::of(&dual, previous, &taken);
+            let drawn = allocate(&dual, kept, &taken, |_| 0).unwrap();
+            assert_eq!(drawn.to_string(), got, "{previous:?}");
+        }
+        let single = config(r#"{"Network":"10.9.0.0/16"}"#);
+        let previous = Some("10.9.7.0-24&fd00:0:0:7::-64".parse().unwrap());
+        let kept = Kept::of(&single, previous, &taken);
+        let drawn = allocate(&single, kept, &taken, |_| 0).unwrap();
+        assert_eq!(drawn.to_string(), "10.9.7.0-24");
     }
 
     #[test]
@@ -178,7 +253,9 @@ mod tests {
         let config = config(r#"{"Network":"10.9.0.0/28"}"#);
         let taken = ["10.9.0.0-28".parse().unwrap()];
         assert_eq!(
-            allocate(&config, &taken, |_| 0).unwrap_err().to_string(),
+            allocate(&config, Kept::default(), &taken, |_| 0)
+                .unwrap_err()
+                .to_string(),
             "out of subnets: every IPv4 subnet of 10.9.0.0/28 from 10.9.0.4/30 to 10.9.0.12/30 is leased"
         );
     }
@@ -189,7 +266,7 @@ mod tests {
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"8000::/1","IPv6SubnetLen":126}"#,
         );
         let taken = ["0.0.0.0-0&8000::-2".parse().unwrap()];
-        let drawn = allocate(&config, &taken, |_| 0).unwrap();
+        let drawn = allocate(&config, Kept::default(), &taken, |_| 0).unwrap();
         assert_eq!(drawn.v6(), Some("c000::/126".parse::<Ipv6Net>().unwrap()));
     }
 

@@ -39,14 +39,7 @@ impl<T: AsRef<[u8]>> Icmp<T> {
     /// [`HeaderError::TooShort`].
     #[inline]
     pub fn new(bytes: T) -> Result<Self, HeaderError> {
-        let have = bytes.as_ref().len();
-        if have < HEADER_LEN {
-            return Err(HeaderError::TooShort {
-                header: "ICMP",
-                need: HEADER_LEN,
-                have,
-            });
-        }
+        HeaderError::if_cut("ICMP", bytes.as_ref(), HEADER_LEN)?;
         Ok(Self { bytes })
     }
 

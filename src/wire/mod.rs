@@ -1,6 +1,4 @@
-//! Owns how headers look on the wire: views over `&[u8]`, checksums. Never does I/O, allocates or
-//! uses
-//! `unsafe`.
+//! Owns how headers look on the wire: views over `&[u8]`, checksums. Never does I/O, allocates or uses `unsafe`.
 //!
 //! # One shape for every header
 //!
@@ -51,4 +49,16 @@ pub enum HeaderError {
         /// Bytes there are.
         have: usize,
     },
+}
+
+impl HeaderError {
+    /// The number of bytes, if the fixed part of a header fits into them.
+    #[inline]
+    const fn if_cut(header: &'static str, bytes: &[u8], need: usize) -> Result<usize, Self> {
+        let have = bytes.len();
+        if have < need {
+            return Err(Self::TooShort { header, need, have });
+        }
+        Ok(have)
+    }
 }

@@ -51,14 +51,7 @@ impl<T: AsRef<[u8]>> Tcp<T> {
     /// [`HeaderError`] for a cut header or a data offset below five words.
     #[inline]
     pub fn new(bytes: T) -> Result<Self, HeaderError> {
-        let have = bytes.as_ref().len();
-        if have < MIN_HEADER_LEN {
-            return Err(HeaderError::TooShort {
-                header: "TCP",
-                need: MIN_HEADER_LEN,
-                have,
-            });
-        }
+        let have = HeaderError::if_cut("TCP", bytes.as_ref(), MIN_HEADER_LEN)?;
         let header = Self { bytes };
         let len = header.header_len();
         if len < MIN_HEADER_LEN || len > have {

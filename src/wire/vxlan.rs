@@ -42,14 +42,7 @@ impl<T: AsRef<[u8]>> Vxlan<T> {
     /// [`HeaderError::TooShort`].
     #[inline]
     pub fn new(bytes: T) -> Result<Self, HeaderError> {
-        let have = bytes.as_ref().len();
-        if have < HEADER_LEN {
-            return Err(HeaderError::TooShort {
-                header: "VXLAN",
-                need: HEADER_LEN,
-                have,
-            });
-        }
+        HeaderError::if_cut("VXLAN", bytes.as_ref(), HEADER_LEN)?;
         Ok(Self { bytes })
     }
 

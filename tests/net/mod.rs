@@ -262,6 +262,54 @@ impl Node {
     }
 }
 
+/// Makes node `n` a kernel VXLAN peer of the others, as flannel does it (specification section 8.2): permanent
+/// neighbours, forwarding entries, on-link routes, no learning. Where flannel has a device per family, one
+/// device has both here, so that every inner family crosses every outer one.
+pub(crate) fn kernel_vtep(lab: &Lab, shape: &Shape, n: u8, others: &[u8]) -> NetNs {
+    let netns = lab.netns(Member::Node(n));
+    let base_v6 = |n: u8| net_v6(n).network();
+    let mut lines = vec![
+        format!(
+            "link add flannel.1 mtu {} txqueuelen 0 address {} \
+             type vxlan id {VNI} local {} dev eth0 dstport {VXLAN_PORT} nolearning",
+            shape.mtu,
+            vtep_mac(n),
+            shape.underlay(n).ip(),
+        ),
+        "link set flannel.1 addrgenmode none".to_owned(),
+        format!("addr add {}/32 dev flannel.1", tun_v4(n)),
+        format!("addr add {}/128 dev flannel.1 nodad", tun_v6(n)),
+        "link set flannel.1 up".to_owned(),
+    ];
+    let mut fdb = Vec::new();
+    for &peer in others {
+        for (via, net, src) in [
+            (
+                IpAddr::V4(tun_v4(peer)),
+                net_v4(peer),
+                IpAddr::V4(tun_v4(n)),
+            ),
+            (base_v6(peer), net_v6(peer), IpAddr::V6(tun_v6(n))),
+        ] {
+            let mac = vtep_mac(peer);
+            lines.push(format!(
+                "neigh add {via} lladdr {mac} dev flannel.1 nud permanent"
+            ));
+            lines.push(format!(
+                "route add {net} via {via} dev flannel.1 onlink src {src}"
+            ));
+        }
+        fdb.push(format!(
+            "fdb add {} dev flannel.1 dst {} self permanent",
+            vtep_mac(peer),
+            shape.underlay(peer).ip()
+        ));
+    }
+    command::batch(Some(&netns), "ip", &lines).unwrap();
+    command::batch(Some(&netns), "bridge", &fdb).unwrap();
+    netns
+}
+
 /// Two nodes that know each other.
 pub(crate) fn pair(lab: &Lab, shape: &Shape) -> (Node, Node) {
     let start = |n| Node::start(lab, n, shape, &[1, 2]);

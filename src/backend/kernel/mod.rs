@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 use crate::iface::{Reach, Snapshot};
 
 pub use objects::{
-    Edit, Forward, Link, LinkChange, Neighbour, NewVxlan, PROTOCOL_BOOT, PROTOCOL_LODEN, Route,
-    VxlanLink,
+    Edit, Forward, Link, LinkChange, Neighbour, NewVxlan, PROBE_MARK, PROBE_PRIORITY, PROBE_TABLE,
+    PROTOCOL_BOOT, PROTOCOL_LODEN, Route, VxlanLink,
 };
 
 /// What backends need of the kernel. Everything happens in the network namespace in which the value was made.
@@ -123,6 +123,25 @@ pub trait Kernel: Send + Sync {
     ///
     /// The kernel refuses to say.
     fn routes(&self) -> impl Future<Output = Result<Vec<Route>, KernelError>> + Send;
+
+    /// The routes of [`PROBE_TABLE`], both families.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to say.
+    fn probe_routes(&self) -> impl Future<Output = Result<Vec<Route>, KernelError>> + Send;
+
+    /// Has packets with [`PROBE_MARK`] look into [`PROBE_TABLE`] first, in these families of IPv4 and IPv6 and in no
+    /// other. Whether anything had to be changed.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has no policy routing, or refuses.
+    fn steer_probes(
+        &self,
+        v4: bool,
+        v6: bool,
+    ) -> impl Future<Output = Result<bool, KernelError>> + Send;
 
     /// Adds a route. Succeeds if it is there already, and fails if another with the same destination and
     /// metric is.

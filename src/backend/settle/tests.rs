@@ -728,3 +728,123 @@ fn adopted_device_of_the_original_keeps_its_address_and_loses_its_stale_entries(
     );
     assert!(!state.forwards.contains(&stale));
 }
+
+/// A lease of a node that says what it can do.
+fn able(n: u8, public: &str) -> Lease {
+    let says = r#""Loden":{"Transports":["route","vxlan"],"ProbePort":18285}"#;
+    let data = |family| format!(r#"{{"VNI":1,"VtepMAC":"{}",{says}}}"#, mac(family, n));
+    let text = format!(
+        r#"{{"PublicIP":"{public}","PublicIPv6":"2001:db8::{n}","BackendType":"vxlan","BackendData":{},"BackendV6Data":{}}}"#,
+        data(4),
+        data(6)
+    );
+    Lease {
+        attrs: LeaseAttrs::parse(text.as_bytes()).unwrap(),
+        ..lease(n, "vxlan")
+    }
+}
+
+/// What is wanted where peers are reached by the best proven way, with what is proven.
+fn wanted_by_auto(leases: &[Lease], in_user_space: bool, proven: &[&str]) -> Desired {
+    let config = config(r#"{"Type":"vxlan","Auto":true}"#);
+    let mut plan = Plan::new(&config, ends()).unwrap();
+    if let Plan::Vxlan(vxlan) = &mut plan {
+        vxlan.set_past(crate::backend::vxlan::Past {
+            probe_port: Some(18285),
+            obstacle: None,
+        });
+        if in_user_space {
+            vxlan.move_to_user_space("a test".to_owned()).unwrap();
+        }
+        let attrs = vxlan.attrs();
+        let data = attrs.backend_data.unwrap();
+        assert!(data.get().contains(r#""Transports":["route","vxlan"]"#));
+    }
+    let own: Subnets = OWN.parse().unwrap();
+    let (mut desired, refused) = plan.desired(&config, &own, leases.iter());
+    assert_eq!(refused, []);
+    for peer in &mut desired.peers {
+        let found = proven.iter().any(|it| net(it) == peer.net);
+        peer.way.prove(found);
+    }
+    desired.complete = true;
+    desired
+}
+
+#[test]
+fn way_past_the_tunnel_is_only_for_probes_until_it_is_proven_and_never_for_who_says_nothing() {
+    for in_user_space in [false, true] {
+        let kernel = kernel();
+        let tunnel = |lines: &BTreeSet<String>, n: u8| {
+            let v4 = format!("route 198.18.{n}.0/24 Some(198.18.{n}.0) flannel.1 true 108");
+            let entry = format!("neighbour 198.18.{n}.0 {} flannel.1", mac(4, n));
+            lines.contains(&v4) && lines.contains(&entry)
+        };
+        let direct = |lines: &BTreeSet<String>, n: u8| {
+            lines.contains(&format!(
+                "route 198.18.{n}.0/24 Some(192.0.2.{n}) eth0 false 108"
+            ))
+        };
+        let leases = [
+            able(2, "192.0.2.2"),
+            able(3, "203.0.113.3"),
+            lease(4, "vxlan"),
+        ];
+        let probed = |kernel: &FakeKernel| -> BTreeSet<IpNet> {
+            kernel
+                .state()
+                .probe_routes
+                .iter()
+                .map(|route| route.net)
+                .collect()
+        };
+        let on_link = ["198.18.2.0/24", "fd00:1:0:2::/64", "fd00:1:0:3::/64"];
+        let all: BTreeSet<IpNet> = on_link.iter().map(|it| net(it)).collect();
+
+        // Not before it is proven: whatever is proven of those who cannot be probed is nothing.
+        let report = look(
+            &kernel,
+            &wanted_by_auto(&leases, in_user_space, &["198.18.4.0/24"]),
+        );
+        assert_eq!(report.candidates.len(), 3, "{:?}", report.candidates);
+        assert_eq!(report.distant, [net("198.18.3.0/24")].into());
+        assert_eq!(
+            (probed(&kernel), kernel.state().steered),
+            (all.clone(), (true, true))
+        );
+        let before = overlay(&kernel);
+        for n in [2, 3, 4] {
+            assert!(
+                !direct(&before, n) && tunnel(&before, n) != in_user_space,
+                "{before:#?}"
+            );
+        }
+
+        // A way that is proven but leads nowhere any more is none.
+        let proven = ["198.18.2.0/24", "198.18.3.0/24"];
+        let wanted = wanted_by_auto(&leases, in_user_space, &proven);
+        let report = look(&kernel, &wanted);
+        assert_eq!(report.direct, [net("198.18.2.0/24")].into());
+        let lines = overlay(&kernel);
+        assert!(direct(&lines, 2) && !tunnel(&lines, 2), "{lines:#?}");
+        assert!(!direct(&lines, 3) && tunnel(&lines, 3) != in_user_space);
+        assert_eq!(look(&kernel, &wanted).changed, Vec::<String>::new());
+
+        // And back, to the letter.
+        look(&kernel, &wanted_by_auto(&leases, in_user_space, &[]));
+        assert_eq!(overlay(&kernel), before);
+
+        // Probes' routes are ours alone: what is wrong there is put right, what is left over goes.
+        kernel.state().probe_routes.pop();
+        let stray = route("198.18.9.0/24", EXTERNAL, Some("192.0.2.9"), PROTOCOL_BOOT);
+        kernel.state().probe_routes.push(stray);
+        look(&kernel, &wanted_by_auto(&leases, in_user_space, &[]));
+        assert_eq!(probed(&kernel), all);
+        look(&kernel, &desired(VXLAN, &leases));
+        assert_eq!(
+            (probed(&kernel), kernel.state().steered),
+            (BTreeSet::new(), (false, false))
+        );
+        assert!(tunnel(&overlay(&kernel), 2));
+    }
+}

@@ -15,12 +15,11 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::meter::{Meter, Spent};
+use super::service::{Kind, Order};
+use super::stage::{Served, Stage};
 use super::system::Path as Route;
 use crate::lab::process::Tracked;
-use crate::lab::{Lab, wait};
 
-/// Where the sink listens.
-pub const PORT: u16 = 5301;
 /// Starting, and waiting for the last packets, come on top of the time of sending.
 const EXTRA: Duration = Duration::from_secs(10);
 
@@ -31,8 +30,8 @@ pub struct Traffic {
     pub len: u16,
     /// Datagrams per second.
     pub rate: u32,
-    /// Datagrams per send; more than one are sent at once with `UDP_SEGMENT`, and the sink takes them with
-    /// `UDP_GRO`, as programs that send so do.
+    /// Datagrams per send; more than one are sent at once with `UDP_SEGMENT` (one by one, if the path takes
+    /// them only in fragments), and the sink takes them with `UDP_GRO`, as programs that send so do.
     pub burst: u16,
     /// For how long.
     pub time: Duration,
@@ -72,6 +71,8 @@ pub struct Sent {
     pub sent: u64,
     /// How long that took, which is longer than asked for if the sender could not keep its pace.
     pub elapsed_ns: u64,
+    /// Whether the kernel got them as superpackets.
+    pub segmented: bool,
 }
 
 /// What the sink prints. Latencies are nanoseconds from before the send call to after the receive call.
@@ -113,43 +114,30 @@ impl UdpResult {
 /// A sink that receives, and the sender that is to come.
 #[derive(Debug)]
 pub struct Flow {
-    sink: Tracked,
+    order: Order,
+    sink: Served,
     sender: Option<Tracked>,
-    limit: Duration,
 }
 
 impl Flow {
-    /// Starts a sink on `port` and waits until it receives. `program` is this program.
+    /// Starts a sink and waits until it receives. `program` is this program.
     ///
     /// # Errors
-    /// [`Error::Lab`] if it does not start.
+    /// [`Error::Lab`] or [`Error::Remote`] if it does not start.
     pub fn open(
-        lab: &Lab,
+        stage: &dyn Stage,
         program: &Path,
-        path: &Route,
-        port: u16,
+        route: &Route,
+        background: bool,
         traffic: &Traffic,
     ) -> Result<Self, Error> {
-        let limit = traffic.time + EXTRA;
-        let mut sink = Command::new(program);
-        sink.args([
-            "bench",
-            "udp-sink",
-            "--listen",
-            &format!("{}:{port}", path.addr),
-        ]);
-        sink.args(["--limit-ms", &limit.as_millis().to_string()]);
-        if traffic.burst > 1 {
-            sink.arg("--gro");
-        }
-        let mut sink = lab.spawn(path.to, &format!("udp-sink-{port}"), &mut sink)?;
-        wait::until_bound(&lab.netns(path.to), "udp", port, lab.interrupt(), || {
-            sink.check_running()
-        })?;
+        let gro = traffic.burst > 1;
+        let kind = Kind::UdpSink { background, gro };
+        let order = Order::new(kind, route.addr, traffic.time + EXTRA);
         Ok(Self {
-            sink,
+            order,
+            sink: stage.serve(route, program, order)?,
             sender: None,
-            limit,
         })
     }
 
@@ -159,19 +147,14 @@ impl Flow {
     /// [`Error::Lab`] if it does not start.
     pub fn send(
         &mut self,
-        lab: &Lab,
+        stage: &dyn Stage,
         program: &Path,
-        path: &Route,
-        port: u16,
+        route: &Route,
         traffic: &Traffic,
     ) -> Result<(), Error> {
+        let dest = self.order.socket();
         let mut sender = Command::new(program);
-        sender.args([
-            "bench",
-            "udp-send",
-            "--dest",
-            &format!("{}:{port}", path.addr),
-        ]);
+        sender.args(["bench", "udp-send", "--dest", &dest.to_string()]);
         for (flag, value) in [
             ("--len", u128::from(traffic.len)),
             ("--rate", u128::from(traffic.rate)),
@@ -180,24 +163,27 @@ impl Flow {
         ] {
             sender.args([flag, &value.to_string()]);
         }
-        self.sender = Some(lab.spawn(path.from, &format!("udp-send-{port}"), &mut sender)?);
+        let label = format!("udp-send-{}", dest.port());
+        self.sender = Some(stage.spawn(route, &label, &mut sender)?);
         Ok(())
     }
 
     /// Waits for both ends' reports.
     ///
     /// # Errors
-    /// [`Error::Lab`] if an end fails, [`Error::Report`] if its report is not understood, [`Error::Silence`] if no
-    /// packet arrived.
-    pub fn finish(self, lab: &Lab) -> Result<(Sent, Received), Error> {
+    /// [`Error::Lab`] or [`Error::Remote`] if an end fails, [`Error::Report`] if its report is not understood,
+    /// [`Error::Silence`] if no packet arrived.
+    pub fn finish(self, stage: &dyn Stage) -> Result<(Sent, Received), Error> {
+        let (limit, interrupt) = (self.order.limit(), stage.interrupt());
         let sent = match self.sender {
-            Some(sender) => report(&sender.finish(self.limit, lab.interrupt())?)?,
+            Some(sender) => report(&sender.finish(limit, interrupt)?)?,
             None => Sent {
                 sent: 0,
                 elapsed_ns: 0,
+                segmented: false,
             },
         };
-        let at_sink: Received = report(&self.sink.finish(self.limit, lab.interrupt())?)?;
+        let at_sink: Received = report(&self.sink.finish(limit, interrupt)?)?;
         if at_sink.received == 0 {
             return Err(Error::Silence { sent: sent.sent });
         }
@@ -205,25 +191,25 @@ impl Flow {
     }
 }
 
-/// Sends `traffic` along `path`. `program` is this program.
+/// Sends `traffic` along `route`. `program` is this program.
 ///
 /// # Errors
 /// As [`Flow`]'s.
 pub fn run(
-    lab: &Lab,
+    stage: &dyn Stage,
     program: &Path,
-    path: &Route,
+    route: &Route,
     traffic: &Traffic,
     meter: &Meter,
 ) -> Result<UdpResult, Error> {
-    let mut flow = Flow::open(lab, program, path, PORT, traffic)?;
-    let before = meter.read(lab)?;
-    flow.send(lab, program, path, PORT, traffic)?;
-    let (sent, at_sink) = flow.finish(lab)?;
+    let mut flow = Flow::open(stage, program, route, false, traffic)?;
+    let before = meter.read(stage)?;
+    flow.send(stage, program, route, traffic)?;
+    let (sent, at_sink) = flow.finish(stage)?;
     Ok(UdpResult {
         sent,
         at_sink,
-        spent: meter.read(lab)?.since(&before),
+        spent: meter.read(stage)?.since(&before),
     })
 }
 

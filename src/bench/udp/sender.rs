@@ -45,21 +45,33 @@ pub fn run(dest: SocketAddr, traffic: &Traffic) -> Result<Sent, Error> {
     let interval = Duration::from_secs(1) * u32::from(burst) / traffic.rate.max(1);
     let len = usize::from(traffic.len).max(HEAD_LEN);
     let mut buffer = vec![0_u8; len * usize::from(burst)];
+    let mut segment = (burst > 1).then_some(traffic.len);
     let (start, mut due) = (Instant::now(), Duration::ZERO);
-    let mut sent = 0;
+    let (mut next, mut sent) = (0, 0);
     while due < traffic.time {
         let early = due.saturating_sub(start.elapsed());
         if !early.is_zero() {
             pause(early);
         }
         let stamp_ns = monotonic_ns()?;
-        for (number, payload) in (sent..).zip(buffer.chunks_mut(len)) {
+        for (number, payload) in (next..).zip(buffer.chunks_mut(len)) {
             Probe::Packet { number, stamp_ns }.write(payload);
         }
-        let segment = (burst > 1).then_some(traffic.len);
-        if send(&socket, &buffer, segment)? {
-            sent += u64::from(burst);
+        // Segments are not fragmented, so longer ones than the path takes are refused (udp(7)).
+        if let Some(segment_len) = segment {
+            match send(&socket, &buffer, Some(segment_len)) {
+                Ok(taken) => sent += u64::from(taken) * u64::from(burst),
+                Err(Errno::EINVAL | Errno::EMSGSIZE) if next == 0 => segment = None,
+                Err(errno) => return Err(Error::io("send a burst of datagrams")(errno)),
+            }
         }
+        if segment.is_none() {
+            for payload in buffer.chunks(len) {
+                let taken = send(&socket, payload, None);
+                sent += u64::from(taken.map_err(Error::io("send a datagram"))?);
+            }
+        }
+        next += u64::from(burst);
         due += interval;
     }
     let elapsed_ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -67,13 +79,17 @@ pub fn run(dest: SocketAddr, traffic: &Traffic) -> Result<Sent, Error> {
     Probe::End.write(&mut mark);
     for _ in 0..END_MARKS {
         pause(QUIET);
-        send(&socket, &mark, None)?;
+        send(&socket, &mark, None).map_err(Error::io("send an end mark"))?;
     }
-    Ok(Sent { sent, elapsed_ns })
+    Ok(Sent {
+        sent,
+        elapsed_ns,
+        segmented: segment.is_some(),
+    })
 }
 
 /// Whether the kernel took the datagrams, each `segment` bytes long.
-fn send(socket: &UdpSocket, payload: &[u8], segment: Option<u16>) -> Result<bool, Error> {
+fn send(socket: &UdpSocket, payload: &[u8], segment: Option<u16>) -> nix::Result<bool> {
     let control = segment.as_ref().map(ControlMessage::UdpGsoSegments);
     let iov = [IoSlice::new(payload)];
     match sendmsg::<()>(
@@ -86,7 +102,7 @@ fn send(socket: &UdpSocket, payload: &[u8], segment: Option<u16>) -> Result<bool
         Ok(_) => Ok(true),
         // Refused: the sink has its reports and is gone before the last end mark.
         Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => Ok(false),
-        Err(errno) => Err(Error::io("send a datagram")(errno)),
+        Err(errno) => Err(errno),
     }
 }
 

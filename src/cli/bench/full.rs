@@ -2,29 +2,46 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::Context as _;
 use clap::Args;
 
 use super::progress::Progress;
+use super::serve::Scratch;
 use crate::bench::compare::{self, Change};
 use crate::bench::page;
+use crate::bench::plan::{Extent, Plan, Remote};
 use crate::bench::ratio::Rule;
+use crate::bench::remote::Token;
+use crate::bench::remote::client::Server;
 use crate::bench::report::Report;
-use crate::bench::run::{self, Extent, Plan};
-use crate::bench::scenario::Scenario;
+use crate::bench::run;
+use crate::bench::scenario::{Ends, Scenario};
 use crate::bench::system::{Programs, System};
 use crate::lab::{Interrupt, Store, Wire};
 
 /// What a run measures by default.
-const SCENARIOS: &str = "tcp-1,tcp-8,tcp-64,tcp-1-both,udp-64,udp-512,udp-1400,udp-1472,udp-64-burst,udp-1400-burst,\
-                         latency-idle,latency-half,request-idle,request-half,connect-rate,lossless-64,host-tcp-1,\
-                         host-latency-idle,jumbo-tcp-1";
+const SCENARIOS: &str = "tcp-1,tcp-8,tcp-64,tcp-1-both,tcp-8-both,tcp-64-both,udp-64,udp-512,udp-1400,udp-1472,\
+                         udp-64-burst,udp-512-burst,udp-1400-burst,udp-1472-burst,latency-idle,latency-half,\
+                         request-idle,request-half,connect-rate,lossless-64,lossless-1400,host-tcp-1,host-udp-64-burst,\
+                         host-latency-idle,jumbo-tcp-1,jumbo-tcp-8";
 /// What a quick one does.
 const QUICK_SCENARIOS: &str = "tcp-1,tcp-8,udp-64-burst,udp-64,latency-idle";
-const SYSTEMS: [System; 5] = [
+const SYSTEMS: [System; 8] = [
     System::Veth,
+    System::Plain,
+    System::Vxlan,
+    System::LodenHostGw,
+    System::LodenVxlan,
+    System::LODEN,
+    System::LodenUserVxlan,
+    System::Portable,
+];
+/// What a quick run compares.
+const QUICK_SYSTEMS: [System; 4] = [
     System::Plain,
     System::Vxlan,
     System::LODEN,
@@ -37,7 +54,7 @@ const MAX_REPORT: u64 = 64 << 20;
 
 #[derive(Args, Debug)]
 pub(super) struct RunArgs {
-    /// The directory for report.html, report.md and report.json
+    /// The directory for report.html, report.md, report.json and report.svg
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// A subset, within five minutes
@@ -52,8 +69,9 @@ pub(super) struct RunArgs {
     /// The wires, separated by commas
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["superpacket", "packet", "packet-no-gro"])]
     wires: Vec<Wire>,
-    /// The systems, separated by commas: veth, plain, vxlan, loden, loden-Nw with N workers, portable, wireguard-go,
-    /// and the names given with --against [default: all of them but loden-Nw]
+    /// The systems, separated by commas: veth, plain, vxlan, loden-host-gw, loden-vxlan, loden, loden-Nw with N workers,
+    /// loden-user-vxlan, portable, wireguard-go, and the names given with --against [default: all of them but loden-Nw;
+    /// with --quick plain, vxlan, loden, portable, wireguard-go, and those names]
     #[arg(long, value_delimiter = ',')]
     systems: Vec<System>,
     /// What is done with them, separated by commas, such as tcp-8, tcp-1-both, udp-64, udp-64-burst, lossless-64,
@@ -79,6 +97,17 @@ pub(super) struct RunArgs {
     /// over the median
     #[arg(long, default_value_t = Rule::default().spread, value_name = "PART", value_parser = part)]
     max_spread: f64,
+    /// Measure between this machine and another, where `loden bench serve` runs, instead of in labs
+    #[arg(long, value_name = "HOST[:PORT]", requires = "token_file",
+          conflicts_with_all = ["wires", "systems", "workers", "daemon", "against", "wireguard_go"])]
+    remote: Option<String>,
+    /// The file with the secret that the other machine has, too
+    #[arg(long, value_name = "FILE", requires = "remote")]
+    token_file: Option<PathBuf>,
+    /// An address of the other machine, under the name of what leads there: one for each network between the two
+    /// [default: direct=HOST]
+    #[arg(long, value_name = "NAME=ADDR", value_parser = named_addr, requires = "remote")]
+    path: Vec<(System, IpAddr)>,
 }
 
 #[derive(Args, Debug)]
@@ -110,6 +139,12 @@ fn named_path(text: &str) -> Result<(System, PathBuf), String> {
     }
 }
 
+fn named_addr(text: &str) -> Result<(System, IpAddr), String> {
+    let (name, addr) = text.split_once('=').ok_or("give it as NAME=ADDR")?;
+    let addr = addr.parse().map_err(|error| format!("{addr:?}: {error}"))?;
+    named_path(&format!("{name}=")).map(|(system, _)| (system, addr))
+}
+
 fn part(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(value) if (0.0..=100.0).contains(&value) => Ok(value),
@@ -118,7 +153,12 @@ fn part(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(args: &RunArgs, command: String) -> anyhow::Result<()> {
-    let plan = plan(args, command)?;
+    let scratch = args
+        .remote
+        .as_ref()
+        .map(|_| Scratch::create())
+        .transpose()?;
+    let plan = plan(args, command, scratch.as_ref())?;
     fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot create {}", args.out.display()))?;
     let interrupt = Interrupt::on_signals().context("cannot listen for signals")?;
@@ -131,11 +171,11 @@ pub(super) fn run(args: &RunArgs, command: String) -> anyhow::Result<()> {
         anyhow::bail!("the run ended early ({why}); {out} holds what was measured before that");
     }
     super::print(&format!(
-        "{out}/report.html, report.md and report.json are written"
+        "{out}/report.html, report.md, report.json and report.svg are written"
     ))
 }
 
-fn plan(args: &RunArgs, command: String) -> anyhow::Result<Plan> {
+fn plan(args: &RunArgs, command: String, scratch: Option<&Scratch>) -> anyhow::Result<Plan> {
     let program = std::env::current_exe().context("cannot tell which program this is")?;
     let loden = match &args.daemon {
         Some(path) => existing(path)?,
@@ -152,23 +192,22 @@ fn plan(args: &RunArgs, command: String) -> anyhow::Result<Plan> {
         None => in_path(WIREGUARD_GO),
     };
     others.extend(wireguard.map(|path| (System::WireguardGo, path)));
-    let scenarios = if !args.scenarios.is_empty() {
-        args.scenarios.clone()
-    } else {
-        let ids = if args.quick {
-            QUICK_SCENARIOS
-        } else {
-            SCENARIOS
-        };
-        let scenarios: Result<_, String> = ids.split(',').map(str::parse).collect();
-        scenarios.map_err(anyhow::Error::msg)?
+    let remote = match (&args.remote, &args.token_file, scratch) {
+        (Some(host), Some(token), Some(scratch)) => Some(connect(args, host, token, scratch)?),
+        _ => None,
     };
     Ok(Plan {
         reps: args.reps,
         seconds: args.seconds.unwrap_or(if args.quick { 1 } else { 3 }),
-        wires: unique(args.wires.clone()),
-        systems: systems(args, &others)?,
-        scenarios: unique(scenarios),
+        wires: match remote {
+            None => unique(args.wires.clone()),
+            Some(_) => Vec::new(),
+        },
+        systems: match &remote {
+            None => systems(args, &others)?,
+            Some(remote) => remote.paths.iter().map(|(name, _)| name.clone()).collect(),
+        },
+        scenarios: scenarios(args)?,
         extent: if args.quick {
             Extent::Quick
         } else {
@@ -190,15 +229,57 @@ fn plan(args: &RunArgs, command: String) -> anyhow::Result<Plan> {
             spread: args.max_spread,
             ..Rule::default()
         },
+        remote,
+    })
+}
+
+fn scenarios(args: &RunArgs) -> anyhow::Result<Vec<Scenario>> {
+    let between_machines = |scenario: &Scenario| {
+        scenario.ends == Ends::Pods && !scenario.jumbo && !scenario.load.needs_one_clock()
+    };
+    if !args.scenarios.is_empty() {
+        let wrong = args.scenarios.iter().find(|one| !between_machines(one));
+        if let (Some(wrong), Some(_)) = (wrong, &args.remote) {
+            anyhow::bail!(
+                "{wrong} is not for two machines: their clocks differ, and their addresses and MTUs are what they are"
+            );
+        }
+        return Ok(unique(args.scenarios.clone()));
+    }
+    let ids = if args.quick {
+        QUICK_SCENARIOS
+    } else {
+        SCENARIOS
+    };
+    let scenarios: Result<Vec<Scenario>, String> = ids.split(',').map(str::parse).collect();
+    let mut scenarios = scenarios.map_err(anyhow::Error::msg)?;
+    if args.remote.is_some() {
+        scenarios.retain(between_machines);
+    }
+    Ok(scenarios)
+}
+
+fn connect(args: &RunArgs, host: &str, token: &Path, scratch: &Scratch) -> anyhow::Result<Remote> {
+    let server = Server::connect(host, &Token::read(token)?)?;
+    let mut paths = args.path.clone();
+    if paths.is_empty() {
+        paths.push((System::Other("direct".to_owned()), server.addr()));
+    }
+    for (nth, (name, _)) in paths.iter().enumerate() {
+        let twice = paths.iter().take(nth).any(|(other, _)| other == name);
+        anyhow::ensure!(!twice, "--path names {name} twice");
+    }
+    Ok(Remote {
+        server: Rc::new(server),
+        paths,
+        dir: scratch.path().to_owned(),
     })
 }
 
 fn systems(args: &RunArgs, others: &BTreeMap<System, PathBuf>) -> anyhow::Result<Vec<System>> {
     let mut systems = args.systems.clone();
     if systems.is_empty() {
-        // What the wire can do at best says little in a quick run.
-        let skipped = usize::from(args.quick);
-        systems.extend_from_slice(&SYSTEMS[skipped..]);
+        systems.extend_from_slice(if args.quick { &QUICK_SYSTEMS } else { &SYSTEMS });
         systems.extend(others.keys().cloned());
     }
     systems.extend(
@@ -253,6 +334,7 @@ fn write(dir: &Path, report: &Report) -> anyhow::Result<()> {
         ("report.json", json),
         ("report.md", page::markdown(report)?),
         ("report.html", page::html(report)?),
+        ("report.svg", page::overview(report)?),
     ] {
         let path = dir.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;

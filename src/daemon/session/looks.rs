@@ -32,6 +32,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 session.down = None;
                 session.backoff.succeeded(Instant::now());
                 session.look_at = Instant::now() + RESYNC;
+                session.tell_senders();
+                session.tell_past();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -50,6 +52,10 @@ impl Session {
             Change::Route(_) | Change::Neighbour(_) => false,
             Change::Everything => true,
         };
+        if change == Change::Link(external) {
+            self.ways.hurry();
+            self.tell_past();
+        }
         if about_external && self.choose_at.is_none() {
             self.choose_at = Some(Instant::now() + SETTLE_INTERFACE);
         }
@@ -74,6 +80,8 @@ impl Session {
             return;
         };
         let looked = carrier.look(kernel).await;
+        self.tell_senders();
+        self.tell_past();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
@@ -92,6 +100,23 @@ impl Session {
             }
             Looked::Broken(why) => self.close(&why),
         }
+    }
+
+    /// Has the source check know the peers as the last look found them.
+    pub(super) fn tell_senders(&self) {
+        let senders = self
+            .carrier
+            .as_ref()
+            .and_then(|carrier| carrier.report.senders.as_ref());
+        if let Some(senders) = senders {
+            self.guard.want(senders);
+        }
+    }
+
+    /// Has the peers proven to whom the last look found a way past the tunnel.
+    pub(super) fn tell_past(&self) {
+        let report = self.carrier.as_ref().map(|carrier| &carrier.report);
+        self.ways.want(&self.registration, report);
     }
 
     /// Says which links carry the overlay, so that a probe's way can be told.

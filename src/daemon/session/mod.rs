@@ -16,8 +16,10 @@ use tokio::time::{sleep_until, timeout};
 
 use super::backoff::Backoff;
 use super::carrier::Carrier;
+use super::guard::Guard;
 use super::hold::Hold;
 use super::news::sentence;
+use super::past::Ways;
 use super::probes;
 use super::publication::Publication;
 use super::register::{self, Registration};
@@ -87,6 +89,10 @@ pub(super) struct Session {
     /// When the workers get the next table.
     pub(super) publication: Publication,
     pub(super) traffic: Option<Traffic>,
+    /// Who may send to the kernel's VXLAN devices.
+    pub(super) guard: Guard,
+    /// Peers that are reached past the tunnel, and those that may be.
+    pub(super) ways: Ways,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
     /// When to look after the blackhole route.
@@ -121,6 +127,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut events = self.store.watch();
         let now = Instant::now();
         let (orders, received) = mpsc::unbounded_channel();
+        let ways = Ways::start(&registration, &self.probes.directory);
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),
             registration,
@@ -140,6 +147,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             hold: Hold::default(),
             publication: Publication::new(self.store.progress(), now),
             traffic: None,
+            guard: Guard::Idle,
+            ways,
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
             counts: Counts {
@@ -162,11 +171,14 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let opened = Carrier::open(self.options, &session.registration, self.kernel, wanted);
         session.carrier = Some(opened.await?);
         session.tell_ways();
+        session.tell_past();
         self.probes.start(&session.registration.lease.subnets);
         session.publication.started(Instant::now());
         session.backoff.succeeded(Instant::now());
         let started = Traffic::start(prepared, &self.options.traffic, &session.registration);
         session.traffic = Some(started.await?);
+        session.guard = Guard::start(&self.options.traffic, &session.registration).await;
+        session.tell_senders();
         self.write_env(&session)?;
         *established = true;
         self.start_server();
@@ -255,6 +267,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     Said::Fatal(event) => session.close(&sentence(&event)),
                 },
                 Some(change) = self.changes.recv() => session.notice(change),
+                () = session.ways.changed() => if session.ways.take() {
+                    session.publish();
+                },
                 Some(asked) = self.asked.recv() => {
                     status::serve(self, &session, &held, asked).await;
                 }
@@ -321,6 +336,7 @@ impl Session {
             missing.push(format!("traffic rules: {problem}"));
         }
         missing.extend(self.incomplete.clone());
+        missing.extend(self.guard.problem());
         if let Some(moved) = &self.moved {
             missing.push(moved.clone());
         }
@@ -337,17 +353,26 @@ impl Session {
         self.refused.iter().chain(looked)
     }
 
-    /// How packets reach a peer; none if they do not.
-    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<&'static str> {
+    /// How packets reach a peer; none if they do not. Where the families differ, both ways are named.
+    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<String> {
         let carrier = self.carrier.as_ref()?;
         if self.unserved().any(|refused| refused.lease == *subnets) {
             return None;
         }
-        Some(match carrier.is_direct(subnets) {
-            true => "route",
-            false if self.registration.plan.in_user_space().is_some() => "vxlan in user space",
-            false => self.registration.plan.name(),
-        })
+        let tunnel = match self.registration.plan.in_user_space() {
+            Some(_) => "vxlan in user space",
+            None => self.registration.plan.name(),
+        };
+        let nets = udp::nets(subnets);
+        let mut ways: Vec<&str> = nets
+            .iter()
+            .map(|net| match carrier.report.direct.contains(net) {
+                true => "route",
+                false => tunnel,
+            })
+            .collect();
+        ways.dedup();
+        Some(ways.join(" and "))
     }
 
     fn env(&self) -> SubnetEnv {

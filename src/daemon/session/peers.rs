@@ -100,6 +100,7 @@ impl Session {
                 .plan
                 .desired(&registration.config, &own, leases);
         desired.complete = self.listed;
+        self.ways.prove(&mut desired);
         let (routes, unreachable) = registration.plan.routes(self.peers.leases());
         refused.extend(unreachable);
         // There may be thousands.

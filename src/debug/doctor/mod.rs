@@ -193,6 +193,8 @@ pub struct Evidence {
     pub we_hear: bool,
     /// It has answered or asked as this program does.
     pub runs_it: bool,
+    /// Each end chooses its own way to the other, so they may differ.
+    pub ways_are_chosen: bool,
 }
 
 impl Evidence {
@@ -307,6 +309,7 @@ fn reached(evidence: &Evidence, find: &mut impl FnMut(Cause, String)) {
     };
     if let (Some(there), Some(here)) = (of_device(overlay.via_there), of_device(overlay.via_here))
         && there != here
+        && !evidence.ways_are_chosen
     {
         find(
             Cause::AsymmetricPath,

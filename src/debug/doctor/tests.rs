@@ -73,6 +73,7 @@ fn healthy() -> Evidence {
         said: Some(said()),
         we_hear: true,
         runs_it: true,
+        ways_are_chosen: false,
     }
 }
 
@@ -154,6 +155,8 @@ fn what_is_wrong_with_a_peer_that_answers_is_named() {
     let mut other_way = healthy();
     other_way.overlay.via_here = Some("underlay");
     assert_eq!(causes(&other_way), [Cause::AsymmetricPath]);
+    other_way.ways_are_chosen = true;
+    assert_eq!(causes(&other_way), []);
     for offset in [11_000_000, -11_000_000] {
         let mut clock = healthy();
         clock.overlay.clock_offset_us = Some(offset);

@@ -15,7 +15,7 @@ use super::failure::{Failure, FailureCause};
 use super::keys::{Keys, Meaning};
 use crate::config::NetworkConfig;
 use crate::lease::{KeyError, Lease, LeaseAttrs, LeaseExtension, Subnets};
-use crate::store::allocator::{allocate, compatible, exceeds_share};
+use crate::store::allocator::{Kept, allocate, compatible, exceeds_share};
 use crate::store::backoff::Backoff;
 use crate::store::random::random_below;
 use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
@@ -135,10 +135,14 @@ async fn attempt_once(
     node: IpAddr,
 ) -> Result<Written, StoreError> {
     let entries = list(inner, connection).await?;
-    let mut mine: Vec<&Entry> = entries
-        .iter()
-        .filter(|entry| entry.node() == Some(node))
-        .collect();
+    // By the node's address, or by the subnets of the run before, when the network had another family and the node
+    // another first address.
+    let is_ours = |entry: &&Entry| {
+        let shares = |attrs: &LeaseAttrs| request.attrs.shares_address(attrs);
+        let before = request.previous == Some(entry.subnets);
+        entry.node() == Some(node) || (before && entry.attrs.as_ref().is_some_and(shares))
+    };
+    let mut mine: Vec<&Entry> = entries.iter().filter(is_ours).collect();
     // A reservation, else the subnets of the run before, else the earliest claim.
     mine.sort_by_key(|entry| {
         (
@@ -148,6 +152,7 @@ async fn attempt_once(
         )
     });
     let mut held: Option<&Entry> = None;
+    let mut given_back = Vec::new();
     for entry in mine {
         let fits = compatible(config, &entry.subnets) && !entry.is_beaten(&entries);
         if held.is_none() && fits {
@@ -155,7 +160,9 @@ async fn attempt_once(
         } else if entry.etcd_lease == 0 {
             tracing::warn!(key = %entry.subnets,
                 "a reservation for this node does not fit the network or other leases");
-        } else if !withdraw(inner, connection, entry).await? {
+        } else if withdraw(inner, connection, entry).await? {
+            given_back.push(entry.subnets);
+        } else {
             return Ok(Written::Outrun);
         }
     }
@@ -176,19 +183,20 @@ async fn attempt_once(
         return Ok(write(inner, connection, &draft).await?);
     }
 
-    let taken: Vec<Subnets> = entries.iter().map(|entry| entry.subnets).collect();
-    // What can be read and is refused by everybody.
-    let stands = |entry: &&Entry| entry.attrs.is_none() || !exceeds_share(config, &entry.subnets);
-    let standing: Vec<Subnets> = entries.iter().filter(stands).map(|e| e.subnets).collect();
-    let free = |subnets: &Subnets| !standing.iter().any(|key| key.overlaps(subnets));
-    let previous = request
-        .previous
-        .filter(|previous| compatible(config, previous) && free(previous));
-    let subnets = match previous {
-        Some(previous) => previous,
-        None => allocate(config, &taken, random_below)
-            .or_else(|full| allocate(config, &standing, random_below).map_err(|_too| full))?,
+    let others = || {
+        entries
+            .iter()
+            .filter(|entry| !given_back.contains(&entry.subnets))
     };
+    let taken: Vec<Subnets> = others().map(|entry| entry.subnets).collect();
+    // Without what can be read and is refused by everybody.
+    let stands = |entry: &&Entry| entry.attrs.is_none() || !exceeds_share(config, &entry.subnets);
+    let standing: Vec<Subnets> = others().filter(stands).map(|e| e.subnets).collect();
+    // What was given back may fit in one family.
+    let previous = request.previous.or(given_back.first().copied());
+    let kept = Kept::of(config, previous, &standing);
+    let subnets = allocate(config, kept, &taken, random_below)
+        .or_else(|full| allocate(config, kept, &standing, random_below).map_err(|_too| full))?;
     let absent = Compare::version(inner.keys.lease(&subnets), CompareOp::Equal, 0);
     Ok(write(inner, connection, &draft(subnets, absent, false)).await?)
 }

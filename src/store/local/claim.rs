@@ -11,7 +11,7 @@ use super::sidecar::{Sidecar, unix};
 use super::{EXPIRY, SUBNETS};
 use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
-use crate::store::allocator::{allocate, compatible, exceeds_share};
+use crate::store::allocator::{Kept, allocate, compatible, exceeds_share};
 use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
 
 /// How often a claim is tried anew after somebody without the lock was faster.
@@ -139,19 +139,23 @@ pub(super) fn acquire(
         let near = Scanner::default()
             .scan_near(dir, &previous)
             .map_err(files::unavailable(dir))?;
-        let ours = |entry: &Entry| matches!(entry, Entry::Lease(record) if record.node == node);
+        let ours = |entry: &Entry| matches!(entry, Entry::Lease(record) if is_ours(record, &previous, request, node));
         if near.entries.get(&previous).is_some_and(ours)
-            && let Some(own) = reuse(dir, config, request, node, &near, now)?
+            && let (Some(own), _) = reuse(dir, config, request, node, &near, now)?
         {
             return Ok(own);
         }
     }
     for _ in 0..ATTEMPTS {
-        let listing = list(dir)?;
-        if let Some(own) = reuse(dir, config, request, node, &listing, now)? {
+        let mut listing = list(dir)?;
+        let (held, given_back) = reuse(dir, config, request, node, &listing, now)?;
+        if let Some(own) = held {
             return Ok(own);
         }
-        let subnets = choose_free(config, request.previous, &listing, now, &mut choose)?;
+        // It may fit in one family.
+        let previous = request.previous.or_else(|| given_back.first().copied());
+        listing.entries.retain(|key, _| !given_back.contains(key));
+        let subnets = choose_free(config, previous, &listing, now, &mut choose)?;
         let own = Own {
             subnets,
             node,
@@ -177,7 +181,8 @@ pub(super) fn acquire(
 }
 
 /// Takes up what is the node's already: a reservation, else the subnets of the run before, else the earliest
-/// claim. Whatever else the node has is given back, so that peers do not route to a subnet nobody serves.
+/// claim. Whatever else the node has is given back, so that peers do not route to a subnet nobody serves; the
+/// second half of the answer.
 fn reuse(
     dir: &Path,
     config: &NetworkConfig,
@@ -185,11 +190,13 @@ fn reuse(
     node: IpAddr,
     listing: &Listing,
     now: SystemTime,
-) -> Result<Option<Own>, StoreError> {
+) -> Result<(Option<Own>, Vec<Subnets>), StoreError> {
     let mut mine: Vec<(Subnets, Option<&Record>, Own)> = Vec::new();
     for (key, entry) in &listing.entries {
         let (record, sidecar) = match entry {
-            Entry::Lease(record) if record.node == node => (Some(record), record.sidecar),
+            Entry::Lease(record) if is_ours(record, key, request, node) => {
+                (Some(record), record.sidecar)
+            }
             Entry::Damaged {
                 node: Some(named),
                 sidecar,
@@ -225,18 +232,26 @@ fn reuse(
         )
     });
 
-    let mut held = None;
+    let (mut held, mut given_back) = (None, Vec::new());
     for (key, record, own) in mine {
         let lost = matches!(standing(&own, listing, now), Standing::Lost(_));
         if held.is_none() && !lost && compatible(config, &key) {
             held = Some(take_up(dir, own, record, now)?);
         } else if own.expires.is_some() {
             remove(dir, &key)?;
+            given_back.push(key);
         } else {
             tracing::warn!(%key, "a reservation for this node does not fit the network or other leases");
         }
     }
-    Ok(held)
+    Ok((held, given_back))
+}
+
+/// Whether a lease is this node's: it names the node, or it is that of the run before, when the network had another
+/// family and the node another first address.
+fn is_ours(record: &Record, key: &Subnets, request: &AcquireRequest, node: IpAddr) -> bool {
+    record.node == node
+        || (request.previous == Some(*key) && request.attrs.shares_address(&record.attrs))
 }
 
 /// Makes the files of a lease that is ours say what we want, if they do not yet. Most restarts write nothing.
@@ -257,7 +272,7 @@ fn take_up(
     Ok(own)
 }
 
-/// The subnets of the run before if they are free, else free ones that nobody ever leased, else such whose
+/// The subnets of the run before as far as they are free, else free ones that nobody ever leased, else such whose
 /// lease has expired: with a wrong clock, everybody's seems to have.
 fn choose_free(
     config: &NetworkConfig,
@@ -273,17 +288,12 @@ fn choose_free(
         .filter(|(key, entry)| !matches!(entry, Entry::Lease(_)) || !exceeds_share(config, key))
         .map(|(key, _)| *key)
         .collect();
-    if let Some(previous) = previous
-        && compatible(config, &previous)
-        && !standing.iter().any(|key| key.overlaps(&previous))
-    {
-        return Ok(previous);
-    }
+    let kept = Kept::of(config, previous, &standing);
     let ever: Vec<Subnets> = entries().map(|(key, _)| *key).collect();
     let held: Vec<Subnets> = live().map(|(key, _)| *key).collect();
-    allocate(config, &ever, &mut choose)
-        .or_else(|_full| allocate(config, &held, &mut choose))
-        .or_else(|full| allocate(config, &standing, &mut choose).map_err(|_too| full))
+    allocate(config, kept, &ever, &mut choose)
+        .or_else(|_full| allocate(config, kept, &held, &mut choose))
+        .or_else(|full| allocate(config, kept, &standing, &mut choose).map_err(|_too| full))
 }
 
 /// Extends our lease and has it say what `wanted` says; [`LeaseStore::renew`](crate::store::LeaseStore::renew).

@@ -414,6 +414,53 @@ async fn dual_stack_leases_clear_both_families() {
 }
 
 #[tokio::test]
+async fn a_family_that_comes_or_goes_leaves_the_other_as_it_was() {
+    const SINGLE: &str = r#"{"Network":"10.9.0.0/16"}"#;
+    const SIX: &str = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+    const DUAL: &str = r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+    for (before, after) in [(SINGLE, DUAL), (DUAL, SINGLE), (SIX, DUAL), (DUAL, SIX)] {
+        // With and without the file that says what the run before had.
+        for told in [true, false] {
+            let lab = Lab::new(before);
+            let asking = |config: &str| {
+                let mut request = request(3);
+                let six = Some("2001:db8::3".parse().unwrap());
+                request.attrs.public_ipv6 = six.filter(|_| config != SINGLE);
+                request.attrs.public_ip = request.attrs.public_ip.filter(|_| config != SIX);
+                request
+            };
+            let held = lab.store().acquire(asking(before)).await.unwrap().subnets;
+            fs::write(lab.path(CONFIG), after).unwrap();
+            let mut again = asking(after);
+            again.previous = Some(held).filter(|_| told);
+            // Without the file, only the first address tells.
+            let same_node = asking(before).attrs.node() == again.attrs.node();
+            let got = lab.store().acquire(again).await.unwrap().subnets;
+            if told || same_node {
+                for (was, is) in [
+                    (
+                        held.v4().map(ipnet::IpNet::V4),
+                        got.v4().map(ipnet::IpNet::V4),
+                    ),
+                    (
+                        held.v6().map(ipnet::IpNet::V6),
+                        got.v6().map(ipnet::IpNet::V6),
+                    ),
+                ] {
+                    assert!(
+                        was.is_none() || is.is_none() || was == is,
+                        "{held} then {got}"
+                    );
+                }
+                assert_eq!(lab.keys(), [got.to_string()], "{before} then {after}");
+            }
+            assert_eq!(got.v6().is_some(), after != SINGLE);
+            assert_eq!(got.v4().is_some(), after != SIX);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_renewal_extends_only_what_is_still_ours() {
     let lab = Lab::new(SMALL);
     let store = lab.store();

@@ -1,121 +1,53 @@
-//! Owns the portable engine: one thread, one TUN descriptor, one socket, one packet per system call, no
-//! offload. What runs on the oldest kernel, and the oracle: it shares the decisions with the batched engine,
-//! and no I/O code.
-//!
-//! As the original does, it leaves the path MTU to the kernel, which fragments outer datagrams that exceed it.
+//! Owns the portable engine's way of one packet, in either direction. Never waits.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
-use tun_tap::{Iface, Mode};
+use tun_tap::Iface;
 
-use super::answer::Answerer;
-use super::drop::DropReason;
-use super::encapsulation::{Encapsulation, Inner, MAX_HEADER_LEN};
-use super::forward::{DecapVerdict, EncapVerdict, Outer, Rules};
-use super::report::Reporter;
-use super::shared::Shared;
-use super::stats::Counts;
-use super::table::{Peer, Table};
-use super::tap::{Direction, Form, Seen, Tap, Verdict};
-use super::worker::Progress;
-use super::{Event, OpenError};
+use super::Opened;
+use crate::datapath::answer::Answerer;
+use crate::datapath::drop::DropReason;
+use crate::datapath::encapsulation::{Encapsulation, MAX_HEADER_LEN};
+use crate::datapath::forward::{DecapVerdict, EncapVerdict, Outer, Rules};
+use crate::datapath::report::Reporter;
+use crate::datapath::shared::Shared;
+use crate::datapath::stats::Counts;
+use crate::datapath::table::{Peer, Table};
+use crate::datapath::tap::{Direction, Form, Seen, Tap, Verdict};
+use crate::datapath::worker::{Progress, after_tun_read};
 use crate::offload::split::Split;
-use crate::route::Reader;
-use crate::sys::fd;
 use crate::wire::checksum::SumFn;
 use crate::wire::{icmp_error, ip};
 
 /// The largest packet, which the TUN's MTU never exceeds, and what the encapsulation puts in front of it.
 const BUFFER_LEN: usize = MAX_HEADER_LEN + (1 << 16);
-/// Rounds between looks at the stop flag and the published table, each one packet in each direction.
-const ROUNDS: usize = 64;
 
-const TUN: Token = Token(0);
-const SOCKET: Token = Token(1);
-const WAKE: Token = Token(2);
-
-/// The device and the socket, opened.
-pub struct Opened {
-    iface: Iface,
-    socket: UdpSocket,
+/// One thread's state.
+pub(super) struct Path<'a> {
+    opened: &'a Opened,
+    shared: &'a Shared,
+    rules: Rules,
+    answerer: Answerer,
+    reporter: Reporter,
+    /// What shows packets to captures.
+    pub(super) tap: Tap,
+    encapsulation: Encapsulation,
+    /// A datagram: a packet, with room for the encapsulation's header in front.
+    buffer: Vec<u8>,
+    /// What TUN to underlay has counted.
+    pub(super) encap: Counts,
+    /// What underlay to TUN has counted.
+    pub(super) decap: Counts,
 }
 
-impl Opened {
-    /// Creates the device and binds the socket, without `SO_REUSEPORT`.
-    ///
-    /// # Errors
-    /// [`OpenError`]; nothing is left behind.
-    pub fn open(template: &str, bind: SocketAddr) -> Result<Self, OpenError> {
-        let socket = UdpSocket::bind(bind).map_err(|source| OpenError::Bind { bind, source })?;
-        let device = |source| OpenError::device(template, source);
-        let iface = Iface::without_packet_info(template, Mode::Tun).map_err(device)?;
-        fd::set_nonblocking(&iface).map_err(device)?;
-        socket.set_nonblocking(true).map_err(device)?;
-        Ok(Self { iface, socket })
-    }
-
-    /// The device's name.
-    pub fn name(&self) -> &str {
-        self.iface.name()
-    }
-}
-
-/// The engine, before it runs.
-pub struct Portable {
-    opened: Opened,
-    shared: Arc<Shared>,
-    reader: Reader<Table>,
-    poll: Poll,
-}
-
-impl Portable {
-    /// Registers what the thread waits for. Returns how to wake it, too.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn new(
-        opened: Opened,
-        shared: Arc<Shared>,
-        reader: Reader<Table>,
-    ) -> io::Result<(Self, Waker)> {
-        let poll = Poll::new()?;
-        for (fd, token) in [
-            (opened.iface.as_raw_fd(), TUN),
-            (opened.socket.as_raw_fd(), SOCKET),
-        ] {
-            poll.registry()
-                .register(&mut SourceFd(&fd), token, Interest::READABLE)?;
-        }
-        let waker = Waker::new(poll.registry(), WAKE)?;
-        Ok((
-            Self {
-                opened,
-                shared,
-                reader,
-                poll,
-            },
-            waker,
-        ))
-    }
-
-    /// Runs until the data plane stops, with the original's loop: one packet from each side in turn, until
-    /// neither side has any.
-    pub fn run(self) {
-        let Self {
+impl<'a> Path<'a> {
+    /// Over this device and socket.
+    pub(super) fn new(opened: &'a Opened, shared: &'a Shared) -> Self {
+        Self {
             opened,
             shared,
-            mut reader,
-            mut poll,
-        } = self;
-        let mut path = Path {
-            opened: &opened,
-            shared: &shared,
             rules: Rules::new(&shared.settings, shared.clock),
             answerer: Answerer::new(),
             reporter: Reporter::new(),
@@ -124,70 +56,11 @@ impl Portable {
             buffer: vec![0; BUFFER_LEN],
             encap: Counts::default(),
             decap: Counts::default(),
-        };
-        let Some(published) = shared.counts.first() else {
-            return;
-        };
-        let mut events = Events::with_capacity(4);
-        let (mut drained, mut gone) = (true, false);
-        while !shared.stop.load(Ordering::Acquire) {
-            if drained {
-                match poll.poll(&mut events, None) {
-                    Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                        let error = format!("cannot wait for packets: {error}");
-                        shared.event(Event::WorkerDied { worker: 0, error });
-                        return;
-                    }
-                    _ => {}
-                }
-                path.encap.wakeups += 1;
-                path.decap.wakeups += 1;
-            }
-            let table = shared.table(&mut reader);
-            path.tap.begin();
-            for _ in 0..ROUNDS {
-                let tun = if gone {
-                    Progress::Drained
-                } else {
-                    path.encap_one(table)
-                };
-                let socket = path.decap_one(table);
-                if tun == Progress::Gone {
-                    gone = true;
-                    let fd = opened.iface.as_raw_fd();
-                    if poll.registry().deregister(&mut SourceFd(&fd)).is_ok() {
-                        shared.device_gone();
-                    }
-                }
-                drained = tun != Progress::More && socket != Progress::More;
-                if drained {
-                    break;
-                }
-            }
-            published.encap.publish(&path.encap);
-            published.decap.publish(&path.decap);
         }
     }
-}
 
-/// One thread's state.
-struct Path<'a> {
-    opened: &'a Opened,
-    shared: &'a Shared,
-    rules: Rules,
-    answerer: Answerer,
-    reporter: Reporter,
-    tap: Tap,
-    encapsulation: Encapsulation,
-    /// A datagram: a packet, with room for the encapsulation's header in front.
-    buffer: Vec<u8>,
-    encap: Counts,
-    decap: Counts,
-}
-
-impl Path<'_> {
     /// TUN to underlay: 1 read · 2 decide · 3 send, or answer, or drop.
-    fn encap_one(&mut self, table: &Table) -> Progress {
+    pub(super) fn encap_one(&mut self, table: &Table) -> Progress {
         let counts = &mut self.encap;
         counts.read_calls += 1;
         let header_len = self.encapsulation.header_len();
@@ -238,7 +111,7 @@ impl Path<'_> {
     }
 
     /// Underlay to TUN: 1 receive · 2 decide · 3 write, or answer, or drop.
-    fn decap_one(&mut self, table: &Table) -> Progress {
+    pub(super) fn decap_one(&mut self, table: &Table) -> Progress {
         let counts = &mut self.decap;
         counts.read_calls += 1;
         let (len, source) = match self.opened.socket.recv_from(&mut self.buffer) {
@@ -251,12 +124,17 @@ impl Path<'_> {
         let (from, header_len) = (Some(source), self.encapsulation.header_len());
         let datagram = self.buffer.get_mut(..len).unwrap_or_default();
         counts.read_bytes += len.saturating_sub(header_len) as u64;
-        let Inner {
-            packet,
-            meta,
-            sender,
-        } = match self.encapsulation.open(datagram) {
-            Ok(inner) => inner,
+        let opened = self.encapsulation.open(datagram).and_then(|inner| {
+            let unparsed = |_| DropReason::of_unparsed(inner.packet.len());
+            let meta = ip::parse(inner.packet).map_err(unparsed)?;
+            if inner.may_be(meta.version()) {
+                Ok((inner, meta))
+            } else {
+                Err(DropReason::Malformed)
+            }
+        });
+        let (inner, meta) = match opened {
+            Ok(opened) => opened,
             Err(reason) => {
                 counts.drop(reason, 1);
                 self.reporter
@@ -272,8 +150,9 @@ impl Path<'_> {
         let outer = Outer {
             addr: source.ip(),
             tos: 0,
-            mac: sender,
+            mac: inner.sender,
         };
+        let packet = inner.packet;
         let verdict = match self.rules.decap(table, packet, &meta, outer) {
             DecapVerdict::Deliver(peer) => {
                 let packet = packet.get_mut(..meta.total_len()).unwrap_or_default();
@@ -382,17 +261,6 @@ fn segment(packet: &[u8], split: &Split, i: usize, sum: SumFn) -> Vec<u8> {
     split.write_header(packet, i, sum, &mut segment);
     segment.extend_from_slice(packet.get(split.payload(i)).unwrap_or_default());
     segment
-}
-
-/// What a failed TUN read means.
-pub(super) fn after_tun_read(error: &io::Error) -> Progress {
-    match error.raw_os_error() {
-        Some(libc::EAGAIN) => Progress::Drained,
-        Some(libc::EINTR) => Progress::More,
-        // EBADFD: detached because the device was deleted; anything else on a character device that worked
-        // until now means the same, and reading on would spin.
-        _ => Progress::Gone,
-    }
 }
 
 /// Sends one packet of `len` bytes in its datagram; a pending error of an earlier datagram is told once instead, so

@@ -1,0 +1,144 @@
+//! Owns the source check of the kernel's VXLAN devices for as long as a session lasts. Never decides who the peers
+//! are, and never keeps packets from flowing because it cannot check them.
+
+use serde::Serialize;
+
+use super::TrafficOptions;
+use super::register::Registration;
+use crate::backend::desired;
+use crate::backend::plan::Plan;
+use crate::config::SourceCheck;
+use crate::datapath::DropReason;
+use crate::datapath::lock::NameLock;
+use crate::firewall::{SenderCheck, SenderStatus, Senders, Tunnel, sweep_senders};
+
+/// The check, or why there is none.
+pub(super) enum Guard {
+    /// It is kept up.
+    Kept(SenderCheck),
+    /// Wanted, and not to be had here.
+    Lacking(String),
+    /// There is nothing to check, or it is switched off.
+    Idle,
+}
+
+/// What the status shows of it.
+#[derive(Debug, Serialize)]
+pub(super) struct GuardDocument {
+    /// Datagrams from others than peers are dropped.
+    outer: bool,
+    /// Inner packets are dropped that the sender has no lease for.
+    inner: bool,
+    /// Why not all that was asked for, or what is wrong now.
+    why_not: Option<String>,
+    /// How often somebody else had changed it.
+    repairs: u64,
+}
+
+impl Guard {
+    /// Removes what is left of other runs, and starts what this session wants.
+    pub(super) async fn start(options: &TrafficOptions, registration: &Registration) -> Self {
+        let wanted = wanted(&registration.plan);
+        let own = match &registration.plan {
+            Plan::Vxlan(vxlan) => Some(vxlan.vni()),
+            Plan::Udp { .. } | Plan::HostGw(_) => None,
+        };
+        let kept = |vni| match own {
+            Some(own) if own == vni => wanted.is_some(),
+            // A daemon that keeps it holds the name of its device.
+            _ => NameLock::take(&super::register::device_lock(&format!("flannel.{vni}"))).is_err(),
+        };
+        match sweep_senders(options.programs.clone(), kept).await {
+            Ok(swept) => {
+                for table in swept {
+                    tracing::info!("removed {table}, the source check of a run before");
+                }
+            }
+            Err(error) => tracing::warn!("cannot look for source checks of runs before: {error}"),
+        }
+        let Some(tunnel) = wanted else {
+            return Self::Idle;
+        };
+        match SenderCheck::start(options.programs.clone(), tunnel).await {
+            Ok(check) => {
+                if let Some(why) = check.last_status().lacking {
+                    tracing::warn!("inner packets from VXLAN peers are not checked: {why}");
+                }
+                Self::Kept(check)
+            }
+            Err(error) => {
+                tracing::warn!("who sends to the VXLAN device is not checked: {error}");
+                Self::Lacking(error.to_string())
+            }
+        }
+    }
+
+    /// Says who the peers are now.
+    pub(super) fn want(&self, senders: &desired::Senders) {
+        if let Self::Kept(check) = self {
+            check.want(Senders {
+                outer: senders.outer.clone(),
+                inner: senders.inner.clone(),
+            });
+        }
+    }
+
+    /// What is wrong with it now.
+    pub(super) fn problem(&self) -> Option<String> {
+        match self {
+            Self::Kept(check) => check.last_status().error,
+            Self::Lacking(_) | Self::Idle => None,
+        }
+    }
+
+    /// What it has dropped, by the reasons that our own data plane has for the same.
+    pub(super) fn drops(&self) -> Vec<(DropReason, u64)> {
+        match self {
+            Self::Kept(check) => drops(&check.last_status()),
+            Self::Lacking(_) | Self::Idle => Vec::new(),
+        }
+    }
+
+    /// What the status shows, with the counters as they are now.
+    pub(super) async fn document(&self) -> Option<GuardDocument> {
+        match self {
+            Self::Kept(check) => {
+                let status = check.status().await;
+                Some(GuardDocument {
+                    outer: status.scope.outer,
+                    inner: status.scope.inner,
+                    why_not: status.error.or(status.lacking),
+                    repairs: status.repairs,
+                })
+            }
+            Self::Lacking(why) => Some(GuardDocument {
+                outer: false,
+                inner: false,
+                why_not: Some(why.clone()),
+                repairs: 0,
+            }),
+            Self::Idle => None,
+        }
+    }
+}
+
+fn drops(status: &SenderStatus) -> Vec<(DropReason, u64)> {
+    vec![
+        (DropReason::UnknownPeer, status.unknown_peer),
+        (DropReason::SpoofedSource, status.spoofed_source),
+    ]
+}
+
+/// The devices to check; none where the kernel has none, or where it is switched off.
+fn wanted(plan: &Plan) -> Option<Tunnel> {
+    let Plan::Vxlan(vxlan) = plan else {
+        return None;
+    };
+    let check = vxlan.source_check()?;
+    vxlan.in_user_space().is_none().then(|| Tunnel {
+        vni: vxlan.vni(),
+        port: vxlan.port(),
+        devices: vxlan.device_names().map(str::to_owned).collect(),
+        outer: check == SourceCheck::Strict,
+    })
+}

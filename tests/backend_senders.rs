@@ -1,0 +1,250 @@
+//! Who may send to the kernel's VXLAN device: forged datagrams are made by hand, byte by byte, and either arrive or are
+//! counted under the reason they were dropped for. Needs root.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself must fail"
+)]
+
+#[path = "common/cluster.rs"]
+mod cluster;
+mod common;
+
+use std::net::{Ipv4Addr, UdpSocket};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use cluster::{Cluster, DUAL, V4, VXLAN};
+use common::LODEN;
+use etherparse::PacketBuilder;
+use loden::lab::Member;
+use nix::sys::signal::Signal;
+
+/// An address of node 2 that no lease names.
+const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 77);
+const NODE_2: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+
+fn bytes(mac: &str) -> [u8; 6] {
+    let bytes: Vec<u8> = mac
+        .split(':')
+        .map(|it| u8::from_str_radix(it, 16).unwrap())
+        .collect();
+    bytes.try_into().unwrap()
+}
+
+/// Sends forged datagrams from node 2 to node 1.
+struct Forger<'a> {
+    cluster: &'a Cluster,
+    /// Where what arrives at node 1 is read.
+    sink: UdpSocket,
+    /// Where it is sent to: node 1's device.
+    to: [u8; 6],
+}
+
+impl<'a> Forger<'a> {
+    fn new(cluster: &'a Cluster) -> Self {
+        let node = cluster.lab.netns(Member::Node(1));
+        let sink = node.run(|| UdpSocket::bind((Ipv4Addr::new(198, 18, 1, 0), 0)));
+        let sink = sink.unwrap().unwrap();
+        sink.set_read_timeout(Some(Duration::from_millis(1)))
+            .unwrap();
+        Self {
+            cluster,
+            sink,
+            to: bytes(&cluster.mac(1, "flannel.1")),
+        }
+    }
+
+    /// One datagram; `tag` is what it carries innermost.
+    fn send(&self, outer: Ipv4Addr, vni: u8, mac: [u8; 6], inner: [u8; 4], tag: &[u8]) {
+        let port = self.sink.local_addr().unwrap().port();
+        let frame = PacketBuilder::ethernet2(mac, self.to)
+            .ipv4(inner, [198, 18, 1, 0], 64)
+            .udp(7, port);
+        let mut datagram = vec![8, 0, 0, 0, 0, 0, vni, 0];
+        frame.write(&mut datagram, tag).unwrap();
+        let node = self.cluster.lab.netns(Member::Node(2));
+        let socket = node.run(|| UdpSocket::bind((outer, 0))).unwrap().unwrap();
+        socket.send_to(&datagram, "192.0.2.1:8472").unwrap();
+    }
+
+    /// What arrived, until `last` has.
+    fn arrived(&self, last: &[u8]) -> Vec<Vec<u8>> {
+        let mut all: Vec<Vec<u8>> = Vec::new();
+        let mut buffer = [0; 100];
+        self.cluster.wait_until("the last datagram", || {
+            while let Ok(len) = self.sink.recv(&mut buffer) {
+                all.push(buffer[..len].to_vec());
+            }
+            all.last().is_some_and(|it| it == last)
+        });
+        all
+    }
+}
+
+/// Drops of node 1: unknown peers, spoofed sources.
+fn drops(cluster: &Cluster) -> [u64; 2] {
+    let drops = cluster.status(1)["datapath"]["total"]["decap"]["drops"].clone();
+    ["unknown_peer", "spoofed_source"].map(|name| drops[name].as_u64().unwrap_or(0))
+}
+
+fn await_check(cluster: &Cluster) {
+    cluster.wait_until("the source check", || {
+        let sets = cluster.shown(1, "nft", "list set inet loden-vxlan-1 inner-v4");
+        sets.join(" ").contains(". 198.18.2.0/24")
+    });
+}
+
+#[test]
+fn what_no_peer_may_send_is_dropped_before_or_after_it_is_unwrapped_and_counted() {
+    let mut cluster = Cluster::new(3, DUAL, VXLAN);
+    cluster.ip(Member::Node(2), "addr add 192.0.2.77/24 dev eth0", 2);
+    await_check(&cluster);
+    let macs = [2, 3].map(|n| bytes(&cluster.mac(n, "flannel.1")));
+    let forger = Forger::new(&cluster);
+    let attack = |last: &[u8]| {
+        forger.send(STRANGER, 1, macs[0], [198, 18, 2, 2], b"a stranger");
+        // Another network's, which is none of our business: the kernel has no device for it.
+        forger.send(STRANGER, 9, macs[0], [198, 18, 2, 2], b"another network");
+        forger.send(NODE_2, 1, macs[0], [198, 18, 3, 2], b"another's subnet");
+        forger.send(NODE_2, 1, macs[1], [198, 18, 2, 2], b"another's MAC");
+        forger.send(
+            NODE_2,
+            1,
+            macs[0],
+            [192, 0, 2, 9],
+            b"outside of the overlay",
+        );
+        forger.send(NODE_2, 1, macs[0], [198, 18, 1, 2], b"our own subnet");
+        forger.send(NODE_2, 1, macs[0], [198, 18, 2, 2], last);
+    };
+    attack(b"honest");
+    assert_eq!(forger.arrived(b"honest"), [b"honest"]);
+    assert_eq!(drops(&cluster), [1, 4]);
+    for (from, to) in [(1, 2), (2, 1), (3, 1)] {
+        cluster.await_ping(from, &format!("198.18.{to}.2"));
+        cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
+    }
+    assert_eq!(drops(&cluster), [1, 4]);
+    let metrics = cluster.status(1)["source_check"].clone();
+    assert_eq!(
+        (&metrics["outer"], &metrics["inner"]),
+        (&true.into(), &true.into())
+    );
+
+    // Somebody flushes the ruleset: what was counted stays counted, and the check comes back.
+    cluster.run(Member::Node(1), "nft", "flush ruleset");
+    await_check(&cluster);
+    attack(b"honest again");
+    assert_eq!(forger.arrived(b"honest again"), [b"honest again"]);
+    assert_eq!(drops(&cluster), [2, 8]);
+    // Likewise a single element, which would lock a peer out.
+    cluster.run(
+        Member::Node(1),
+        "nft",
+        "delete element inet loden-vxlan-1 outer-v4 { 192.0.2.3 }",
+    );
+    cluster.await_ping(3, "198.18.1.2");
+    let [unknown, spoofed] = drops(&cluster);
+
+    // A peer that goes may send no longer; one that comes may.
+    let key = "198.18.9.0-24&fd00:18:0:9::-64";
+    let lease = r#"{"PublicIP":"192.0.2.77","PublicIPv6":"2001:db8::77","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:77"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:77"}}"#;
+    cluster.put(key, lease);
+    let known = || {
+        let set = cluster.shown(1, "nft", "list set inet loden-vxlan-1 inner-v4");
+        set.join(" ").contains("02:00:00:00:00:77 . 198.18.9.0/24")
+    };
+    cluster.wait_until("the new sender", known);
+    forger.send(
+        STRANGER,
+        1,
+        [2, 0, 0, 0, 0, 0x77],
+        [198, 18, 9, 2],
+        b"newcomer",
+    );
+    assert_eq!(forger.arrived(b"newcomer"), [b"newcomer"]);
+    cluster.delete(key);
+    cluster.wait_until("no new sender", || !known());
+    forger.send(STRANGER, 1, [2, 0, 0, 0, 0, 0x77], [198, 18, 9, 2], b"gone");
+    forger.send(NODE_2, 1, macs[0], [198, 18, 2, 2], b"the end");
+    assert_eq!(forger.arrived(b"the end"), [b"the end"]);
+    assert_eq!(drops(&cluster), [unknown + 1, spoofed]);
+
+    // The check goes with the daemon, for nobody would keep it with the peers; a killed one's is swept.
+    drop(forger);
+    cluster.end(1, Signal::SIGTERM);
+    let tables = |cluster: &Cluster| cluster.shown(1, "nft", "list tables").join(" ");
+    assert!(
+        !tables(&cluster).contains("loden-vxlan"),
+        "{}",
+        tables(&cluster)
+    );
+    cluster.start(1);
+    await_check(&cluster);
+    cluster.end(1, Signal::SIGKILL);
+    assert!(tables(&cluster).contains("loden-vxlan-1"));
+    cluster.start_with(1, &["--vxlan=user"]);
+    cluster.wait_until("no table", || !tables(&cluster).contains("loden-vxlan"));
+    cluster.await_ping(2, "198.18.1.2");
+}
+
+#[test]
+fn check_that_is_off_or_cannot_be_made_is_told_and_costs_no_packet() {
+    let mut cluster = Cluster::new(2, V4, r#"{"Type":"vxlan","SourceCheck":"off"}"#);
+    cluster.await_ping(1, "198.18.2.2");
+    assert!(cluster.status(1)["source_check"].is_null());
+    let mac = bytes(&cluster.mac(2, "flannel.1"));
+    let forged = [2, 0, 0, 0, 0, 9];
+    {
+        let forger = Forger::new(&cluster);
+        forger.send(NODE_2, 1, forged, [198, 18, 2, 2], b"spoofed");
+        assert_eq!(forger.arrived(b"spoofed"), [b"spoofed"]);
+    }
+    // "loose": wherever it comes from, what is in it must be a peer's.
+    cluster.configure(r#"{"Type":"vxlan","SourceCheck":"loose"}"#);
+    cluster.end(1, Signal::SIGTERM);
+    cluster.start(1);
+    await_check(&cluster);
+    cluster.ip(Member::Node(2), "addr add 192.0.2.77/24 dev eth0", 2);
+    {
+        let forger = Forger::new(&cluster);
+        forger.send(STRANGER, 1, forged, [198, 18, 2, 2], b"spoofed");
+        forger.send(STRANGER, 1, mac, [198, 18, 2, 2], b"from elsewhere");
+        assert_eq!(forger.arrived(b"from elsewhere"), [b"from elsewhere"]);
+    }
+    assert_eq!(drops(&cluster), [0, 1]);
+    // A node without nft.
+    cluster.configure(VXLAN);
+    cluster.end(1, Signal::SIGTERM);
+    let mut command = Command::new(LODEN);
+    command
+        .args([
+            "daemon",
+            "--iface",
+            "eth0",
+            "--iptables-forward-rules=false",
+        ])
+        .arg("--local-store")
+        .arg(cluster.lab.dir().join("store"))
+        .arg("--subnet-file")
+        .arg(cluster.file(1, "subnet.env"))
+        .env("PATH", "/nowhere")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    let child = cluster
+        .lab
+        .netns(Member::Node(1))
+        .spawn(&mut command)
+        .unwrap();
+    cluster.daemons[0] = Some(cluster::Daemon(child));
+    cluster.wait_until("a status", || cluster.status(1)["ready"] == true);
+    let check = cluster.status(1)["source_check"].clone();
+    assert_eq!(
+        (&check["outer"], &check["inner"]),
+        (&false.into(), &false.into())
+    );
+    let why = check["why_not"].as_str().unwrap();
+    assert!(why.contains("nft is not installed"), "{why}");
+    cluster.await_ping(2, "198.18.1.2");
+}
