@@ -412,3 +412,45 @@ fn traced_probes_are_followed_to_where_sight_ends() {
         "{text}"
     );
 }
+
+#[test]
+fn where_the_kernel_carries_packets_its_way_is_told_and_probes_are_sent() {
+    for (backend, by) in [(Backend::Vxlan, "flannel.1"), (Backend::HostGw, "eth0")] {
+        let mut lab = lab(spec(2, backend));
+        lab.await_connected().unwrap();
+        let (a, b) = (lab.pod_addr(1, 1).unwrap(), lab.pod_addr(2, 1).unwrap());
+        let said = explain(&lab, 1, a, b, &["--trace"]);
+        let verdict = said["verdict"].as_str().unwrap();
+        assert!(
+            verdict.starts_with(&format!("the kernel sends it to 192.0.2.2 by {by}")),
+            "{said}"
+        );
+        assert_eq!(said["outcome"], "kernel");
+        assert!(step(&said, "route").contains(by), "{said}");
+        let unseen = said["unseen"].to_string();
+        assert!(unseen.contains("no worker of ours sees it"), "{said}");
+        let trace = said["trace"].to_string();
+        assert!(trace.contains("cannot be watched"), "{trace}");
+        assert!(
+            trace.contains("its daemon saw 3 of them"),
+            "{backend:?} {trace} {said}"
+        );
+        lab.run(Member::Node(1), "sysctl", &["-qw", "net.ipv4.ip_forward=0"])
+            .unwrap();
+        let said = explain(&lab, 1, a, b, &[]);
+        let verdict = said["verdict"].as_str().unwrap();
+        assert!(verdict.contains("does not forward"), "{said}");
+        let long = explain(&lab, 2, b, a, &["--len", "1501", "--df"]);
+        let verdict = long["verdict"].as_str().unwrap();
+        assert!(verdict.contains("exceed the overlay's MTU"), "{long}");
+        // At the other end, the pod's route is told.
+        let said = explain(&lab, 2, a, b, &[]);
+        assert!(
+            said["verdict"]
+                .as_str()
+                .unwrap()
+                .contains("forwards it by cni0"),
+            "{said}"
+        );
+    }
+}

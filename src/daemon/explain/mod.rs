@@ -3,6 +3,7 @@
 
 mod decap;
 mod encap;
+mod kernel;
 mod trace;
 
 use std::io;
@@ -71,7 +72,8 @@ pub(super) struct Question {
 struct Case<'a, K> {
     question: Question,
     session: &'a Session,
-    tunnel: &'a Tunnel,
+    /// Our own data plane's, where it carries the packets.
+    tunnel: Option<&'a Tunnel>,
     options: &'a Options,
     kernel: &'a K,
     status: datapath::Status,
@@ -91,21 +93,14 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so no packet of the overlay gets anywhere: {why}")
     })?;
-    let tunnel = carrier.tunnel_of(question.to).ok_or_else(|| {
-        format!(
-            "the kernel carries the packets of the {} backend: ask it (ip route get {} from {} iif cni0)",
-            session.registration.plan.name(),
-            question.to,
-            question.from
-        )
-    })?;
+    let tunnel = carrier.tunnel_of(question.to);
     let mut case = Case {
         question,
         session,
         tunnel,
         options: daemon.options,
         kernel: daemon.kernel,
-        status: tunnel.status(),
+        status: tunnel.map(Tunnel::status).unwrap_or_default(),
         answer: Explanation {
             verdict: String::new(),
             outcome: "kernel",
@@ -240,6 +235,10 @@ impl<K: Kernel> Case<'_, K> {
                         "{addr} is in lease {} of node {node}, reached at {endpoint}",
                         lease.subnets
                     ),
+                    // Routes have no endpoint.
+                    None if self.tunnel.is_none() => {
+                        format!("{addr} is in lease {} of node {node}", lease.subnets)
+                    }
                     None => format!(
                         "{addr} is in lease {} of node {node}, which has no address of our underlay's family",
                         lease.subnets

@@ -56,9 +56,9 @@ impl Trace {
         let peer = peer.ok_or_else(|| {
             format!("{addr} is in no peer's lease: there is nobody to follow probes to")
         })?;
-        let to = peer
-            .overlay_addrs()
-            .find(|of| of.is_ipv4() == addr.is_ipv4());
+        let targets = session.directory.targets(&peer).into_iter();
+        let mut targets = targets.chain(peer.overlay_addrs());
+        let to = targets.find(|of| of.is_ipv4() == addr.is_ipv4());
         let to = to.ok_or_else(|| format!("the peer of {addr} has no address of that family"))?;
         let carrier = session.carrier.as_ref();
         let taps = carrier.and_then(|carrier| carrier.tunnel_of(to)?.taps());
