@@ -45,13 +45,11 @@ pub enum Cause {
     ClockOff,
     /// Packets get lost.
     Loss,
-    /// Something is wrong, and the evidence does not say what.
-    Unexplained,
 }
 
 impl Cause {
     /// Every one.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 13] = [
         Self::UnderlayDown,
         Self::FirewallDrop,
         Self::DuplicatePublicIp,
@@ -65,7 +63,6 @@ impl Cause {
         Self::AsymmetricPath,
         Self::ClockOff,
         Self::Loss,
-        Self::Unexplained,
     ];
 
     /// Its name.
@@ -85,7 +82,6 @@ impl Cause {
             Self::AsymmetricPath => "asymmetric_path",
             Self::ClockOff => "clock_off",
             Self::Loss => "loss",
-            Self::Unexplained => "unexplained",
         }
     }
 
@@ -122,7 +118,6 @@ impl Cause {
             Self::Loss => {
                 "look for a full queue or a bad link: loden status counts ours, ip -s link the devices'"
             }
-            Self::Unexplained => "loden capture on both nodes shows where the packets end",
         }
     }
 }
