@@ -11,7 +11,8 @@
 //! |---|---|
 //! | [`directory`] | who may ask, and what was heard of whom |
 //! | [`responder`] | answering |
-//! | [`prober`] | asking: rounds, usable sizes, reports |
+//! | [`prober`] | asking: rounds, reports |
+//! | `search` | finding the usable size |
 //! | [`background`] | probing a few peers all the time |
 //! | [`history`] | what the last visits say (pure) |
 //! | [`past`] | proving ways past the tunnel, by marked probes |
@@ -28,6 +29,7 @@ pub mod past;
 pub mod prober;
 pub mod proof;
 pub mod responder;
+mod search;
 mod socket;
 
 use std::hash::{BuildHasher as _, RandomState};

@@ -7,6 +7,8 @@ use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::sleep;
+
 use super::Explanation;
 use crate::backend::kernel::Kernel;
 use crate::daemon::Daemon;
@@ -23,6 +25,10 @@ const PROBES: u16 = 3;
 
 /// How long answers are waited for.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Workers are looked at so often, this long apart, before what they do not show counts as not seen.
+const LOOKS: u32 = 20;
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Bytes of records that are looked at; three probes and their answers take a few hundred.
 const ENOUGH: usize = 1 << 16;
@@ -115,6 +121,7 @@ impl Trace {
             ..Round::default()
         };
         let figures = prober.round(round).await;
+        self.fetch(figures.sent, figures.answered).await;
         let mut lines = vec![format!(
             "{} marked probes of {} bytes to {}",
             figures.sent, self.len, self.to
@@ -156,20 +163,42 @@ impl Trace {
         lines
     }
 
-    /// What our workers did with the packets of one direction: how many had which outcome.
-    fn seen(&mut self, direction: Direction) -> Option<BTreeMap<String, u32>> {
-        let capture = self.capture.as_mut()?;
-        let mut bytes = Vec::new();
-        capture.take(&mut bytes, ENOUGH);
-        let mut rest = bytes.as_slice();
-        while let Ok((record, _, after)) = Record::decode(rest) {
-            self.records.push(record);
-            rest = after;
+    /// Fetches what our workers show, until it is as much as was sent and answered: a worker shows a packet after it
+    /// has sent it, which may be after the answer has come.
+    async fn fetch(&mut self, sent: u32, answered: u32) {
+        for _ in 0..LOOKS {
+            let Some(capture) = &mut self.capture else {
+                return;
+            };
+            let mut bytes = Vec::new();
+            capture.take(&mut bytes, ENOUGH);
+            let mut rest = bytes.as_slice();
+            while let Ok((record, _, after)) = Record::decode(rest) {
+                self.records.push(record);
+                rest = after;
+            }
+            if self.count(Direction::Encap) >= sent && self.count(Direction::Decap) >= answered {
+                return;
+            }
+            sleep(LOOK_EVERY).await;
         }
-        let mut seen = BTreeMap::new();
+    }
+
+    fn count(&self, direction: Direction) -> u32 {
+        self.marked(direction).map(|record| record.packets).sum()
+    }
+
+    fn marked(&self, direction: Direction) -> impl Iterator<Item = &Record> {
         let len = u32::from(self.len);
-        let marked = |record: &&Record| record.direction == direction && record.len == len;
-        for record in self.records.iter().filter(marked) {
+        let marked = move |record: &&Record| record.direction == direction && record.len == len;
+        self.records.iter().filter(marked)
+    }
+
+    /// What our workers did with the packets of one direction: how many had which outcome.
+    fn seen(&self, direction: Direction) -> Option<BTreeMap<String, u32>> {
+        self.capture.as_ref()?;
+        let mut seen = BTreeMap::new();
+        for record in self.marked(direction) {
             *seen.entry(Outcome(record).to_string()).or_default() += record.packets;
         }
         Some(seen)
