@@ -25,7 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use dropin::{Cluster, Daemon, PodNs};
-use lease_load::{Arrivals, CONFIG, Leases};
+use lease_load::{Arrivals, CONFIG, FLANNEL, Leases};
 use loden::lab::{Interrupt, NetNs, wait};
 use serde_json::Value;
 use usage::{Cpu, memory};
@@ -149,7 +149,7 @@ fn measure(size: &Size) -> Figures {
         .concat();
         assert!(Command::new("ip").args(args).status().unwrap().success());
     }
-    let mut leases = Leases::write(&cluster.etcd, size.leases);
+    let mut leases = Leases::write(&cluster.etcd, FLANNEL, size.leases);
 
     let begun = Instant::now();
     let two = spawn(&cluster, 2);

@@ -6,22 +6,18 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
-#[path = "common/dropin.rs"]
-mod dropin;
 #[path = "common/etcd.rs"]
 mod etcd;
 #[path = "common/kube.rs"]
 mod kube;
 
-use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use dropin::Cluster;
 use etcd::{Etcd, Follower, request, soon};
 use kube::{ApiServer, PREFIX};
 use loden::store::{Cause, LeaseStore as _, StoreError};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Waits for a state that only kubectl can see.
 async fn until(what: &str, mut holds: impl FnMut() -> bool) {
@@ -260,82 +256,63 @@ fn a_watch_survives_the_server_and_what_it_missed_while_history_was_compacted() 
     });
 }
 
-/// A daemon as the manifest starts it.
-fn daemon(cluster: &Cluster, server: &ApiServer, node: u8, net_config: &Path) -> Command {
-    let args = ["-kube-subnet-mgr", "-ip-masq", "-healthz-port=8080"];
-    let mut command = match node {
-        1 => cluster.command(node, &args),
-        // Its Node says which of its addresses it is to use.
-        _ => cluster.bare(node, &args),
-    };
-    command
-        .arg("-kubeconfig-file")
-        .arg(server.kubeconfig("daemon"))
-        .arg("-net-config-path")
-        .arg(net_config)
-        .env("NODE_NAME", format!("n{node}"));
-    command
-}
-
-#[ignore = "needs what scripts/setup --kube builds"]
-#[test]
-fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
-    let cluster = Cluster::new(2, "unused");
-    let server = ApiServer::start(&cluster.etcd);
-    let net_config = server.settings("n1").net_config;
-    server.add_node("n1", "198.18.1.0/24", &json!({}));
-    server.add_node("n2", "", &json!({}));
-    cluster.ip(2, "addr add 198.51.100.77/24 dev eth0");
-    server.annotate("n2", "node-public-ip=198.51.100.77");
-    let start = |node| cluster.spawn_command(node, daemon(&cluster, &server, node, &net_config));
-    let first = start(1);
-    first.wait_for_log("written: ready");
-    assert_eq!(cluster.env_value(1, "FLANNEL_SUBNET"), "198.18.1.1/24");
-    assert_eq!(cluster.env_value(1, "FLANNEL_NETWORK"), "198.18.0.0/16");
-    first.wait_until("the condition", || {
-        server.condition("n1")["status"] == "False"
-    });
-
-    let second = start(2);
-    second.wait_for_log("pod cidr not assigned");
-    let (code, why) = cluster.http(2, "/readyz");
-    assert_eq!(code, 503, "{why}");
-    let assigned = r#"{"spec":{"podCIDR":"198.18.2.0/24","podCIDRs":["198.18.2.0/24"]}}"#;
-    server.kubectl(&["patch", "node", "n2", "-p", assigned]);
-    second.wait_for_log("written: ready");
-    assert_eq!(server.annotation("n2", "public-ip"), "198.51.100.77");
-    cluster.reaches(1, 2);
-    cluster.reaches(2, 1);
-
-    // A restart keeps subnet and annotations.
-    let before = server.node("n1")["metadata"]["annotations"].clone();
-    assert_eq!(first.stop(), 0);
-    let first = start(1);
-    first.wait_for_log("written: ready");
-    assert_eq!(server.node("n1")["metadata"]["annotations"], before);
-    cluster.reaches(1, 2);
-    for daemon in [first, second] {
-        assert!(!daemon.log().contains("panicked"));
-        assert_eq!(daemon.stop(), 0);
-    }
-}
-
 #[ignore = "needs what scripts/setup --kube builds"]
 #[test]
 fn the_manifest_grants_what_is_needed_and_nothing_else() {
     let etcd = Etcd::start();
     let server = ApiServer::start(&etcd);
-    let account = "--as=system:serviceaccount:kube-flannel:flannel";
-    let rights = server.kubectl(&["auth", "can-i", "--list", "--no-headers", account]);
-    let rights: Vec<String> = rights
-        .lines()
-        .filter(|line| !line.starts_with(' ') && !line.contains("selfsubject"))
-        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
-        .collect();
+    let rights = |namespace: &str| -> Vec<String> {
+        let args = ["auth", "can-i", "--list", "--no-headers", "-n", namespace];
+        let rights = server.kubectl_of("daemon", &args).unwrap();
+        rights
+            .lines()
+            .filter(|line| !line.starts_with(' ') && !line.contains("selfsubject"))
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect()
+    };
+    let of_nodes = ["nodes [] [] [get list watch]", "nodes/status [] [] [patch]"];
+    assert_eq!(rights("kube-flannel"), of_nodes);
+    assert_eq!(rights("kube-system"), of_nodes);
     assert_eq!(
-        rights,
-        ["nodes [] [] [get list watch]", "nodes/status [] [] [patch]"]
+        rights("default"),
+        ["events [] [] [create]", of_nodes[0], of_nodes[1]]
     );
+
+    // Not only what the server says of it, but what it does: with the token of the service account. That the status
+    // may be patched is what every lease here shows.
+    server.add_node("n1", "198.18.1.0/24", &json!({}));
+    for (args, allowed) in [
+        (&["get", "nodes"][..], true),
+        (&["create", "event"], true),
+        (&["annotate", "node", "n1", "a.b/c=d"], false),
+        (&["taint", "node", "n1", "a=b:NoSchedule"], false),
+        (&["delete", "node", "n1"], false),
+        (&["create", "node"], false),
+        (&["get", "pods", "-A"], false),
+        (&["get", "secrets", "-n", "kube-flannel"], false),
+        (&["get", "configmaps", "-n", "kube-flannel"], false),
+        (&["create", "token", "flannel", "-n", "kube-flannel"], false),
+        (&["get", "events"], false),
+        (&["get", "daemonsets", "-A"], false),
+        (&["get", "clusterroles"], false),
+        (&["get", "namespaces"], false),
+    ] {
+        let object = match args {
+            ["create", "event"] => {
+                r#"{"apiVersion":"v1","kind":"Event","metadata":{"name":"e","namespace":"default"},"involvedObject":{"kind":"Node","name":"n1"}}"#
+            }
+            ["create", "node"] => r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"n2"}}"#,
+            _ => "",
+        };
+        let done = match object {
+            "" => server.kubectl_of("daemon", args),
+            object => server.kubectl_of_with("daemon", &["create", "-f", "-"], object),
+        };
+        match done {
+            Ok(_) => assert!(allowed, "{args:?} is allowed"),
+            Err(why) => assert!(!allowed && why.contains("forbidden"), "{args:?}: {why}"),
+        }
+    }
     let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy");
     for variant in ["kubernetes", "kubernetes-privileged"] {
         let path = format!("{deploy}/{variant}");
@@ -397,16 +374,18 @@ fn the_chart_takes_flannels_values_and_the_server_takes_what_comes_out() {
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{settings:?}: {error}");
         let accepted = server.dry_run(&String::from_utf8(output.stdout).unwrap());
-        let accepted: serde_json::Value = serde_json::from_str(&accepted).unwrap();
+        let accepted: Value = serde_json::from_str(&accepted).unwrap();
         let items = accepted["items"].as_array().unwrap();
         let config = items
             .iter()
             .find(|item| item["kind"] == "ConfigMap")
             .unwrap();
         let text = config["data"]["net-conf.json"].as_str().unwrap();
-        let rendered: serde_json::Value = serde_json::from_str(text).unwrap();
+        let rendered: Value = serde_json::from_str(text).unwrap();
         assert_eq!(rendered.to_string(), net_conf);
     }
+
+    every_value_of_flannels_has_its_effect(&server);
 
     let text = |settings: &[&str]| String::from_utf8(helm(settings).stdout).unwrap();
     let all = text(&[]);
@@ -435,4 +414,88 @@ fn the_chart_takes_flannels_values_and_the_server_takes_what_comes_out() {
     ] {
         assert!(!helm(&[wrong]).status.success(), "{wrong}");
     }
+}
+
+/// Renders the chart with a file that sets every value of flannel's, and looks for each in what the server takes.
+fn every_value_of_flannels_has_its_effect(server: &ApiServer) {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/helm/loden");
+    let values = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/golden/chart/flannel-values.yaml"
+    );
+    let mut command = Command::new(kube::program("helm"));
+    command.args(["template", "flannel", chart, "-n", "default", "-f", values]);
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let accepted = server.dry_run(&String::from_utf8(output.stdout).unwrap());
+    let accepted: Value = serde_json::from_str(&accepted).unwrap();
+    let of = |kind: &str| {
+        let items = accepted["items"].as_array().unwrap();
+        items.iter().find(|item| item["kind"] == kind).unwrap()
+    };
+    let config = &of("ConfigMap")["data"];
+    let net_conf: Value = serde_json::from_str(config["net-conf.json"].as_str().unwrap()).unwrap();
+    assert_eq!(
+        net_conf,
+        json!({
+            "Network": "198.18.0.0/16", "IPv6Network": "fd00:18::/48", "EnableIPv6": true, "EnableNFTables": true,
+            "Backend": {"Type": "vxlan", "Port": 0, "MTU": 1400, "VNI": 7, "GBP": true, "DirectRouting": true,
+                "MacPrefix": "0E-2B", "ListenPortV6": 51821, "PSK": 0, "Mode": "separate",
+                "PersistentKeepaliveInterval": 25},
+        })
+    );
+    assert!(config["cni-conf.json"].as_str().unwrap().contains("mine"));
+    assert_eq!(
+        of("ServiceAccount")["imagePullSecrets"],
+        json!([{"name": "the-secret"}])
+    );
+    let pod = &of("DaemonSet")["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    assert_eq!(
+        container["command"],
+        json!([
+            "/opt/bin/flanneld",
+            "--ip-masq",
+            "--kube-subnet-mgr",
+            "--iface=eth1",
+            "--healthz-port=9081"
+        ])
+    );
+    for (found, expected) in [
+        (&container["image"], json!("registry.example.org/loden:7")),
+        (
+            &pod["initContainers"][0]["image"],
+            json!("registry.example.org/loden-cni:v8"),
+        ),
+        (
+            &pod["initContainers"][1]["image"],
+            json!("registry.example.org/loden:7"),
+        ),
+        (
+            &container["resources"],
+            // Values are merged into ours, which are flannel's.
+            json!({"limits": {"memory": "200Mi"}, "requests": {"cpu": "100m", "memory": "50Mi"}}),
+        ),
+        (
+            &container["livenessProbe"]["initialDelaySeconds"],
+            json!(11),
+        ),
+        (&container["livenessProbe"]["periodSeconds"], json!(31)),
+        (
+            &container["readinessProbe"]["initialDelaySeconds"],
+            json!(6),
+        ),
+        (&container["readinessProbe"]["periodSeconds"], json!(12)),
+        (&container["ports"][0]["containerPort"], json!(9081)),
+        (
+            &pod["tolerations"],
+            json!([{"key": "only", "operator": "Exists"}]),
+        ),
+        (&pod["nodeSelector"], json!({"disk": "ssd"})),
+    ] {
+        assert_eq!(*found, expected);
+    }
+    let volumes = pod["volumes"].to_string();
+    assert!(volumes.contains("/usr/libexec/cni") && volumes.contains("/etc/cni/elsewhere"));
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::environment::{is_container_id, is_interface_name};
 use super::error::{CONFIGURATION, CniError, DECODING};
-use super::{is_container_id, is_interface_name};
 use crate::config::Object;
 
 /// The largest configuration read. Runtimes send a few kilobytes, most of it port mappings and the result so far.

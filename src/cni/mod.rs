@@ -7,6 +7,7 @@
 
 mod conf;
 mod delegate;
+mod environment;
 mod error;
 mod plugin;
 mod state;
@@ -14,15 +15,15 @@ mod subnet_env;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
-use std::fs;
-use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt as _;
+use std::io::Read;
 use std::path::Path;
+use std::thread;
 
 use serde_json::{Map, Value, json};
 
 pub use conf::{Attachment, MAX_CONF_LEN, NetConf};
 pub use delegate::config as delegate_config;
+pub use environment::Environment;
 pub use error::CniError;
 pub use subnet_env::{PodEnv, PodEnvError};
 
@@ -40,20 +41,6 @@ const VERSIONS: [&str; 7] = [
 /// The newest of them.
 const NEWEST: &str = "1.1.0";
 
-/// The longest name of an interface: Linux's `IFNAMSIZ` without the final zero (`include/uapi/linux/if.h`).
-const MAX_INTERFACE_LEN: usize = 15;
-
-/// The variables that a runtime sets. One that is not set is empty.
-#[derive(Debug, Default)]
-pub struct Environment {
-    command: String,
-    container_id: String,
-    netns: OsString,
-    netns_override: String,
-    ifname: String,
-    path: OsString,
-}
-
 /// What the process is to say, and how to end.
 #[derive(Debug)]
 pub struct Answer {
@@ -65,77 +52,12 @@ pub struct Answer {
     pub success: bool,
 }
 
-impl Environment {
-    /// Takes the variables that `lookup` knows.
-    #[must_use]
-    pub fn new(lookup: impl Fn(&str) -> Option<OsString>) -> Self {
-        let raw = |name: &str| lookup(name).unwrap_or_default();
-        let text = |name: &str| raw(name).to_string_lossy().into_owned();
-        Self {
-            command: text("CNI_COMMAND"),
-            container_id: text("CNI_CONTAINERID"),
-            netns: raw("CNI_NETNS"),
-            netns_override: text("CNI_NETNS_OVERRIDE"),
-            ifname: text("CNI_IFNAME"),
-            path: raw("CNI_PATH"),
-        }
-    }
-
-    fn attachment(&self) -> Result<Attachment, CniError> {
-        if !is_container_id(&self.container_id) {
-            return Err(CniError::new(
-                ENVIRONMENT,
-                "invalid characters in containerID: CNI_CONTAINERID takes letters, digits, '_', '.' \
-                 and '-', and begins with a letter or digit",
-            ));
-        }
-        is_interface_name(&self.ifname).map_err(|reason| {
-            CniError::new(ENVIRONMENT, format!("CNI_IFNAME: interface name {reason}"))
-        })?;
-        Ok(Attachment {
-            container_id: self.container_id.clone(),
-            ifname: self.ifname.clone(),
-        })
-    }
-
-    /// Whether the namespace is the plugin's own, whose interfaces are the node's, and nobody wants that.
-    fn is_own_netns(&self) -> io::Result<bool> {
-        if self.netns_override == "1" || self.netns_override.eq_ignore_ascii_case("true") {
-            return Ok(false);
-        }
-        let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
-        let own = identity(Path::new("/proc/thread-self/ns/net"))?;
-        Ok(identity(Path::new(&self.netns))? == own)
-    }
-}
-
 /// The error about a namespace that is the plugin's own.
 fn own_netns() -> CniError {
     CniError::new(
         NETNS,
         "plugin's netns and netns from CNI_NETNS should not be the same",
     )
-}
-
-/// `[a-zA-Z0-9][a-zA-Z0-9_.-]*`, so never a path.
-fn is_container_id(text: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(allowed)
-}
-
-/// What Linux takes for the name of an interface; else the reason.
-fn is_interface_name(text: &str) -> Result<(), &'static str> {
-    if text.is_empty() {
-        Err("is empty")
-    } else if text.len() > MAX_INTERFACE_LEN {
-        Err("is too long: at most 15 bytes")
-    } else if text == "." || text == ".." {
-        Err("is . or ..")
-    } else if text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control()) {
-        Err("contains / or : or whitespace characters")
-    } else {
-        Ok(())
-    }
 }
 
 /// Does what the environment and the configuration on `stdin` ask for.
@@ -279,14 +201,21 @@ impl<'a> Plugin<'a> {
             answer.stderr,
             "delegateAdd: netconf sent to delegate plugin:\n{json}"
         );
-        // Before the delegate makes anything that DEL would have to undo.
-        State::new(&self.conf.data_dir).save(&of, json.as_bytes())?;
-        let done = self.delegate(&config, json.as_bytes(), Vec::new());
+        // Before the delegate makes anything that DEL would have to undo. The disk has time until it is done: what a
+        // power failure takes away meanwhile, it takes with the container.
+        let saved = State::new(&self.conf.data_dir).save(&of, json.as_bytes())?;
+        let (synced, done) = thread::scope(|scope| {
+            let synced = scope.spawn(|| saved.sync());
+            let done = self.delegate(&config, json.as_bytes(), Vec::new());
+            (synced.join(), done)
+        });
         let done = done.map_err(|e| CniError {
             msg: format!("failed to delegate add: {}", e.msg),
             ..e
         })?;
         answer.stderr.push_str(&done.stderr);
+        synced
+            .unwrap_or_else(|_panic| Err(CniError::internal("the state could not be written")))?;
         answer.stdout = done.stdout;
         Ok(())
     }

@@ -29,13 +29,31 @@ pub(super) struct Saved {
     pub(super) config: Vec<u8>,
 }
 
+/// What was saved, and may not be on the disk yet.
+#[derive(Debug)]
+#[must_use = "a power failure may take it away"]
+pub(super) struct Unsynced {
+    file: File,
+    dir: File,
+    path: PathBuf,
+}
+
+impl Unsynced {
+    /// Waits until it is on the disk, which takes most of the plugin's own time.
+    pub(super) fn sync(self) -> Result<(), CniError> {
+        let synced = self.file.sync_all().and_then(|()| self.dir.sync_all());
+        synced.map_err(|e| CniError::file("write", &self.path, e))
+    }
+}
+
 impl<'a> State<'a> {
     pub(super) const fn new(dir: &'a Path) -> Self {
         Self { dir }
     }
 
-    /// Remembers `config`: what is there before and after a power failure is nothing, or all of it.
-    pub(super) fn save(&self, of: &Attachment, config: &[u8]) -> Result<(), CniError> {
+    /// Remembers `config`: whoever reads it finds nothing, or all of it. A power failure may take it away until
+    /// [`Unsynced::sync`] has returned.
+    pub(super) fn save(&self, of: &Attachment, config: &[u8]) -> Result<Unsynced, CniError> {
         let made = DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -57,7 +75,13 @@ impl<'a> State<'a> {
         written.map_err(|e| CniError::file("write", &path, e))
     }
 
-    fn replace(&self, of: &Attachment, path: &Path, temp: &Path, config: &[u8]) -> io::Result<()> {
+    fn replace(
+        &self,
+        of: &Attachment,
+        path: &Path,
+        temp: &Path,
+        config: &[u8],
+    ) -> io::Result<Unsynced> {
         // Of a killed process with the same id.
         absent(fs::remove_file(temp))?;
         let mut file = OpenOptions::new()
@@ -66,7 +90,6 @@ impl<'a> State<'a> {
             .mode(0o600)
             .open(temp)?;
         file.write_all(config)?;
-        file.sync_all()?;
         let shared = self.dir.join(&of.container_id);
         if same(&shared, path)? {
             absent(fs::remove_file(&shared))?;
@@ -75,7 +98,11 @@ impl<'a> State<'a> {
         // its network.
         let _for_the_original = fs::hard_link(temp, &shared);
         fs::rename(temp, path)?;
-        File::open(self.dir)?.sync_all()
+        Ok(Unsynced {
+            file,
+            dir: File::open(self.dir)?,
+            path: path.to_owned(),
+        })
     }
 
     /// What was saved for an interface, by this plugin or by the original.
@@ -184,8 +211,8 @@ mod tests {
         let data = dir.path().join("made/here");
         let state = State::new(&data);
         let (eth0, net1) = (of("c", "eth0"), of("c", "net1"));
-        state.save(&eth0, b"first").unwrap();
-        state.save(&net1, b"second").unwrap();
+        state.save(&eth0, b"first").unwrap().sync().unwrap();
+        state.save(&net1, b"second").unwrap().sync().unwrap();
         assert_eq!(names(&data), ["c", "c:eth0", "c:net1"]);
         assert_eq!(fs::read(data.join("c")).unwrap(), b"first");
         assert_eq!(fs::metadata(&data).unwrap().mode() & 0o777, 0o700);
@@ -206,7 +233,11 @@ mod tests {
     fn the_file_of_another_interface_does_not_stand_in() {
         let dir = tempfile::tempdir().unwrap();
         let state = State::new(dir.path());
-        state.save(&of("c", "net1"), b"config").unwrap();
+        state
+            .save(&of("c", "net1"), b"config")
+            .unwrap()
+            .sync()
+            .unwrap();
         assert!(state.load(&of("c", "eth0")).unwrap().is_none());
     }
 
@@ -225,8 +256,16 @@ mod tests {
     fn saving_again_replaces_both_names() {
         let dir = tempfile::tempdir().unwrap();
         let state = State::new(dir.path());
-        state.save(&of("c", "eth0"), b"old").unwrap();
-        state.save(&of("c", "eth0"), b"new").unwrap();
+        state
+            .save(&of("c", "eth0"), b"old")
+            .unwrap()
+            .sync()
+            .unwrap();
+        state
+            .save(&of("c", "eth0"), b"new")
+            .unwrap()
+            .sync()
+            .unwrap();
         assert_eq!(fs::read(dir.path().join("c")).unwrap(), b"new");
         assert_eq!(names(dir.path()), ["c", "c:eth0"]);
         assert_eq!(state.attachments().unwrap(), [of("c", "eth0")]);

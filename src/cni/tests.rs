@@ -1,5 +1,7 @@
 //! The protocol without a delegate: what is refused, and how.
 
+use std::fs;
+
 use serde_json::Value;
 
 use super::*;

@@ -58,6 +58,7 @@ use crate::store::env_file::PreviousEnv;
 use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
 use crate::store::kube::{KubeSettings, KubeSettingsError};
 use crate::store::{EtcdStore, KubeStore, LeaseStore, LocalStore, StoreError};
+use crate::sys::heap;
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 
 use probes::Probes;
@@ -239,6 +240,7 @@ pub enum DaemonError {
 /// Why it cannot run; nothing is left behind.
 pub fn run(options: Options) -> Result<(), DaemonError> {
     let failed = |action| move |source| DaemonError::Process { action, source };
+    heap::share();
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let mut shutdown = Shutdown::install().map_err(failed("watch for signals"))?;

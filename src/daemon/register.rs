@@ -52,9 +52,11 @@ pub(super) async fn register(
     options: &Options,
     previous: Option<Subnets>,
 ) -> Result<Registration, DaemonError> {
-    let config = patiently("network configuration", || store.network_config()).await?;
+    // Who asks the store hears of it, too.
+    let told = |complaint| store.report(&[complaint]);
+    let config = patiently("network configuration", told, || store.network_config()).await?;
     warn_about(&config);
-    let set = patiently("node's public IPs", || store.public_ips()).await?;
+    let set = patiently("node's public IPs", told, || store.public_ips()).await?;
     let wanted = &options.wanted;
     let wanted = Wanted {
         public_ip: wanted.public_ip.or(set.0),
@@ -91,7 +93,7 @@ pub(super) async fn register(
         previous,
         extension: udp::EXTENSION,
     };
-    let lease = patiently("lease", || store.acquire(request.clone())).await?;
+    let lease = patiently("lease", told, || store.acquire(request.clone())).await?;
     let own = udp::nets(&lease.subnets);
     tracing::info!(
         "leased {} for public IP {}, {}",
@@ -298,8 +300,12 @@ async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>,
     Ok(ours)
 }
 
-/// Asks until the store answers. One line per new complaint, none per attempt.
-pub(super) async fn patiently<T, F>(what: &str, mut ask: impl FnMut() -> F) -> Result<T, StoreError>
+/// Asks until the store answers. One line per new complaint, which is `told` too, and none per attempt.
+pub(super) async fn patiently<T, F>(
+    what: &str,
+    told: impl Fn(String),
+    mut ask: impl FnMut() -> F,
+) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,
 {
@@ -311,7 +317,9 @@ where
             Err(error) => error.to_string(),
         };
         if error != said {
-            tracing::warn!("waiting for the {what}: {error}");
+            let complaint = format!("waiting for the {what}: {error}");
+            tracing::warn!("{complaint}");
+            told(complaint);
             said = error;
         }
         tokio::time::sleep(ASK_EVERY).await;

@@ -106,7 +106,8 @@ async fn acquire_again(store: &impl LeaseStore, lease: &Lease) -> Lease {
     };
     let mut said = String::new();
     loop {
-        match patiently("lease", || store.acquire(request.clone())).await {
+        // What is missing meanwhile the session tells.
+        match patiently("lease", drop, || store.acquire(request.clone())).await {
             Ok(lease) => return lease,
             Err(error) => {
                 let text = error.to_string();

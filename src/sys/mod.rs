@@ -3,6 +3,7 @@
 //! Never decides policy.
 
 pub mod fd;
+pub mod heap;
 pub mod iov;
 pub mod mmsg;
 pub mod simd;

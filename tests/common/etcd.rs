@@ -438,9 +438,26 @@ impl Follower {
     }
 
     /// Takes events until what is known fulfils the condition.
-    pub(crate) async fn until(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+    pub(crate) async fn until(&mut self, what: &str, done: impl FnMut(&Self) -> bool) {
+        self.until_within(what, PATIENCE, done).await;
+    }
+
+    /// Takes the events that are there.
+    pub(crate) fn drain(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            self.take(event);
+        }
+    }
+
+    /// As [`Self::until`], with this much time for each event.
+    pub(crate) async fn until_within(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut done: impl FnMut(&Self) -> bool,
+    ) {
         while !done(self) {
-            let event = tokio::time::timeout(PATIENCE, self.events.recv()).await;
+            let event = tokio::time::timeout(limit, self.events.recv()).await;
             let Ok(event) = event else {
                 unreachable!(
                     "in vain: {what}; known: {:?}, {:?}, {:?}",

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use loden::lab::{Interrupt, NetNs, wait};
 use loden::store::KubeStore;
-use loden::store::kube::{Identity, KubeSettings};
+use loden::store::kube::{Identity, KubeSettings, WATCH};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -62,10 +62,16 @@ pub(crate) struct ApiServer {
     netns: NetNs,
     dir: TempDir,
     process: Option<Child>,
+    arguments: &'static [&'static str],
 }
 
 impl ApiServer {
     pub(crate) fn start(etcd: &Etcd) -> Self {
+        Self::start_with(etcd, &[])
+    }
+
+    /// With more arguments.
+    pub(crate) fn start_with(etcd: &Etcd, arguments: &'static [&'static str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let key = rcgen::KeyPair::generate().unwrap();
         fs::write(dir.path().join("sa.key"), key.serialize_pem()).unwrap();
@@ -79,6 +85,7 @@ impl ApiServer {
             netns: etcd.netns().clone(),
             dir,
             process: None,
+            arguments,
         };
         server.spawn();
         server.write_kubeconfig("admin", ADMIN);
@@ -120,6 +127,7 @@ impl ApiServer {
             ])
             // There is nobody who would make them.
             .arg("--disable-admission-plugins=ServiceAccount")
+            .args(self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
@@ -173,10 +181,14 @@ impl ApiServer {
     }
 
     fn try_kubectl(&self, args: &[&str], stdin: &str) -> Output {
+        self.try_kubectl_of("admin", args, stdin)
+    }
+
+    fn try_kubectl_of(&self, whose: &str, args: &[&str], stdin: &str) -> Output {
         let mut command = Command::new(program("kubectl"));
         command
             .arg("--kubeconfig")
-            .arg(self.kubeconfig("admin"))
+            .arg(self.kubeconfig(whose))
             .args(args)
             .env("HOME", self.dir.path())
             .stdin(Stdio::piped())
@@ -202,6 +214,32 @@ impl ApiServer {
     /// kubectl as the cluster's administrator; must succeed.
     pub(crate) fn kubectl(&self, args: &[&str]) -> String {
         self.check(args, self.try_kubectl(args, ""))
+    }
+
+    /// kubectl with the kubeconfig of this name: what it prints, or says when it fails.
+    pub(crate) fn kubectl_of(&self, whose: &str, args: &[&str]) -> Result<String, String> {
+        self.kubectl_of_with(whose, args, "")
+    }
+
+    /// Likewise, with something to read.
+    pub(crate) fn kubectl_of_with(
+        &self,
+        whose: &str,
+        args: &[&str],
+        stdin: &str,
+    ) -> Result<String, String> {
+        let output = self.try_kubectl_of(whose, args, stdin);
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        match output.status.success() {
+            true => Ok(text(output.stdout)),
+            false => Err(text(output.stderr)),
+        }
+    }
+
+    /// What kubectl prints as the cluster's administrator, whether it succeeds or not.
+    pub(crate) fn kubectl_or_not(&self, args: &[&str]) -> String {
+        let output = self.try_kubectl(args, "");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Objects as the API server would take them; it must take them.
@@ -253,6 +291,18 @@ impl ApiServer {
             .unwrap_or_default()
     }
 
+    /// The Events about a Node: each reason with its message.
+    pub(crate) fn events(&self, node: &str) -> Vec<(String, String)> {
+        let of = format!("involvedObject.kind=Node,involvedObject.name={node}");
+        let args = ["get", "events", "-o", "json", "--field-selector", &of];
+        let events: Value = serde_json::from_str(&self.kubectl(&args)).unwrap();
+        let text = |event: &Value, field: &str| event[field].as_str().unwrap().to_owned();
+        let events = events["items"].as_array().unwrap().iter();
+        events
+            .map(|event| (text(event, "reason"), text(event, "message")))
+            .collect()
+    }
+
     /// The settings of a daemon on this node, with the rights of the manifest.
     pub(crate) fn settings(&self, node: &str) -> KubeSettings {
         let net_config = self.dir.path().join("net-conf.json");
@@ -265,6 +315,7 @@ impl ApiServer {
             net_config,
             report_condition: true,
             identity: Identity::Node(node.to_owned()),
+            watch: WATCH,
         }
     }
 

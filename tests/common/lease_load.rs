@@ -1,10 +1,12 @@
-//! Owns thousands of leases in a real etcd: puts them there, changes hundreds of them a second, and sees from
-//! outside when a change has reached the data plane. Never looks into the daemon.
+//! Owns thousands of leases in a real etcd: puts them there, as flannel does or as an API server does, changes
+//! hundreds of them a second, and sees from outside when a change has reached the data plane. Never looks into the
+//! daemon.
 
 #![expect(
     clippy::unwrap_used,
     reason = "a measurement that cannot prepare itself must fail"
 )]
+#![allow(dead_code, reason = "every test file uses the part that it needs")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -55,12 +57,24 @@ fn probe_addr(turn: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(PROBE_FIRST) + turn % PROBE_ADDRS)
 }
 
-fn value(node: Ipv4Addr) -> String {
-    format!(r#"{{"PublicIP":"{node}","PublicIPv6":null}}"#)
+/// How a lease is written.
+#[derive(Clone, Copy)]
+pub(crate) struct Form {
+    /// The key, below which all are, for the lease's own key.
+    pub(crate) key: fn(&str) -> String,
+    /// The value, for the lease's own key and the node.
+    pub(crate) value: fn(&str, Ipv4Addr) -> String,
 }
+
+/// As flannel's udp backend does.
+pub(crate) const FLANNEL: Form = Form {
+    key: |key| format!("{PREFIX}/subnets/{key}"),
+    value: |_, node| format!(r#"{{"PublicIP":"{node}","PublicIPv6":null}}"#),
+};
 
 /// The leases as they are in etcd: those of nodes that exist only there, numbers 2 and up, and the probe, number 1.
 pub(crate) struct Leases {
+    form: Form,
     count: u32,
     etcd_lease: i64,
     nodes: BTreeMap<u32, Ipv4Addr>,
@@ -79,8 +93,9 @@ pub(crate) struct Written {
 
 impl Leases {
     /// Writes `count` leases.
-    pub(crate) fn write(etcd: &Etcd, count: u32) -> Self {
+    pub(crate) fn write(etcd: &Etcd, form: Form, count: u32) -> Self {
         let mut leases = Self {
+            form,
             count,
             etcd_lease: 0,
             nodes: BTreeMap::new(),
@@ -100,13 +115,18 @@ impl Leases {
                         number => node(number, 0),
                     };
                     leases.nodes.insert(number, at);
-                    let key = format!("{PREFIX}/subnets/{}", key(number));
-                    puts.push(TxnOp::put(key, value(at), Some(leases.options())));
+                    let (key, value) = leases.pair(number, at);
+                    puts.push(TxnOp::put(key, value, Some(leases.options())));
                 }
                 client.txn(Txn::new().and_then(puts)).await.unwrap();
             }
         });
         leases
+    }
+
+    fn pair(&self, number: u32, at: Ipv4Addr) -> (String, String) {
+        let key = key(number);
+        ((self.form.key)(&key), (self.form.value)(&key, at))
     }
 
     const fn options(&self) -> PutOptions {
@@ -193,10 +213,15 @@ impl Leases {
     }
 
     async fn write_one(&self, mut kv: KvClient, number: u32) {
-        let key = format!("{PREFIX}/subnets/{}", key(number));
         match self.nodes.get(&number) {
-            Some(at) => drop(kv.put(key, value(*at), Some(self.options())).await.unwrap()),
-            None => drop(kv.delete(key, None).await.unwrap()),
+            Some(at) => {
+                let (key, value) = self.pair(number, *at);
+                kv.put(key, value, Some(self.options())).await.unwrap();
+            }
+            None => {
+                let key = (self.form.key)(&key(number));
+                kv.delete(key, None).await.unwrap();
+            }
         }
     }
 }

@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     reason = "a measurement that cannot prepare itself must fail"
 )]
+#![allow(dead_code, reason = "every test file uses the part that it needs")]
 
 use std::fs;
 use std::time::Duration;

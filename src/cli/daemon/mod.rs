@@ -15,7 +15,7 @@ use crate::daemon::{self, Options, ProbeOptions, StoreOptions, TrafficOptions};
 use crate::debug::socket;
 use crate::iface::{Selector, Wanted};
 use crate::store::etcd::EtcdSettings;
-use crate::store::kube::{Identity, KubeSettings, KubeSettingsError, NET_CONFIG};
+use crate::store::kube::{Identity, KubeSettings, KubeSettingsError, NET_CONFIG, WATCH};
 
 pub use flags::DaemonArgs;
 use flags::{ANNOTATION_PREFIX, ETCD_ENDPOINTS, ETCD_PREFIX, KubeArgs, LOCAL_STORE, StoreArgs};
@@ -84,6 +84,7 @@ impl KubeArgs {
                 &variable("POD_NAMESPACE"),
                 &variable("POD_NAME"),
             )?,
+            watch: WATCH,
         })
     }
 

@@ -8,6 +8,7 @@ use crate::daemon::Daemon;
 use crate::daemon::carrier::{Carrier, Looked};
 use crate::probe::Ways;
 use crate::store::LeaseStore;
+use crate::sys::heap;
 
 /// A burst of notifications about the device is answered by one look, this much later.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -80,6 +81,7 @@ impl Session {
             return;
         };
         let looked = carrier.look(kernel).await;
+        self.tidy();
         self.tell_senders();
         self.tell_past();
         self.look_at = Instant::now() + RESYNC;
@@ -99,6 +101,15 @@ impl Session {
                 self.incomplete = Some(why);
             }
             Looked::Broken(why) => self.close(&why),
+        }
+    }
+
+    /// Gives back the memory that changes of leases took on their way here.
+    fn tidy(&mut self) {
+        let tables = self.publication.cost().count;
+        if tables != self.tidied {
+            self.tidied = tables;
+            heap::give_back();
         }
     }
 

@@ -88,6 +88,8 @@ pub(super) struct Session {
     pub(super) hold: Hold,
     /// When the workers get the next table.
     pub(super) publication: Publication,
+    /// How many tables there were when the heap gave back what was free.
+    tidied: u64,
     pub(super) traffic: Option<Traffic>,
     /// Who may send to the kernel's VXLAN devices.
     pub(super) guard: Guard,
@@ -141,6 +143,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             backoff: Backoff::default(),
             reopen_at: now,
             look_at: now + RESYNC,
+            tidied: 0,
             choose_at: None,
             moved: None,
             env_behind: None,

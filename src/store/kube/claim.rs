@@ -55,6 +55,7 @@ impl Inner {
         needs: Permission,
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, StoreError> {
+        self.wait_our_turn().await;
         let reason = match tokio::time::timeout(ANSWER, request).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => explain(&error, needs),
@@ -93,6 +94,12 @@ impl Inner {
     async fn node(&self) -> Result<Node, StoreError> {
         let name = self.name().await?;
         self.ask(GET_NODE, self.nodes().get(name)).await
+    }
+
+    /// What our Node is now, by the server's own word and not by that of a watch; `None` if it is gone.
+    pub(super) async fn look_up(&self) -> Result<Option<Node>, StoreError> {
+        let (name, nodes) = (self.name().await?, self.nodes());
+        self.ask(GET_NODE, nodes.get_opt(name)).await
     }
 
     pub(super) async fn patch_status(&self, patch: &Value) -> Result<Node, StoreError> {

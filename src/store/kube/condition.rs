@@ -10,6 +10,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::Inner;
+use super::event::Word;
 use crate::store::backoff::Backoff;
 
 /// Two writes are at least this far apart.
@@ -17,6 +18,11 @@ const APART: Duration = Duration::from_secs(1);
 
 /// The longest wait for another attempt.
 const RETRY: Duration = Duration::from_secs(30);
+
+/// Reasons, of the condition and of Events.
+const UP: &str = "FlannelIsUp";
+const DOWN: &str = "FlannelIsDown";
+const UP_MESSAGE: &str = "Flannel is running on this node";
 
 /// The longest message. The API server takes 32 KiB.
 const MAX_MESSAGE_LEN: usize = 1024;
@@ -30,7 +36,7 @@ pub(super) enum Report {
 }
 
 impl Inner {
-    /// Takes note of what is missing for pods to have a network.
+    /// Takes note of what is missing for pods to have a network. A change of that is also an Event.
     pub(super) fn report(&self, missing: &[String]) {
         let now = if missing.is_empty() {
             Report::Available
@@ -39,11 +45,17 @@ impl Inner {
             Report::Unavailable(text.chars().take(MAX_MESSAGE_LEN).collect())
         };
         self.report.send_if_modified(|last| {
-            let differs = self.settings.report_condition && last.as_ref() != Some(&now);
-            if differs {
-                *last = Some(now);
+            if last.as_ref() == Some(&now) {
+                return false;
             }
-            differs
+            match (&now, last.is_some()) {
+                (Report::Unavailable(missing), _) => self.say(Word::warning(DOWN, missing)),
+                (Report::Available, true) => self.say(Word::normal(UP, UP_MESSAGE)),
+                // It was never otherwise.
+                (Report::Available, false) => {}
+            }
+            *last = Some(now);
+            true
         });
     }
 
@@ -68,7 +80,7 @@ pub(super) async fn keep(store: Weak<Inner>, mut reports: watch::Receiver<Option
             let Some(store) = store.upgrade() else {
                 return;
             };
-            let Some(report) = report else {
+            let Some(report) = report.filter(|_| store.settings.report_condition) else {
                 break;
             };
             let Err(error) = write(&store, &report).await else {
@@ -92,8 +104,8 @@ pub(super) async fn keep(store: Weak<Inner>, mut reports: watch::Receiver<Option
 
 async fn write(store: &Inner, report: &Report) -> Result<(), crate::store::StoreError> {
     let (status, reason, message) = match report {
-        Report::Available => ("False", "FlannelIsUp", "Flannel is running on this node"),
-        Report::Unavailable(missing) => ("True", "FlannelIsDown", missing.as_str()),
+        Report::Available => ("False", UP, UP_MESSAGE),
+        Report::Unavailable(missing) => ("True", DOWN, missing.as_str()),
     };
     let now = Time(Timestamp::now());
     let patch = json!({"status": {"conditions": [{

@@ -11,6 +11,10 @@
 //! Our own annotations and the node's condition `NetworkUnavailable` are looked at whenever our Node changes, and
 //! written again if they say something else. A pod CIDR that changes, or a Node that is deleted, is a lost lease.
 //!
+//! # What is told
+//!
+//! What is missing stands in the log, in the condition, and in an Event about the Node.
+//!
 //! # The others
 //!
 //! One watch of all nodes, resumed where it was, listed anew when the server no longer knows that place. What is kept
@@ -20,6 +24,8 @@
 mod annotations;
 mod claim;
 mod condition;
+mod courtesy;
+mod event;
 mod failure;
 mod node;
 mod settings;
@@ -31,16 +37,20 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kube::Client;
+use kube::client::ClientBuilder;
 use tokio::sync::{OnceCell, mpsc, watch as latest};
+use tower::util::MapResponseLayer;
 
 use super::{AcquireRequest, LeaseStore, RenewError, StoreError, StoreEvent};
 use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, Subnets};
 pub use annotations::{Annotations, PrefixError, Texts, Wrong};
 pub use node::NodeFault;
-pub use settings::{Identity, KubeSettings, KubeSettingsError, NET_CONFIG};
+pub use settings::{Identity, KubeSettings, KubeSettingsError, NET_CONFIG, WATCH};
 
 use condition::Report;
+use courtesy::Courtesy;
+use event::Word;
 
 /// Events that wait for their receiver. What does not fit is kept by node, and is as good later.
 const EVENTS: usize = 4;
@@ -56,6 +66,7 @@ pub struct KubeStore {
 struct Inner {
     settings: KubeSettings,
     client: Client,
+    courtesy: Courtesy,
     /// The API server, for messages.
     location: String,
     /// Our node's name, once it is known.
@@ -64,6 +75,8 @@ struct Inner {
     own: Mutex<Option<Own>>,
     /// What the node's condition is to say.
     report: latest::Sender<Option<Report>>,
+    /// What is to be told as an Event.
+    words: mpsc::Sender<Word>,
 }
 
 /// What this node holds, and says about itself.
@@ -92,18 +105,26 @@ impl KubeStore {
     pub async fn new(settings: KubeSettings) -> Result<Self, KubeSettingsError> {
         let config = settings.config().await?;
         let location = format!("the Kubernetes API at {}", config.cluster_url);
-        let client = Client::try_from(config)
+        let courtesy = Courtesy::default();
+        let builder = ClientBuilder::try_from(config)
             .map_err(|e| KubeSettingsError::Credentials(failure::causes(&e)))?;
+        let client: Client = builder
+            .with_layer(&MapResponseLayer::new(courtesy.observe()))
+            .build();
         let (report, reports) = latest::channel(None);
+        let (words, said) = mpsc::channel(event::WAITING);
         let inner = Arc::new(Inner {
             settings,
             client,
+            courtesy,
             location,
             name: OnceCell::new(),
             own: Mutex::new(None),
             report,
+            words,
         });
         tokio::spawn(condition::keep(Arc::downgrade(&inner), reports));
+        tokio::spawn(event::keep(Arc::downgrade(&inner), said));
         Ok(Self { inner })
     }
 }
@@ -112,6 +133,18 @@ impl Inner {
     /// What this node holds; `edit` may change it. A panic elsewhere leaves a whole value behind.
     fn own<T>(&self, edit: impl FnOnce(&mut Option<Own>) -> T) -> T {
         edit(&mut self.own.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Has it told as an Event, if there is room.
+    fn say(&self, word: Word) {
+        let _lost = self.words.try_send(word);
+    }
+
+    /// Waits for as long as the server has asked us to.
+    async fn wait_our_turn(&self) {
+        if let Some(until) = self.courtesy.until() {
+            tokio::time::sleep_until(until).await;
+        }
     }
 }
 

@@ -111,9 +111,19 @@ pub(super) fn subnets(node: &Node, config: &NetworkConfig) -> Result<Subnets, No
     let (v4, v6) = pod_cidrs(node)?;
     let v4 = inside(v4, config.ipv4.as_ref())?;
     let v6 = inside(v6, config.ipv6.as_ref())?;
-    Subnets::new(v4, v6).ok_or_else(|| NodeFault::NoPodCidr {
-        networks: networks(config),
-    })
+    if let Some(subnets) = Subnets::new(v4, v6) {
+        return Ok(subnets);
+    }
+    let found = v4.map(IpNet::V4).or(v6.map(IpNet::V6));
+    Err(found.map_or_else(
+        || NodeFault::NoPodCidr {
+            networks: networks(config),
+        },
+        // Of a length that is no subnet.
+        |found| NodeFault::PodCidr {
+            found: found.to_string(),
+        },
+    ))
 }
 
 fn inside<N: OverlayPrefix>(
@@ -182,5 +192,90 @@ pub(super) fn network_unavailable(node: &Node) -> Option<bool> {
         "True" => Some(true),
         "False" => Some(false),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config(text: &str) -> NetworkConfig {
+        NetworkConfig::parse_assigned(text.as_bytes()).unwrap()
+    }
+
+    /// The subnets of a node with these pod CIDRs, or what is wrong with them.
+    fn of(config: &NetworkConfig, one: &str, many: &[&str]) -> Result<String, String> {
+        let node = json!({"spec": {"podCIDR": one, "podCIDRs": many}});
+        let node: Node = serde_json::from_value(node).unwrap();
+        match subnets(&node, config) {
+            Ok(subnets) => Ok(subnets.to_string()),
+            Err(fault) => Err(fault.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_pod_cidr_lies_in_the_network_or_is_refused_with_both() {
+        let config = config(r#"{"Network": "198.18.0.0/16", "Backend": {"Type": "udp"}}"#);
+        for (cidr, expected) in [
+            ("198.18.1.0/24", "198.18.1.0-24"),
+            ("198.18.0.0/16", "198.18.0.0-16"),
+            ("198.18.255.254/31", "198.18.255.254-31"),
+        ] {
+            assert_eq!(of(&config, cidr, &[]).unwrap(), expected);
+        }
+        for cidr in [
+            "198.19.0.0/24",
+            "198.18.0.0/15",
+            "0.0.0.0/0",
+            "10.244.1.0/24",
+        ] {
+            let fault = of(&config, cidr, &[]).unwrap_err();
+            let said = format!("doesn't contain {cidr} PodCIDR");
+            assert!(
+                fault.contains("198.18.0.0/16") && fault.contains(&said),
+                "{fault}"
+            );
+        }
+    }
+
+    #[test]
+    fn each_family_of_the_network_takes_its_pod_cidr() {
+        let v4 = config(r#"{"Network": "198.18.0.0/16"}"#);
+        let both = config(
+            r#"{"Network": "198.18.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:18::/48"}"#,
+        );
+        let two = ["198.18.1.0/24", "fd00:18:0:1::/64"];
+        let turned = ["fd00:18:0:1::/64", "198.18.1.0/24"];
+        let expected = "198.18.1.0-24&fd00:18:0:1::-64".replace(':', "-");
+        for cidrs in [two, turned] {
+            assert_eq!(of(&v4, cidrs[0], &cidrs).unwrap(), "198.18.1.0-24");
+            let found = of(&both, cidrs[0], &cidrs).unwrap();
+            assert_eq!(found.replace(':', "-"), expected);
+        }
+    }
+
+    #[test]
+    fn pod_cidrs_that_make_no_sense_are_named_in_few_words() {
+        let config = config(r#"{"Network": "198.18.0.0/16"}"#);
+        let three = ["198.18.1.0/24"; 3];
+        let long = "9".repeat(10_000);
+        for (one, many, said) in [
+            (
+                "",
+                &[][..],
+                "--allocate-node-cidrs=true and --cluster-cidr=198.18.0.0/16",
+            ),
+            ("", &["fd00:18::/64"], "pod cidr not assigned"),
+            ("198.18.1.0/24", &three, "has 3 entries"),
+            ("198.18.1.0", &[], r#""198.18.1.0" is not a subnet"#),
+            ("198.18.1.0/33", &[], "is not a subnet"),
+            ("198.18.1.0/32", &[], r#""198.18.1.0/32" is not a subnet"#),
+            ("../../etc/passwd", &[], "is not a subnet"),
+            (&long, &[], "is not a subnet"),
+        ] {
+            let fault = of(&config, one, many).unwrap_err();
+            assert!(fault.contains(said) && fault.len() < 300, "{fault}");
+        }
     }
 }

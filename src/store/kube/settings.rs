@@ -12,6 +12,12 @@ use super::failure::causes;
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// The server is asked to end a watch after so long. One that says nothing for five seconds more is dead.
+pub const WATCH: Duration = Duration::from_secs(120);
+
+/// How much longer than a watch any other answer, or the beginning of one, may take.
+const MARGIN: Duration = Duration::from_secs(10);
+
 /// Where flannel looks for the network configuration.
 pub const NET_CONFIG: &str = "/etc/kube-flannel/net-conf.json";
 
@@ -30,6 +36,8 @@ pub struct KubeSettings {
     pub report_condition: bool,
     /// Who we are.
     pub identity: Identity,
+    /// How long a watch lasts; [`WATCH`].
+    pub watch: Duration,
 }
 
 /// How the node's name is found.
@@ -130,6 +138,8 @@ impl KubeSettings {
             };
         }
         config.connect_timeout = Some(CONNECT);
+        // A connection may die without a word. A watch has a limit of its own, which is shorter.
+        config.read_timeout = Some(self.watch + MARGIN);
         // How long to wait before another attempt is ours to decide.
         config.default_retry = false;
         Ok(config)

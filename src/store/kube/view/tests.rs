@@ -1,7 +1,7 @@
 //! What nodes say, in every order, and what the daemon hears of it.
 
 use super::*;
-use crate::lease::{LeaseAttrs, LeaseExtension};
+use crate::lease::{BackendData, LeaseAttrs, LeaseExtension};
 
 /// A node that was created at second `age` and has the subnet 198.18.`net`.0/24.
 fn member(age: i64, net: u8, last: u8) -> Known {
@@ -108,6 +108,24 @@ fn a_change_of_what_matters_is_told_and_nothing_else() {
     assert_eq!(told(&mut view), ["-2"]);
     view.remove("never there");
     assert_eq!(told(&mut view), [""; 0]);
+}
+
+#[test]
+fn a_change_in_one_family_alone_is_told() {
+    let both = |v4: u8, v6: u16, data: &str| {
+        let mut known = member(1, 1, v4);
+        if let Standing::Member(lease) = &mut known.standing {
+            lease.attrs.public_ipv6 = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, v6].into());
+            lease.attrs.backend_v6_data = BackendData::new(data);
+        }
+        known
+    };
+    let mut view = listed(vec![("a", both(1, 1, "{}"))]);
+    told(&mut view);
+    for known in [both(2, 1, "{}"), both(2, 2, "{}"), both(2, 2, "[]")] {
+        view.put("a".to_owned(), known);
+        assert_eq!(told(&mut view), ["+1=2"]);
+    }
 }
 
 #[test]
