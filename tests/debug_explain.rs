@@ -371,3 +371,86 @@ fn text_has_the_verdict_first_and_names_what_was_not_seen() {
     let errors = String::from_utf8(output.stderr).unwrap();
     assert!(errors.contains("different families"), "{errors}");
 }
+
+#[test]
+fn traced_probes_are_followed_to_where_sight_ends() {
+    let mut lab = up();
+    let (a, b) = (lab.pod_addr(1, 1).unwrap(), lab.pod_addr(2, 1).unwrap());
+    let trace = |lab: &Lab| {
+        let said = explain(lab, 1, a, b, &["--trace", "--len", "500"]);
+        assert_eq!(said["outcome"], "sent", "{said}");
+        let probed = step(&said, "last probe").to_owned();
+        (said["trace"].to_string(), probed)
+    };
+    let seen = wait::until("a probe", LIMIT, &Interrupt::default(), || {
+        let (text, probed) = trace(&lab);
+        Ok(probed.contains("answers").then_some(text))
+    });
+    let text = seen.unwrap();
+    for part in [
+        "3 marked probes of 500 bytes",
+        "this node: 3 sent, to 192.0.2.2:8285 over udp",
+        "192.0.2.2: its daemon saw 3 of them come in by tunnel, with a TTL of ",
+        "back here: ",
+        "delivered, from 192.0.2.2",
+        "there and back in ",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    // Nobody answers there any more: sight ends behind our own workers.
+    let pid = lab.daemon_pids()[1].to_string();
+    lab.run(Member::Node(2), "kill", &["-9", &pid]).unwrap();
+    wait::until("its end", LIMIT, &Interrupt::default(), || {
+        Ok(lab.check_daemons().is_err().then_some(()))
+    })
+    .unwrap();
+    let (text, _) = trace(&lab);
+    assert!(text.contains("this node: "), "{text}");
+    assert!(text.contains("192.0.2.2: sight ends here"), "{text}");
+    assert!(
+        text.contains("back here: no answer reached its workers"),
+        "{text}"
+    );
+}
+
+#[test]
+fn where_the_kernel_carries_packets_its_way_is_told_and_probes_are_sent() {
+    for (backend, by) in [(Backend::Vxlan, "flannel.1"), (Backend::HostGw, "eth0")] {
+        let mut lab = lab(spec(2, backend));
+        lab.await_connected().unwrap();
+        let (a, b) = (lab.pod_addr(1, 1).unwrap(), lab.pod_addr(2, 1).unwrap());
+        let said = explain(&lab, 1, a, b, &["--trace"]);
+        let verdict = said["verdict"].as_str().unwrap();
+        assert!(
+            verdict.starts_with(&format!("the kernel sends it to 192.0.2.2 by {by}")),
+            "{said}"
+        );
+        assert_eq!(said["outcome"], "kernel");
+        assert!(step(&said, "route").contains(by), "{said}");
+        let unseen = said["unseen"].to_string();
+        assert!(unseen.contains("no worker of ours sees it"), "{said}");
+        let trace = said["trace"].to_string();
+        assert!(trace.contains("cannot be watched"), "{trace}");
+        assert!(
+            trace.contains("its daemon saw 3 of them"),
+            "{backend:?} {trace} {said}"
+        );
+        lab.run(Member::Node(1), "sysctl", &["-qw", "net.ipv4.ip_forward=0"])
+            .unwrap();
+        let said = explain(&lab, 1, a, b, &[]);
+        let verdict = said["verdict"].as_str().unwrap();
+        assert!(verdict.contains("does not forward"), "{said}");
+        let long = explain(&lab, 2, b, a, &["--len", "1501", "--df"]);
+        let verdict = long["verdict"].as_str().unwrap();
+        assert!(verdict.contains("exceed the overlay's MTU"), "{long}");
+        // At the other end, the pod's route is told.
+        let said = explain(&lab, 2, a, b, &[]);
+        assert!(
+            said["verdict"]
+                .as_str()
+                .unwrap()
+                .contains("forwards it by cni0"),
+            "{said}"
+        );
+    }
+}

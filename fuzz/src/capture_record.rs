@@ -2,9 +2,11 @@
 
 use std::io::sink;
 
+use loden::addr::{Mac, Vni};
+use loden::datapath::Encapsulation;
 use loden::datapath::tap::record::HEADER_LEN;
 use loden::datapath::tap::{Lost, Record};
-use loden::debug::pcapng::{File, Origin};
+use loden::debug::pcapng::{End, File, Origin};
 
 /// Decodes `data` as records, encodes each again and writes it to a file, as it is and with outer headers.
 ///
@@ -12,12 +14,23 @@ use loden::debug::pcapng::{File, Origin};
 ///
 /// If an accepted record is not written as it was read, or cannot be put into a file.
 pub fn run(data: &[u8]) {
-    let origin = Origin {
-        device: "flannel0".to_owned(),
-        bind: ([192, 0, 2, 1], 8285).into(),
-        filter: String::new(),
+    let vxlan = Encapsulation::Vxlan {
+        vni: Vni::new(1).expect("it has 24 bits"),
+        mac: Mac::local(1),
     };
-    let mut files = [true, false].map(|outer| File::begin(sink(), &origin, outer).expect("a sink"));
+    let files = [
+        (Encapsulation::Plain, true),
+        (Encapsulation::Plain, false),
+        (vxlan, true),
+    ];
+    let mut files = files.map(|(encapsulation, outer)| {
+        let bind = ([192, 0, 2, 1], 8285).into();
+        let origin = Origin {
+            ends: vec![End::of("flannel0", bind, encapsulation)],
+            ..Origin::default()
+        };
+        File::begin(sink(), &origin, outer).expect("a sink")
+    });
     let mut rest = data;
     while let Ok((record, copied, after)) = Record::decode(rest) {
         let encoded = record.encode(copied.len());

@@ -17,6 +17,7 @@ pub mod net_conf;
 pub mod probe;
 pub mod round_trip;
 pub mod split;
+pub mod status_request;
 pub mod subnet_env;
 pub mod subnet_key;
 pub mod vnet_hdr;
@@ -43,6 +44,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("probe", probe::run),
     ("round_trip", round_trip::run),
     ("split", split::run),
+    ("status_request", status_request::run),
     ("subnet_env", subnet_env::run),
     ("subnet_key", subnet_key::run),
     ("vnet_hdr", vnet_hdr::run),

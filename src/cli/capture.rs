@@ -1,10 +1,11 @@
 //! Owns `loden capture`: asks the daemon for packets and writes them as text or pcapng. Never decides what
 //! became of a packet: the daemon's workers say so.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, BufWriter, Stdout, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +14,10 @@ use clap::Args;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep_until};
 
+use serde_json::Value;
+
 use super::status::SocketArgs;
+use crate::addr::Mac;
 use crate::datapath::tap::filter::{Facts, Filter};
 use crate::datapath::tap::{Direction, Lost, MAX_SNAP_LEN, Record};
 use crate::debug::pcapng::{self, Origin, Outcome};
@@ -68,7 +72,7 @@ pub struct CaptureArgs {
 
     /// Only what is exchanged with this peer, by its underlay address
     #[arg(long, value_name = "ADDRESS")]
-    peer: Option<std::net::IpAddr>,
+    peer: Option<IpAddr>,
 
     /// Only one direction: `encap` is from this node's pods to peers, `decap` the reverse
     #[arg(long, value_name = "DIRECTION", value_parser = ["encap", "decap"])]
@@ -122,11 +126,9 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
     };
     let (answer, stream) = socket::open(&path, &request)?;
     let origin = Origin {
-        device: answer["device"].as_str().unwrap_or("?").to_owned(),
-        bind: answer["bind"]
-            .as_str()
-            .and_then(|bind| bind.parse().ok())
+        ends: serde_json::from_value(answer["ends"].clone())
             .context("the daemon's answer names no address: daemon and client differ in version")?,
+        macs: macs(&answer["macs"]),
         filter,
     };
     let mut sink = Sink::open(args, origin)?;
@@ -150,6 +152,14 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
         bail!("the daemon ended the capture: it stopped, or opened its data plane again");
     }
     Ok(())
+}
+
+/// MAC addresses of peers; what is none is left out.
+fn macs(answer: &Value) -> HashMap<IpAddr, Mac> {
+    let all = answer.as_object().into_iter().flatten();
+    let pairs =
+        all.filter_map(|(addr, mac)| Some((addr.parse().ok()?, mac.as_str()?.parse().ok()?)));
+    pairs.collect()
 }
 
 /// How a capture ended.
@@ -221,7 +231,7 @@ struct Sink {
 
 enum To {
     Lines(BufWriter<Stdout>),
-    Pipe(pcapng::File<BufWriter<Stdout>>),
+    Pipe(Box<pcapng::File<BufWriter<Stdout>>>),
     Files(Box<Files>),
 }
 
@@ -234,7 +244,7 @@ impl Sink {
                     bail!("--file-size needs --write with a file's name");
                 }
                 let stdout = BufWriter::new(io::stdout());
-                To::Pipe(pcapng::File::begin(stdout, &origin, args.outer)?)
+                To::Pipe(Box::new(pcapng::File::begin(stdout, &origin, args.outer)?))
             }
             Some(path) => To::Files(Box::new(Files::create(path, args, origin)?)),
         };

@@ -28,6 +28,10 @@ pub struct ExplainArgs {
     #[arg(long)]
     df: bool,
 
+    /// Send marked probes to the other node, too, and follow them through both nodes' daemons
+    #[arg(long)]
+    trace: bool,
+
     /// Print the daemon's answer as it is
     #[arg(long)]
     json: bool,
@@ -42,6 +46,7 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
         to: args.to,
         len: args.len,
         whole: args.df,
+        trace: args.trace,
     };
     let answer = socket::ask(&args.at.path(), &request)?;
     let text = if args.json {
@@ -65,6 +70,13 @@ fn render(answer: &Value) -> String {
     page.blank();
     for step in list(&answer["steps"]) {
         page.section(&plain(&step["what"]), &plain(&step["found"]));
+    }
+    let mut title = "trace";
+    for line in list(&answer["trace"]) {
+        if !title.is_empty() {
+            page.blank();
+        }
+        page.section(std::mem::take(&mut title), &plain(line));
     }
     page.blank();
     let mut title = "counters";

@@ -6,6 +6,7 @@ mod capture;
 mod cleanup;
 mod daemon;
 mod docker_opts;
+mod doctor;
 mod explain;
 mod go_flags;
 mod install_conf;
@@ -23,6 +24,7 @@ use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 
 pub use capture::CaptureArgs;
 pub use daemon::DaemonArgs;
+pub use doctor::DoctorArgs;
 pub use explain::ExplainArgs;
 pub use status::StatusArgs;
 pub use top::TopArgs;
@@ -71,6 +73,8 @@ enum Command {
     Capture(Box<CaptureArgs>),
     /// Say what becomes of a packet between two addresses, and why
     Explain(ExplainArgs),
+    /// Find out how peers are reached, and why not
+    Doctor(DoctorArgs),
     /// Show rates, peers and drops as they happen
     Top(TopArgs),
     /// Remove the traffic rules that a daemon has left on this node
@@ -175,6 +179,7 @@ impl Invocation {
             Command::Status(_)
             | Command::Capture(_)
             | Command::Explain(_)
+            | Command::Doctor(_)
             | Command::Top(_)
             | Command::Cleanup
             | Command::DockerOpts(_)
@@ -199,6 +204,7 @@ impl Invocation {
             Command::Status(args) => status::run(&args),
             Command::Capture(args) => capture::run(&args),
             Command::Explain(args) => explain::run(&args),
+            Command::Doctor(args) => doctor::run(args),
             Command::Top(args) => top::run(&args),
             Command::Cleanup => cleanup::run(),
             Command::DockerOpts(args) => docker_opts::run(&args),

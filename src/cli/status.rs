@@ -1,8 +1,9 @@
 //! Owns `loden status`: asks the daemon and prints the answer. Never interprets it: the daemon gives the reasons.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::Value;
@@ -40,6 +41,11 @@ pub(super) struct SocketArgs {
 }
 
 impl SocketArgs {
+    /// Its subnet file, as far as that is known.
+    pub(super) fn subnet_file(&self) -> &Path {
+        &self.subnet_file
+    }
+
     /// Its socket.
     pub(super) fn path(&self) -> PathBuf {
         match &self.socket {
@@ -139,6 +145,7 @@ fn render(answer: &Value) -> String {
         page.blank();
     }
     peers(&mut page, at("/peers"), own);
+    probes(&mut page, at("/peers"));
     if own || at("/source_check").is_object() {
         drops(&mut page, at("/drops"));
     }
@@ -305,6 +312,44 @@ fn rejected(page: &mut Page, peer: &Value) {
     }
 }
 
+/// What background probes found: how many are reached how, and each one that is not as it should be.
+fn probes(page: &mut Page, peers: &Value) {
+    let all: Vec<&Value> = list(peers)
+        .filter(|peer| peer["probe"].is_object())
+        .collect();
+    if all.is_empty() {
+        return;
+    }
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    let mut times = Vec::new();
+    for peer in &all {
+        let reach = peer["probe"]["reach"].as_str().unwrap_or("unknown");
+        *counts.entry(clean(reach)).or_default() += 1;
+        times.extend(peer["probe"]["rtt_us"].as_f64());
+    }
+    let counts = counts
+        .iter()
+        .map(|(reach, count)| format!("{count} {reach}"));
+    let mut line = format!("of peers: {}", counts.collect::<Vec<_>>().join(", "));
+    times.sort_unstable_by(f64::total_cmp);
+    if let (Some(least), Some(most)) = (times.first(), times.last()) {
+        let (least, most) = (least / 1e3, most / 1e3);
+        // Writing to a string cannot fail.
+        let _infallible = write!(line, "; round trips of {least:.2} to {most:.2} ms");
+    }
+    page.blank();
+    page.section("probes", &line);
+    for peer in all.iter().filter(|peer| peer["probe"]["degraded"] == true) {
+        let line = format!(
+            "{}: {}, for {}: loden doctor finds out why",
+            plain(&peer["subnets"]),
+            plain(&peer["probe"]["sentence"]),
+            duration(count(&peer["probe"]["state_seconds"])),
+        );
+        page.section("", &line);
+    }
+}
+
 fn drops(page: &mut Page, drops: &Value) {
     let (happened, not): (Vec<&Value>, Vec<&Value>) =
         list(drops).partition(|drop| count(&drop["encap"]) > 0 || count(&drop["decap"]) > 0);
@@ -353,7 +398,7 @@ pub(super) fn plain(value: &Value) -> String {
 }
 
 /// Names in the answer come from files that others write: nothing in them reaches the terminal as a command.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     let safe = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().map(safe).collect()
 }
@@ -405,7 +450,7 @@ impl Page {
         self.line(&line);
     }
 
-    fn line(&mut self, line: &str) {
+    pub(super) fn line(&mut self, line: &str) {
         self.text.push_str(line.trim_end());
         self.text.push('\n');
     }
@@ -453,6 +498,25 @@ mod tests {
                                     "read_bytes": 640}, "decap": {}},
             },
         })
+    }
+
+    #[test]
+    fn peers_are_counted_by_how_they_are_reached_and_the_bad_ones_are_named() {
+        let peer = |subnet: &str, reach: &str, degraded: bool| {
+            json!({"subnets": [subnet], "probe": {"reach": reach, "degraded": degraded, "rtt_us": 1500,
+                   "sentence": "nothing comes\u{1b} back", "state_seconds": 62}})
+        };
+        let mut answer = answer();
+        assert!(!render(&answer).contains("probes"));
+        answer["peers"] = json!([
+            peer("198.18.4.0/24", "answers", false),
+            peer("198.18.5.0/24", "silent", true),
+            peer("198.18.6.0/24", "answers", false),
+        ]);
+        let text = render(&answer);
+        let expected = "\nprobes      of peers: 2 answers, 1 silent; round trips of 1.50 to 1.50 ms\n            \
+             198.18.5.0/24: nothing comes\u{fffd} back, for 1m2s: loden doctor finds out why\n";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]

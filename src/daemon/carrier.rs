@@ -111,6 +111,11 @@ impl Carrier {
         self.wanted = wanted;
     }
 
+    /// What the data plane knows of peers.
+    pub(super) fn routes(&self) -> &[PeerRoute] {
+        &self.wanted.routes
+    }
+
     /// Whether the kernel waits for a look because of what was published.
     pub(super) const fn is_stale(&self) -> bool {
         self.stale

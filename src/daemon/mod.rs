@@ -16,6 +16,7 @@
 mod backoff;
 mod carrier;
 mod checksums;
+mod doctor;
 mod explain;
 mod extension;
 mod guard;
@@ -23,6 +24,7 @@ mod hold;
 mod lock;
 mod news;
 mod past;
+pub mod preflight;
 mod probes;
 mod publication;
 mod register;

@@ -1,5 +1,6 @@
 //! Owns the document that `loden status` shows. Never changes anything.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Instant, SystemTime};
 
@@ -10,9 +11,11 @@ use serde_json::Value;
 use super::Daemon;
 use super::carrier::Carrier;
 use super::checksums::ChecksumDocument;
-use super::explain::{Question, explain};
+use super::doctor;
+use super::explain::{Question, explain, explain_and_trace};
 use super::guard::GuardDocument;
 use super::past::RejectedDocument;
+use super::probes;
 use super::renewal::Held;
 use super::session::Session;
 use super::traffic::Traffic;
@@ -20,9 +23,10 @@ use super::tunnel::Tunnel;
 use crate::backend::kernel::{Kernel, Link};
 use crate::backend::udp;
 use crate::datapath::tap::filter::Filter;
-use crate::datapath::tap::{MAX_SNAP_LEN, Wanted};
+use crate::datapath::tap::{Capture, MAX_SNAP_LEN, Wanted};
 use crate::datapath::{self, DropReason};
-use crate::debug::socket::{Answer, Request};
+use crate::debug::pcapng::End;
+use crate::debug::socket::{Answer, Asked, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
 use crate::telemetry::metrics::{Snapshot, Watch};
@@ -97,6 +101,8 @@ struct PeerDocument {
     dropped: u64,
     path_mtu: Option<u16>,
     gso_withdrawn: Option<String>,
+    /// What probes found; none while the peer is not known to the prober.
+    probe: Option<probes::PeerDocument>,
 }
 
 #[derive(Serialize)]
@@ -115,14 +121,72 @@ struct DropDocument {
     document: &'static str,
 }
 
-/// What a client of the status socket gets.
-pub(super) async fn answer<S: LeaseStore, K: Kernel>(
+/// Answers a client of the status socket; what takes longer than a moment, in a task.
+pub(super) async fn serve<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+    asked: Asked,
+) {
+    let answer = match asked.request {
+        Request::Doctor { peer, mesh } => {
+            match doctor::begin(daemon, session, held, peer, mesh).await {
+                Ok(examination) => {
+                    tokio::spawn(async move {
+                        let answer = Answer::Document(value(examination.run().await));
+                        // The client may have given up.
+                        let _gone = asked.answer.send(answer);
+                    });
+                    return;
+                }
+                Err(why) => Answer::error(&why),
+            }
+        }
+        Request::Explain {
+            from,
+            to,
+            len,
+            whole,
+            trace: true,
+        } => {
+            let question = Question {
+                from,
+                to,
+                len,
+                whole,
+            };
+            match explain_and_trace(daemon, session, question).await {
+                Ok((mut explanation, trace)) => {
+                    tokio::spawn(async move {
+                        if let Some(trace) = trace {
+                            trace.run(&mut explanation).await;
+                        }
+                        // The client may have given up.
+                        let _gone = asked.answer.send(Answer::Document(value(explanation)));
+                    });
+                    return;
+                }
+                Err(why) => Answer::error(&why),
+            }
+        }
+        request @ (Request::Status | Request::Capture { .. } | Request::Explain { .. }) => {
+            answer(daemon, session, held, request).await
+        }
+    };
+    // The client may have given up.
+    let _gone = asked.answer.send(answer);
+}
+
+/// What can be said at once.
+async fn answer<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     held: &Held,
     request: Request,
 ) -> Answer {
     match request {
+        // It is begun elsewhere, because it takes its time.
+        Request::Doctor { .. } => Answer::error("an examination is begun by serve"),
         Request::Status => Answer::Document(document(daemon, session, held.expires.get()).await),
         Request::Capture {
             filter,
@@ -137,6 +201,7 @@ pub(super) async fn answer<S: LeaseStore, K: Kernel>(
             to,
             len,
             whole,
+            trace: _,
         } => {
             let question = Question {
                 from,
@@ -164,23 +229,35 @@ fn capture(
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so there is nothing to capture: {why}")
     })?;
-    let tunnel = carrier.tunnels.first().ok_or_else(|| {
-        format!(
+    if carrier.tunnels.is_empty() {
+        return Err(format!(
             "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
             plan.name()
-        )
-    })?;
-    let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+        ));
+    }
     let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
     let wanted = Wanted {
         filter,
         snap_len: snap_len.min(MAX_SNAP_LEN),
         segments,
     };
-    let capture = taps.capture(wanted).map_err(|e| e.to_string())?;
+    let mut all: Option<Capture> = None;
+    let mut ends = Vec::new();
+    for tunnel in &carrier.tunnels {
+        let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+        let capture = taps.capture(wanted.clone()).map_err(|e| e.to_string())?;
+        match &mut all {
+            Some(all) => all.join(capture),
+            None => all = Some(capture),
+        }
+        ends.push(End::of(&tunnel.device, tunnel.bind, tunnel.encapsulation));
+    }
+    let capture = all.ok_or("there is nothing to capture on")?;
+    let macs = carrier.routes().iter();
+    let macs = macs.filter_map(|route| Some((route.addr.ip(), route.mac?.to_string())));
     let origin = serde_json::json!({
-        "device": tunnel.device,
-        "bind": plan.bind(),
+        "ends": ends,
+        "macs": macs.collect::<BTreeMap<_, _>>(),
     });
     Ok(Answer::Capture(origin, capture))
 }
@@ -278,6 +355,7 @@ pub(super) fn figures<S: LeaseStore, K: Kernel>(
         device_repairs: counts.repairs,
         rules_looks: rules.looks,
         rules_repairs: rules.repairs,
+        probes: probes::figures(&daemon.probes),
         datapath: datapath_of(session),
     }
 }
@@ -321,6 +399,9 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
         .iter()
         .map(|peer| (peer.addr, peer))
         .collect();
+    let known = session.directory.peers();
+    let known: std::collections::HashMap<_, _> =
+        known.iter().map(|peer| (peer.subnets, peer)).collect();
     let leases = session.peers.leases();
     let peer = |lease: &crate::lease::Lease| {
         let endpoint = session.registration.plan.endpoint_of(&lease.attrs);
@@ -340,6 +421,9 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             dropped: seen.map_or(0, |peer| peer.dropped),
             path_mtu: seen.and_then(|peer| peer.path_mtu),
             gso_withdrawn: seen.and_then(|peer| peer.gso_withdrawn.clone()),
+            probe: known
+                .get(&lease.subnets)
+                .map(|peer| probes::PeerDocument::of(peer)),
         }
     };
     leases.map(peer).collect()

@@ -1,7 +1,8 @@
 //! Owns what the node's traffic rules should be, and having them kept. Never runs a program itself; the firewall
 //! does. Flannel specification sections 10, 11.3 and 11.4.
 
-use std::path::Path;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -130,25 +131,43 @@ fn lock(options: &TrafficOptions) -> Result<Option<NameLock>, DaemonError> {
     Ok(None)
 }
 
-/// How the host's own firewall treats the tunnel now.
-pub(super) async fn admission(
-    options: &TrafficOptions,
-    registration: &Registration,
-) -> Result<Admission, String> {
-    let mode = if registration.config.enable_nftables {
-        Mode::Nftables
-    } else {
-        Mode::Iptables
-    };
-    let unread = |error: Error| format!("the host's own firewall: {error}");
-    let firewall = Firewall::open(options.programs.clone(), mode).await;
-    let firewall = firewall.map_err(unread)?;
-    let Some(port) = registration.plan.port() else {
-        return Ok(Admission::Open);
-    };
-    let choice = registration.choice();
-    let found = firewall.admission(port, &choice.name, choice.addr).await;
-    found.map_err(unread)
+/// The question how the host's own firewall treats the tunnel.
+#[derive(Clone)]
+pub(super) struct Admitting {
+    programs: Vec<PathBuf>,
+    mode: Mode,
+    port: Option<u16>,
+    device: String,
+    addr: IpAddr,
+}
+
+impl Admitting {
+    pub(super) fn of(options: &TrafficOptions, registration: &Registration) -> Self {
+        let choice = registration.choice();
+        Self {
+            programs: options.programs.clone(),
+            mode: if registration.config.enable_nftables {
+                Mode::Nftables
+            } else {
+                Mode::Iptables
+            },
+            port: registration.plan.port(),
+            device: choice.name.clone(),
+            addr: choice.addr,
+        }
+    }
+
+    /// What it says now.
+    pub(super) async fn ask(&self) -> Result<Admission, String> {
+        let unread = |error: Error| format!("the host's own firewall: {error}");
+        let Some(port) = self.port else {
+            return Ok(Admission::Open);
+        };
+        let firewall = Firewall::open(self.programs.clone(), self.mode).await;
+        let firewall = firewall.map_err(unread)?;
+        let found = firewall.admission(port, &self.device, self.addr).await;
+        found.map_err(unread)
+    }
 }
 
 /// Tells how the host's own firewall treats the tunnel, and yields to it where we can.

@@ -1,5 +1,6 @@
 //! Owns the open data plane: from settings to running workers, and back. Never decides when to open it again.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use crate::backend::reconcile::{self, Outcome, reconcile};
 use crate::backend::udp;
 use crate::datapath::foretell::Foretold;
 use crate::datapath::tap::Taps;
-use crate::datapath::{Datapath, Event, PeerRoute, Settings, Status};
+use crate::datapath::{Datapath, Encapsulation, Event, PeerRoute, Settings, Status};
 
 /// Events that wait to be looked at. The workers drop further ones; what matters for good has its own place.
 const EVENTS: usize = 1024;
@@ -36,8 +37,9 @@ pub(super) struct Tunnel {
     pub(super) device: String,
     pub(super) index: u32,
     pub(super) desired: reconcile::Desired,
-    /// Of the underlay: a table holds only peers that can be reached from here.
-    is_ipv4: bool,
+    /// Where its datagrams come from, and arrive. A table holds only peers of the same family.
+    pub(super) bind: SocketAddr,
+    pub(super) encapsulation: Encapsulation,
 }
 
 impl Tunnel {
@@ -71,7 +73,8 @@ impl Tunnel {
             datapath: Some(datapath),
             index: link.index,
             desired: plane.device,
-            is_ipv4: bind.is_ipv4(),
+            bind,
+            encapsulation: plane.encapsulation,
             device,
         };
         match tunnel.repair(kernel).await? {
@@ -84,7 +87,7 @@ impl Tunnel {
                 // A container with a read-only /proc/sys: answers name the destination instead.
                 Err(error) => tracing::debug!("{error}"),
             }
-            datapath.publish(&reachable(routes, tunnel.is_ipv4));
+            datapath.publish(&reachable(routes, bind.is_ipv4()));
             datapath.start().map_err(DaemonError::Workers)?;
         }
         tracing::info!(
@@ -105,7 +108,7 @@ impl Tunnel {
 
     pub(super) fn publish(&self, routes: &[PeerRoute]) {
         if let Some(datapath) = &self.datapath {
-            datapath.publish(&reachable(routes, self.is_ipv4));
+            datapath.publish(&reachable(routes, self.bind.is_ipv4()));
         }
     }
 

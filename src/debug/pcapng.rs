@@ -2,6 +2,7 @@
 //! packet's comment. Never opens a file.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -18,10 +19,15 @@ use pcap_file::pcapng::blocks::interface_statistics::{
 };
 use pcap_file::pcapng::blocks::section_header::{SectionHeaderBlock, SectionHeaderOption};
 use pcap_file::{DataLink, Endianness, PcapError};
+use serde::{Deserialize, Serialize};
 
+use crate::addr::{Mac, Vni};
+use crate::datapath::Encapsulation;
 use crate::datapath::tap::{Direction, Lost, Record, Verdict};
+use crate::wire::ip;
 use crate::wire::ipv4::Ipv4;
 use crate::wire::ipv6::{self, Ipv6};
+use crate::wire::vxlan::{self, Vxlan};
 
 /// `if_tsresol`: 10⁻⁹ s.
 const NANOSECONDS: u8 = 9;
@@ -31,13 +37,45 @@ const OUTBOUND: u32 = 2;
 /// Time to live of the outer headers that are written; the kernel's is not seen.
 const OUTER_TTL: u8 = 64;
 
-/// What a file says about where it comes from.
-#[derive(Clone, Debug)]
-pub struct Origin {
+/// One data plane's end of the tunnel.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct End {
     /// The TUN device.
-    pub device: String,
+    device: String,
     /// The tunnel's own outer address.
-    pub bind: SocketAddr,
+    bind: SocketAddr,
+    /// VNI and MAC address, where it speaks VXLAN.
+    vxlan: Option<(u32, String)>,
+}
+
+impl End {
+    /// That of a device.
+    #[must_use]
+    pub fn of(device: &str, bind: SocketAddr, encapsulation: Encapsulation) -> Self {
+        Self {
+            device: device.to_owned(),
+            bind,
+            vxlan: match encapsulation {
+                Encapsulation::Plain => None,
+                Encapsulation::Vxlan { vni, mac } => Some((vni.get(), mac.to_string())),
+            },
+        }
+    }
+
+    /// VNI and MAC address, where it speaks VXLAN.
+    fn vxlan(&self) -> Option<(Vni, Mac)> {
+        let (vni, mac) = self.vxlan.as_ref()?;
+        Some((Vni::new(*vni)?, mac.parse().ok()?))
+    }
+}
+
+/// What a file says about where it comes from.
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// One for each family of the underlay that has one.
+    pub ends: Vec<End>,
+    /// MAC addresses of peers by their outer addresses, where VXLAN is spoken.
+    pub macs: HashMap<IpAddr, Mac>,
     /// The filter, as given.
     pub filter: String,
 }
@@ -45,7 +83,7 @@ pub struct Origin {
 /// Writes one file.
 pub struct File<W: Write> {
     writer: PcapNgWriter<W>,
-    bind: SocketAddr,
+    origin: Origin,
     outer: bool,
     packet: Vec<u8>,
     written: [u64; 2],
@@ -75,7 +113,11 @@ impl<W: Write> File<W> {
             ("encap", "from pods to peers"),
             ("decap", "from peers to pods"),
         ] {
-            let description = format!("{} {what}, tunnel at {}", origin.device, origin.bind);
+            let ends = origin
+                .ends
+                .iter()
+                .map(|end| format!("{} {what}, tunnel at {}", end.device, end.bind));
+            let description = ends.collect::<Vec<_>>().join("; ");
             let mut options = vec![
                 InterfaceDescriptionOption::IfName(name.into()),
                 InterfaceDescriptionOption::IfDescription(description.into()),
@@ -95,7 +137,7 @@ impl<W: Write> File<W> {
         }
         Ok(Self {
             writer,
-            bind: origin.bind,
+            origin: origin.clone(),
             outer,
             packet: Vec::new(),
             written: [0; 2],
@@ -110,7 +152,9 @@ impl<W: Write> File<W> {
     pub fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<usize> {
         self.packet.clear();
         let outer_len = match (self.outer, record.outer) {
-            (true, Some(outer)) => outer_headers(record, self.bind, outer, bytes, &mut self.packet),
+            (true, Some(outer)) => {
+                outer_headers(record, &self.origin, outer, bytes, &mut self.packet)
+            }
             _ => 0,
         };
         self.packet.extend_from_slice(bytes);
@@ -218,17 +262,22 @@ fn set_length(record: &Record, packet: &mut [u8]) {
 /// identification and the time to live. Returns their length.
 fn outer_headers(
     record: &Record,
-    bind: SocketAddr,
+    origin: &Origin,
     outer: SocketAddr,
     inner: &[u8],
     out: &mut Vec<u8>,
 ) -> usize {
-    let own = SocketAddr::new(bind.ip(), record.local_port);
+    let mut ends = origin.ends.iter();
+    let Some(end) = ends.find(|end| end.bind.is_ipv4() == outer.is_ipv4()) else {
+        return 0;
+    };
+    let own = SocketAddr::new(end.bind.ip(), record.local_port);
+    let vxlan = vxlan_header(record, origin, end, outer.ip(), inner);
     let (from, to) = match record.direction {
         Direction::Encap => (own, outer),
         Direction::Decap => (outer, own),
     };
-    let payload_len = u16::try_from(record.len)
+    let payload_len = u16::try_from(record.len as usize + vxlan.len())
         .unwrap_or(u16::MAX)
         .min(u16::MAX - 8 - 20);
     let mut udp = UdpHeader {
@@ -265,7 +314,8 @@ fn outer_headers(
                 destination: to.octets(),
             };
             // IPv6 knows no absent checksum. Of a packet that was cut short nobody can know it.
-            if let Ok(checksum) = udp.calc_checksum_ipv6(&ip, inner) {
+            let payload = [&vxlan, inner].concat();
+            if let Ok(checksum) = udp.calc_checksum_ipv6(&ip, &payload) {
                 udp.checksum = checksum;
             }
             out.extend_from_slice(&ip.to_bytes());
@@ -273,7 +323,40 @@ fn outer_headers(
         _ => return 0,
     }
     out.extend_from_slice(&udp.to_bytes());
+    out.extend_from_slice(&vxlan);
     out.len() - begin
+}
+
+/// The headers that stand between UDP's and the packet; none where VXLAN is not spoken. The MAC address of a peer
+/// that is not known is all zeros.
+fn vxlan_header(
+    record: &Record,
+    origin: &Origin,
+    end: &End,
+    outer: IpAddr,
+    inner: &[u8],
+) -> Vec<u8> {
+    let (Some((vni, own)), Ok(version)) = (end.vxlan(), ip::version(inner)) else {
+        return Vec::new();
+    };
+    let peer = origin.macs.get(&outer).copied();
+    let (to, from) = match record.direction {
+        Direction::Encap => (peer, Some(own)),
+        Direction::Decap => (Some(own), peer),
+    };
+    let mut bytes = vec![0; vxlan::HEADER_LEN];
+    Vxlan::new_unchecked(bytes.as_mut_slice()).write(
+        vni,
+        to.unwrap_or(own),
+        from.unwrap_or(own),
+        version,
+    );
+    for (mac, at) in [(to, 8), (from, 14)] {
+        if let (None, Some(place)) = (mac, bytes.get_mut(at..at + 6)) {
+            place.fill(0);
+        }
+    }
+    bytes
 }
 
 /// What became of a packet, in words.
@@ -310,3 +393,6 @@ impl fmt::Display for Outcome<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

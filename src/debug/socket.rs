@@ -32,6 +32,12 @@ pub const MAX_PATH: usize = 107;
 /// How long a client may take to send its request, or to read the answer.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long an examination of all peers may take.
+pub const EXAMINATION: Duration = Duration::from_secs(60);
+
+/// How long it may take to follow probes after an explanation.
+const TRACING: Duration = Duration::from_secs(6);
+
 /// The longest request read, in bytes.
 const MAX_REQUEST: u64 = 4096;
 
@@ -69,7 +75,34 @@ pub enum Request {
         len: u16,
         /// It must not be fragmented.
         whole: bool,
+        /// Send marked probes after it and follow them.
+        #[serde(default)]
+        trace: bool,
     },
+    /// How peers are reached, and why not.
+    Doctor {
+        /// An address of the only peer to examine; none for all, or as many as there is time for.
+        peer: Option<IpAddr>,
+        /// Ask every peer how it reaches the others, too.
+        mesh: bool,
+    },
+}
+
+impl Request {
+    /// Reads a client's line; none if it makes no sense.
+    #[must_use]
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        serde_json::from_slice(line).ok()
+    }
+
+    /// How long its answer may take.
+    const fn patience(&self) -> Duration {
+        match self {
+            Self::Status | Self::Capture { .. } => PATIENCE,
+            Self::Explain { .. } => TRACING,
+            Self::Doctor { .. } => EXAMINATION,
+        }
+    }
 }
 
 /// What the daemon answers.
@@ -273,14 +306,15 @@ async fn converse(
         _ = evicted => return Err(io::ErrorKind::TimedOut.into()),
     };
     drop(limited);
-    let answer = match serde_json::from_str(&line) {
+    let answer = match serde_json::from_str::<Request>(&line) {
         Ok(request) => {
+            let patience = request.patience();
             let (answer, answered) = oneshot::channel();
             let waited = async {
                 asked.send(Asked { request, answer }).await.ok()?;
                 answered.await.ok()
             };
-            let answer = timeout(PATIENCE, waited).await.ok().flatten();
+            let answer = timeout(patience, waited).await.ok().flatten();
             answer
                 .unwrap_or_else(|| Answer::error("the daemon is busy, or has no lease: try again"))
         }
@@ -341,7 +375,7 @@ pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), S
         source,
     })?;
     // The daemon's own patience, and as much again for what it does in between.
-    let patience = Some(2 * PATIENCE);
+    let patience = Some(PATIENCE + request.patience());
     stream
         .set_read_timeout(patience)
         .and_then(|()| stream.set_write_timeout(patience))

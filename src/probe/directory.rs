@@ -3,14 +3,15 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
-use crate::lease::{Lease, Subnets};
+use super::history::{History, State, Visit};
+use crate::lease::{Lease, LeaseExtension, Subnets};
 use crate::wire::probe::{Heard, Identity, Via};
 
 /// What a node's links are to the overlay, by the kernel's numbers for them.
@@ -49,7 +50,12 @@ pub struct Peer {
     pub subnets: Subnets,
     /// Its addresses on the underlay.
     pub public: Vec<IpAddr>,
+    /// Its lease has what only this program publishes.
+    published: bool,
     memory: Mutex<Memory>,
+    visits: Mutex<(History, u64)>,
+    /// It is to be visited before its turn.
+    wanted: AtomicBool,
 }
 
 /// What was heard of a peer.
@@ -87,7 +93,10 @@ impl Peer {
         Self {
             subnets: lease.subnets,
             public: v4.into_iter().chain(v6).collect(),
+            published: lease.extension != LeaseExtension::default(),
             memory: Mutex::default(),
+            visits: Mutex::default(),
+            wanted: AtomicBool::new(false),
         }
     }
 
@@ -118,6 +127,48 @@ impl Peer {
             sequence: memory.sequence,
             age: at.elapsed(),
         })
+    }
+
+    /// It has shown to run this program, at some time.
+    #[must_use]
+    pub fn runs_it(&self) -> bool {
+        self.published || self.memory().sender.is_some()
+    }
+
+    /// What the visits of the background prober say.
+    #[must_use]
+    pub fn history(&self) -> History {
+        self.visits().0
+    }
+
+    /// Has the background prober visit it soon: somebody examines the path, and wants to know whether we are heard.
+    pub(super) fn want_visit(&self) {
+        self.wanted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be visited before its turn.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    /// What the visits say, and the number of the one that is about to begin, from 1 on.
+    pub(super) fn next_visit(&self) -> (History, u64) {
+        self.wanted.store(false, Ordering::Relaxed);
+        let mut visits = self.visits();
+        visits.1 += 1;
+        *visits
+    }
+
+    /// Takes a visit in: the state before and after it, and the loss in percent.
+    pub(super) fn note(&self, visit: Visit, now: Instant) -> (State, State, u8) {
+        let history = &mut self.visits().0;
+        let before = history.state();
+        history.note(visit, now);
+        (before, history.state(), history.loss_percent())
+    }
+
+    fn visits(&self) -> MutexGuard<'_, (History, u64)> {
+        self.visits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A poisoned memory is still one.
@@ -158,6 +209,8 @@ pub struct Directory {
     identity: ArcSwap<Identity>,
     table: ArcSwap<Table>,
     ways: ArcSwap<Ways>,
+    /// Bytes of the longest packet of the overlay; 0 while that is not known.
+    mtu: AtomicU16,
     sequence: AtomicU32,
 }
 
@@ -172,6 +225,7 @@ impl Directory {
             }),
             table: ArcSwap::default(),
             ways: ArcSwap::default(),
+            mtu: AtomicU16::new(0),
             sequence: AtomicU32::new(1),
         }
     }
@@ -216,9 +270,34 @@ impl Directory {
         self.table.store(Arc::new(table));
     }
 
-    /// Takes over what the links are.
-    pub fn set_ways(&self, ways: Ways) {
+    /// Takes over what the links are, and the overlay's MTU in bytes.
+    pub fn set_ways(&self, ways: Ways, mtu: u16) {
         self.ways.store(Arc::new(ways));
+        self.mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// The overlay's MTU in bytes, once it is known.
+    #[must_use]
+    pub fn mtu(&self) -> Option<u16> {
+        let mtu = self.mtu.load(Ordering::Relaxed);
+        (mtu > 0).then_some(mtu)
+    }
+
+    /// Where a peer is asked, likeliest first: in one family, at the address that tunnel devices have; where routes
+    /// carry the packets, at that of the pods' bridge, and past the overlay if there is no pod yet.
+    #[must_use]
+    pub fn targets(&self, peer: &Peer) -> Vec<IpAddr> {
+        let ways = self.ways.load();
+        let has_device = !ways.tunnel.is_empty() || !ways.kernel_vxlan.is_empty();
+        let mut overlay = peer.overlay_addrs();
+        let (device, bridge) = (overlay.next(), overlay.next());
+        if has_device {
+            return device.into_iter().collect();
+        }
+        bridge
+            .into_iter()
+            .chain(peer.public.first().copied())
+            .collect()
     }
 
     /// The peer that has an address of its own, not one of its pods.
@@ -264,7 +343,7 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{LeaseAttrs, LeaseExtension};
+    use crate::lease::LeaseAttrs;
     use std::net::Ipv4Addr;
 
     fn lease(subnets: &str, node: u8) -> Lease {
@@ -339,11 +418,12 @@ mod tests {
     #[test]
     fn a_datagram_past_the_overlay_says_nothing_about_it() {
         let directory = directory(&[lease("198.18.2.0-24", 2)]);
-        directory.set_ways(Ways {
+        let ways = Ways {
             tunnel: vec![4],
             kernel_vxlan: vec![5],
             underlay: vec![2],
-        });
+        };
+        directory.set_ways(ways, 1472);
         for (link, via) in [
             (2, Via::Underlay),
             (9, Via::Other),

@@ -11,25 +11,32 @@
 //! |---|---|
 //! | [`directory`] | who may ask, and what was heard of whom |
 //! | [`responder`] | answering |
-//! | [`prober`] | asking: rounds, usable sizes, reports |
+//! | [`prober`] | asking: rounds, reports |
+//! | `search` | finding the usable size |
+//! | [`background`] | probing a few peers all the time |
+//! | [`history`] | what the last visits say (pure) |
 //! | [`past`] | proving ways past the tunnel, by marked probes |
 //! | [`proof`] | when a way may be used (pure) |
 //! | [`figures`] | what a round says (pure) |
 //! | `socket`, `echo` | UDP sockets with what stood around a datagram, and ICMP echo |
 
+pub mod background;
 pub mod directory;
 mod echo;
 pub mod figures;
+pub mod history;
 pub mod past;
 pub mod prober;
 pub mod proof;
 pub mod responder;
+mod search;
 mod socket;
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use background::{Background, Tally};
 pub use directory::{Directory, Peer, Ways};
 pub use figures::{Figures, Sizes};
 pub use prober::{Prober, Round};
@@ -44,6 +51,8 @@ pub struct Path {
     pub device: Option<String>,
     /// The mark that policy rules may look at (`SO_MARK`).
     pub mark: Option<u32>,
+    /// Probes over IPv4 carry no UDP checksum.
+    pub unchecked: bool,
 }
 
 /// Bytes of the IP and UDP headers in front of a probe. IP options and extension headers are not sent.

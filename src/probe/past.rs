@@ -151,6 +151,7 @@ impl End {
             local: Some(local),
             device: None,
             mark: Some(mark),
+            unchecked: false,
         };
         let opened = socket::open(&path, local, 0);
         Self {

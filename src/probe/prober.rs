@@ -12,21 +12,10 @@ use tokio::time::{sleep_until, timeout};
 
 use super::directory::{Directory, Peer, Word};
 use super::echo::{self, Echo};
-use super::figures::{Figures, Reply, Said, Sizes};
+use super::figures::{Figures, Reply, Said};
 use super::socket;
 use super::{Path, headers_len, random, wall_clock};
 use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Report, Via, write_asked_from};
-
-/// Sizes tried at a time, and how often each in each direction: four sweeps find any size to the byte, and take
-/// less than a responder answers in a second.
-const SWEEP: u16 = 16;
-const COPIES: usize = 2;
-
-/// Sweeps of a search: four in each direction.
-const MAX_SWEEPS: usize = 8;
-
-/// Between two probes of a sweep, so that they do not overflow a queue on the way.
-const SWEEP_EVERY: Duration = Duration::from_micros(500);
 
 /// Bytes of the datagram that asks for a report, and that a report has at most: what every IPv6 link carries, less
 /// the headers.
@@ -87,22 +76,22 @@ pub struct Prober {
 
 /// What was sent, and what came back.
 #[derive(Debug, Default)]
-struct Exchange {
+pub(super) struct Exchange {
     sent: Vec<Duration>,
-    replies: Vec<Reply>,
+    pub(super) replies: Vec<Reply>,
     /// The last error, from sending or by ICMP.
     refused: Option<io::Error>,
     /// Packets were too long, and somebody said so.
-    told: bool,
+    pub(super) told: bool,
     /// An answer was shorter than asked for, because of the other's own link.
-    cut: bool,
+    pub(super) cut: bool,
 }
 
 /// One request that is to be sent.
 #[derive(Clone, Copy, Debug)]
-struct Sending {
-    len: u16,
-    flags: Flags,
+pub(super) struct Sending {
+    pub(super) len: u16,
+    pub(super) flags: Flags,
 }
 
 impl Prober {
@@ -182,63 +171,6 @@ impl Prober {
         figures
     }
 
-    /// Finds the longest IP packet of at most `most` bytes that gets to the other whole, and back. `patience` is
-    /// the time to wait for answers; more than a round trip.
-    pub async fn sizes(&mut self, most: u16, patience: Duration) -> Sizes {
-        let mut sizes = Sizes {
-            tried: most,
-            up: None,
-            down: None,
-            told: false,
-        };
-        let mut high_up = most;
-        let mut high_down = most;
-        self.sweep(&[most], &mut sizes, patience).await;
-        if sizes.up == Some(most) && sizes.down == Some(most) {
-            return sizes;
-        }
-        let least = self.least_len().min(most);
-        for _ in 0..MAX_SWEEPS {
-            let (low, high) = match (sizes.up, sizes.down) {
-                (up, _) if up.is_none_or(|up| up + 1 < high_up) && up != Some(most) => {
-                    (up.unwrap_or(least - 1), high_up)
-                }
-                // No answer is longer than its request.
-                (Some(up), down)
-                    if down.is_none_or(|down| down + 1 < high_down) && down < Some(up) =>
-                {
-                    (down.unwrap_or(least - 1), high_down.min(up + 1))
-                }
-                _ => break,
-            };
-            let tried = between(low, high);
-            self.sweep(&tried, &mut sizes, patience).await;
-            let above = |size: Option<u16>, high: u16| {
-                let above = tried.iter().copied().find(|&len| Some(len) > size);
-                above.map_or(high, |above| above.min(high))
-            };
-            (high_up, high_down) = (above(sizes.up, high_up), above(sizes.down, high_down));
-            if sizes.up.is_none() {
-                break;
-            }
-        }
-        sizes
-    }
-
-    async fn sweep(&mut self, lens: &[u16], sizes: &mut Sizes, patience: Duration) {
-        let of = |flags: Flags| lens.iter().map(move |&len| Sending { len, flags });
-        // A short answer tells that the request got there where one of its length does not come back.
-        let both = of(Flags::default()).chain(of(Flags::FULL));
-        let plan: Vec<Sending> = both.cycle().take(2 * lens.len() * COPIES).collect();
-        let exchange = self.exchange(&plan, SWEEP_EVERY, patience).await;
-        for reply in &exchange.replies {
-            let up = reply.said.map_or(reply.len, |said| said.len);
-            sizes.up = sizes.up.max(Some(up));
-            sizes.down = sizes.down.max(Some(reply.len));
-        }
-        sizes.told |= exchange.told | exchange.cut;
-    }
-
     /// Asks the other about itself and its peers from the first-th on; none if it does not say.
     pub async fn report(&mut self, first: u32, patience: Duration) -> Option<(Report, Probe)> {
         let Carrier::Probes(socket) = &self.carrier else {
@@ -292,7 +224,7 @@ impl Prober {
         }
     }
 
-    async fn exchange(
+    pub(super) async fn exchange(
         &mut self,
         plan: &[Sending],
         every: Duration,
@@ -442,47 +374,5 @@ impl Exchange {
     fn note(&mut self, error: io::Error) {
         self.told |= error.raw_os_error() == Some(libc::EMSGSIZE);
         self.refused = Some(error);
-    }
-}
-
-/// Sizes above `low` and below `high`, evenly, at most [`SWEEP`] of them.
-fn between(low: u16, high: u16) -> Vec<u16> {
-    let gap = u32::from(high.saturating_sub(low));
-    let parts = u32::from(SWEEP) + 1;
-    let sizes = (1..parts).map(|nth| low + u16::try_from(gap * nth / parts).unwrap_or_default());
-    let mut sizes: Vec<u16> = sizes.filter(|&len| len > low && len < high).collect();
-    sizes.dedup();
-    sizes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn four_sweeps_find_any_size_to_the_byte() {
-        for truth in [116, 117, 1000, 1399, 1471, 8000, 65534] {
-            let (mut low, mut high) = (115, 65535);
-            let mut sweeps = 0;
-            while low + 1 < high {
-                let tried = between(low, high);
-                assert!(tried.len() <= usize::from(SWEEP) && !tried.is_empty());
-                low = tried
-                    .iter()
-                    .copied()
-                    .rfind(|&len| len <= truth)
-                    .unwrap_or(low);
-                high = tried
-                    .iter()
-                    .copied()
-                    .find(|&len| len > truth)
-                    .unwrap_or(high);
-                sweeps += 1;
-            }
-            assert_eq!(low, truth);
-            assert!(sweeps <= 4, "{truth}: {sweeps}");
-        }
-        let of_ethernet = between(115, 1472);
-        assert_eq!(of_ethernet.len(), 16);
     }
 }

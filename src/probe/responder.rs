@@ -174,6 +174,7 @@ impl Responding {
         let (Some(local), true) = (received.to, bytes.len() >= Report::MIN_LEN) else {
             return;
         };
+        peer.want_visit();
         let (sender, said) = oneshot::channel();
         let asked = Asked {
             peer,

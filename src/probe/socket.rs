@@ -70,6 +70,9 @@ pub(super) fn apply(path: &Path, socket: &Socket) -> io::Result<()> {
     if let Some(device) = &path.device {
         socket.bind_device(Some(device.as_bytes()))?;
     }
+    if path.unchecked {
+        set(socket.as_fd(), IntOption::SO_NO_CHECK, 1)?;
+    }
     if let Some(mark) = path.mark {
         socket.set_mark(mark)?;
     }

@@ -48,6 +48,8 @@ int_options! {
     IP_PKTINFO = libc::IPPROTO_IP, libc::IP_PKTINFO;
     /// The same for IPv6.
     IPV6_RECVPKTINFO = libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO;
+    /// Send UDP over IPv4 without a checksum (socket(7)).
+    SO_NO_CHECK = libc::SOL_SOCKET, libc::SO_NO_CHECK;
     /// Receive buffer beyond `rmem_max` (needs `CAP_NET_ADMIN`).
     SO_RCVBUFFORCE = libc::SOL_SOCKET, libc::SO_RCVBUFFORCE;
     /// Send buffer beyond `wmem_max` (needs `CAP_NET_ADMIN`).

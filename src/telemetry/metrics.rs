@@ -1,6 +1,7 @@
 //! Owns every instrument of `/metrics` and its name. Counts nothing itself: the figures are those of one moment,
 //! which the daemon hands in. No series per peer or pair: `loden status` has those.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use prometheus_client::collector::Collector;
@@ -15,6 +16,7 @@ use serde::Serialize;
 use super::histogram::Distribution;
 use crate::datapath::Status;
 use crate::datapath::status::Counters;
+use crate::wire::probe::Reach;
 
 /// What OpenMetrics text is called in HTTP.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -60,8 +62,25 @@ pub struct Snapshot {
     pub rules_looks: u64,
     /// Likewise.
     pub rules_repairs: u64,
+    /// What background probes found.
+    pub probes: Probes,
     /// The data plane.
     pub datapath: Status,
+}
+
+/// What background probes found.
+#[derive(Debug, Default)]
+pub struct Probes {
+    /// Visits of peers that are over.
+    pub visits: u64,
+    /// Visits that were answered.
+    pub answered: u64,
+    /// Round-trip times of those.
+    pub rtt: Distribution,
+    /// Peers by how they are reached.
+    pub reach: BTreeMap<&'static str, u64>,
+    /// Peers that are not reached as they should be.
+    pub degraded: u64,
 }
 
 /// How far the store's news has come.
@@ -146,7 +165,7 @@ impl Collector for Snapshot {
         let metric = encoder.encode_descriptor("daemon", "What runs", None, MetricType::Info)?;
         Info::new(info).encode(metric)?;
 
-        let gauges: [(&str, &str, u64); 11] = [
+        let gauges: [(&str, &str, u64); 12] = [
             (
                 "ready",
                 "1 if nothing is missing, as /readyz says",
@@ -182,6 +201,11 @@ impl Collector for Snapshot {
                 "watch_revisions_behind",
                 "Revisions of the store that are not in effect, as far as is known",
                 self.watch.revisions_behind,
+            ),
+            (
+                "probe_degraded_peers",
+                "Peers that background probes lose, or whose long packets get lost",
+                self.probes.degraded,
             ),
             ("workers", "Workers that run", status.workers.len() as u64),
             (
@@ -223,6 +247,11 @@ impl Collector for Snapshot {
                 &self.watch.publications,
             ),
             (
+                "probe_rtt_seconds",
+                "Round-trip time of background probes that were answered",
+                &self.probes.rtt,
+            ),
+            (
                 "table_take_seconds",
                 "Time a worker stood still to take a new forwarding table",
                 &status.table_takes,
@@ -231,7 +260,7 @@ impl Collector for Snapshot {
             histogram(&mut encoder, name, help, distribution)?;
         }
 
-        let counters: [(&str, &str, u64); 10] = [
+        let counters: [(&str, &str, u64); 12] = [
             (
                 "lease_renewals",
                 "Renewals of the lease",
@@ -258,6 +287,16 @@ impl Collector for Snapshot {
                 "Times the data plane was opened again",
                 self.reopened,
             ),
+            (
+                "probe_visits",
+                "Visits of peers by background probes",
+                self.probes.visits,
+            ),
+            (
+                "probe_visits_answered",
+                "Visits of peers by background probes that were answered",
+                self.probes.answered,
+            ),
             ("device_looks", "Looks at the device", self.device_looks),
             (
                 "device_repairs",
@@ -278,6 +317,14 @@ impl Collector for Snapshot {
         for (name, help, value) in counters {
             let value = ConstCounter::new(value);
             value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+        }
+
+        let help = "Peers by how background probes reach them";
+        let mut family = encoder.encode_descriptor("probe_peers", help, None, MetricType::Gauge)?;
+        for reach in Reach::ALL {
+            let labels = [("reach", reach.name())];
+            let count = self.probes.reach.get(reach.name()).copied();
+            number(count.unwrap_or(0)).encode(family.encode_family(&labels)?)?;
         }
 
         for (name, help, value) in INSTRUMENTS {

@@ -199,7 +199,7 @@ impl DaemonArgs {
 }
 
 /// The directories of PATH.
-pub(super) fn search_path() -> Vec<PathBuf> {
+pub(in crate::cli) fn search_path() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").filter(|path| !path.is_empty());
     let path = path.unwrap_or_else(|| DEFAULT_PATH.into());
     let all = std::env::split_paths(&path);

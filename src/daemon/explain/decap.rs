@@ -2,7 +2,7 @@
 
 use super::Case;
 use crate::backend::kernel::Kernel;
-use crate::daemon::traffic;
+use crate::daemon::traffic::Admitting;
 use crate::datapath::DropReason;
 use crate::datapath::foretell::Foretold;
 use crate::datapath::forward::Outer;
@@ -12,11 +12,14 @@ impl<K: Kernel> Case<'_, K> {
     /// The whole way.
     pub(super) async fn decap(&mut self) {
         let from = self.question.from;
-        let endpoint = self
-            .lease_of(from)
-            .map(|lease| self.session.registration.plan.endpoint_of(&lease.attrs));
+        let endpoint = self.lease_of(from).map(|lease| {
+            let endpoint = self.session.registration.plan.endpoint_of(&lease.attrs);
+            // Routes have no endpoint, and lead to the node itself.
+            let by_route = lease.attrs.node().filter(|_| self.tunnel.is_none());
+            endpoint.map(|endpoint| endpoint.ip()).or(by_route)
+        });
         let outer = match endpoint {
-            Some(Some(endpoint)) => endpoint.ip(),
+            Some(Some(outer)) => outer,
             Some(None) => {
                 return self.end(
                     "elsewhere",
@@ -42,7 +45,10 @@ impl<K: Kernel> Case<'_, K> {
             format!("whether {outer} sends it, and the underlay between: ask there"),
             "what the node's own firewall does with forwarded packets".to_owned(),
         ]);
-        match traffic::admission(&self.options.traffic, &self.session.registration).await {
+        match Admitting::of(&self.options.traffic, &self.session.registration)
+            .ask()
+            .await
+        {
             Ok(Admission::Closed(refusal)) => {
                 self.step("firewall", format!("{refusal}"));
                 return self.end(
@@ -57,6 +63,13 @@ impl<K: Kernel> Case<'_, K> {
             ),
             Err(error) => self.answer.unseen.push(error),
         }
+        let Some(tunnel) = self.tunnel else {
+            self.answer.unseen.push(
+                "what the kernel's VXLAN device or route does with it: no worker of ours sees it"
+                    .to_owned(),
+            );
+            return self.local_route("the kernel", None).await;
+        };
         let packet = self.packet(self.question.len);
         // Without a congestion mark, as most are.
         let datagram = Outer {
@@ -64,9 +77,7 @@ impl<K: Kernel> Case<'_, K> {
             tos: 0,
             mac: None,
         };
-        let foretold = self
-            .tunnel
-            .foretell(|data| data.foretell_decap(&packet, datagram));
+        let foretold = tunnel.foretell(|data| data.foretell_decap(&packet, datagram));
         self.counters(&["datapath.total.decap.read"]);
         match foretold {
             Some(Foretold::Delivered) => {
@@ -82,7 +93,7 @@ impl<K: Kernel> Case<'_, K> {
                         .counters
                         .push(format!("datapath.peers.{index}.received"));
                 }
-                self.local_route().await;
+                self.local_route(&tunnel.device, Some(tunnel.index)).await;
             }
             Some(Foretold::Answered(reason)) => {
                 self.counters(&["datapath.total.decap.answered"]);
@@ -101,11 +112,10 @@ impl<K: Kernel> Case<'_, K> {
     }
 
     /// Where the kernel takes a packet that the tunnel delivered.
-    async fn local_route(&mut self) {
+    async fn local_route(&mut self, device: &str, index: Option<u32>) {
         let to = self.question.to;
-        let device = self.tunnel.device.clone();
         let verdict = match self.kernel.route_to(to).await {
-            Ok(Some(reach)) if reach.link == self.tunnel.index => {
+            Ok(Some(reach)) if Some(reach.link) == index => {
                 self.step(
                     "route",
                     format!("the kernel routes {to} back into {device}"),

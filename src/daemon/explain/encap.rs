@@ -8,6 +8,7 @@ use crate::addr::udp_overhead;
 use crate::backend::kernel::Kernel;
 use crate::backend::plan::Plan;
 use crate::daemon::traffic::Traffic;
+use crate::daemon::tunnel::Tunnel;
 use crate::datapath::DropReason;
 use crate::datapath::foretell::Foretold;
 
@@ -18,11 +19,14 @@ impl<K: Kernel> Case<'_, K> {
             "what the node's own firewall does with forwarded packets, and policy rules (ip rule)"
                 .to_owned(),
         );
-        if !self.reaches_tunnel().await {
+        let Some(tunnel) = self.tunnel else {
+            return self.by_kernel().await;
+        };
+        if !self.reaches_tunnel(tunnel).await || !self.forwards() {
             return;
         }
         let overlay = self.session.registration.plan.mtu().get();
-        self.mtus(overlay);
+        self.mtus(overlay, &tunnel.device);
         let Question { len, whole, .. } = self.question;
         if len > overlay && (whole || self.question.to.is_ipv6()) {
             return self.end(
@@ -31,7 +35,7 @@ impl<K: Kernel> Case<'_, K> {
             );
         }
         let packet = self.packet(len.min(overlay));
-        let Some(foretold) = self.tunnel.foretell(|data| data.foretell_encap(&packet)) else {
+        let Some(foretold) = tunnel.foretell(|data| data.foretell_encap(&packet)) else {
             return;
         };
         self.counters(&["datapath.total.encap.read"]);
@@ -56,8 +60,8 @@ impl<K: Kernel> Case<'_, K> {
     }
 
     /// Whether the kernel brings the packet to the tunnel.
-    async fn reaches_tunnel(&mut self) -> bool {
-        let (device, index) = (self.tunnel.device.clone(), self.tunnel.index);
+    async fn reaches_tunnel(&mut self, tunnel: &Tunnel) -> bool {
+        let (device, index) = (tunnel.device.clone(), tunnel.index);
         match self.kernel.link_at(index).await {
             Ok(Some(link)) if !link.up => {
                 self.end(
@@ -100,6 +104,11 @@ impl<K: Kernel> Case<'_, K> {
             }
             Err(error) => self.answer.unseen.push(error.to_string()),
         }
+        true
+    }
+
+    /// Whether the kernel forwards what pods send, and what the traffic rules do with it.
+    pub(super) fn forwards(&mut self) -> bool {
         let source = self.question.from;
         let pods = source != self.session.registration.choice().addr;
         let (family, setting) = match source {
@@ -130,7 +139,7 @@ impl<K: Kernel> Case<'_, K> {
         true
     }
 
-    fn mtus(&mut self, overlay: u16) {
+    fn mtus(&mut self, overlay: u16, device: &str) {
         let choice = self.session.registration.choice();
         // VXLAN puts its own header and Ethernet's between UDP's and the packet (RFC 7348 section 5).
         let frame = match self.session.registration.plan {
@@ -138,8 +147,7 @@ impl<K: Kernel> Case<'_, K> {
             Plan::Udp { .. } | Plan::HostGw(_) | Plan::Outside(_) => 0,
         };
         let found = format!(
-            "{overlay} in {}, {} on {}, {} of headers between them",
-            self.tunnel.device,
+            "{overlay} in {device}, {} on {}, {} of headers between them",
             choice.mtu,
             choice.name,
             udp_overhead(choice.addr) + frame
@@ -254,7 +262,7 @@ impl<K: Kernel> Case<'_, K> {
     }
 
     /// The link-layer address of an IPv4 neighbour, as far as the kernel needs one.
-    fn neighbour(&mut self, addr: IpAddr, device: &str) {
+    pub(super) fn neighbour(&mut self, addr: IpAddr, device: &str) {
         if addr.is_ipv6() {
             let unseen = format!("the neighbour entry of {addr} (ip -6 neigh show {addr})");
             return self.answer.unseen.push(unseen);

@@ -3,6 +3,8 @@
 
 mod decap;
 mod encap;
+mod kernel;
+mod trace;
 
 use std::io;
 use std::net::IpAddr;
@@ -18,7 +20,9 @@ use crate::backend::kernel::Kernel;
 use crate::backend::udp;
 use crate::datapath::{self, DropReason};
 use crate::lease::Lease;
+use crate::probe::background::sentence;
 use crate::store::LeaseStore;
+pub(super) use trace::Trace;
 
 /// The TTL that a packet of this node has when it reaches the tunnel: 64, less the node's own hop.
 const TTL: u8 = 63;
@@ -41,6 +45,9 @@ pub(super) struct Explanation {
     counters: Vec<String>,
     /// What decides about it, too, and cannot be seen from here.
     unseen: Vec<String>,
+    /// What became of probes that were sent after it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    trace: Vec<String>,
 }
 
 /// One thing that was looked at.
@@ -65,7 +72,8 @@ pub(super) struct Question {
 struct Case<'a, K> {
     question: Question,
     session: &'a Session,
-    tunnel: &'a Tunnel,
+    /// Our own data plane's, where it carries the packets.
+    tunnel: Option<&'a Tunnel>,
     options: &'a Options,
     kernel: &'a K,
     status: datapath::Status,
@@ -85,21 +93,14 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so no packet of the overlay gets anywhere: {why}")
     })?;
-    let tunnel = carrier.tunnel_of(question.to).ok_or_else(|| {
-        format!(
-            "the kernel carries the packets of the {} backend: ask it (ip route get {} from {} iif cni0)",
-            session.registration.plan.name(),
-            question.to,
-            question.from
-        )
-    })?;
+    let tunnel = carrier.tunnel_of(question.to);
     let mut case = Case {
         question,
         session,
         tunnel,
         options: daemon.options,
         kernel: daemon.kernel,
-        status: tunnel.status(),
+        status: tunnel.map(Tunnel::status).unwrap_or_default(),
         answer: Explanation {
             verdict: String::new(),
             outcome: "kernel",
@@ -108,10 +109,12 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
             steps: Vec::new(),
             counters: Vec::new(),
             unseen: Vec::new(),
+            trace: Vec::new(),
         },
     };
     let (from_here, to_here) = (case.is_here(question.from), case.is_here(question.to));
     case.ends(from_here, to_here);
+    case.last_probe(if to_here { question.from } else { question.to });
     match (from_here, to_here) {
         (true, true) => case.end(
             "local",
@@ -128,7 +131,53 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
     Ok(case.answer)
 }
 
+/// Explains one packet, and makes ready to follow probes after it; why they cannot be, if not.
+pub(super) async fn explain_and_trace<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    question: Question,
+) -> Result<(Explanation, Option<Trace>), String> {
+    let mut explanation = explain(daemon, session, question).await?;
+    let registration = &session.registration;
+    let own = udp::nets(&registration.lease.subnets);
+    let is_own = |addr| own.iter().any(|net| net.contains(&addr));
+    let other = if is_own(question.to) {
+        question.from
+    } else {
+        question.to
+    };
+    let len = question.len.min(registration.plan.mtu().get());
+    match Trace::begin(daemon, session, other, len) {
+        Ok(trace) => Ok((explanation, Some(trace))),
+        Err(why) => {
+            explanation.trace.push(why);
+            Ok((explanation, None))
+        }
+    }
+}
+
 impl<K: Kernel> Case<'_, K> {
+    /// What probes last found of the other node.
+    fn last_probe(&mut self, addr: IpAddr) {
+        let Some(subnets) = self.lease_of(addr).map(|lease| lease.subnets) else {
+            return;
+        };
+        let Some(peer) = self.session.directory.peer_of(&subnets) else {
+            return;
+        };
+        let history = peer.history();
+        let mut found = sentence(history.state(), history.loss_percent());
+        if let (Some(at), Some(rtt)) = (history.visited(), history.rtt()) {
+            let (millis, ago) = (rtt.as_secs_f64() * 1e3, at.elapsed().as_secs());
+            found = format!("{found}, in {millis:.2} ms, {ago} s ago");
+        }
+        if let Some((at, via)) = peer.memory().heard {
+            let ago = at.elapsed().as_secs();
+            found = format!("{found}; heard of it by {} {ago} s ago", via.name());
+        }
+        self.step("last probe", found);
+    }
+
     fn step(&mut self, what: &'static str, found: impl Into<String>) {
         let found = found.into();
         self.answer.steps.push(Step { what, found });
@@ -186,6 +235,10 @@ impl<K: Kernel> Case<'_, K> {
                         "{addr} is in lease {} of node {node}, reached at {endpoint}",
                         lease.subnets
                     ),
+                    // Routes have no endpoint.
+                    None if self.tunnel.is_none() => {
+                        format!("{addr} is in lease {} of node {node}", lease.subnets)
+                    }
                     None => format!(
                         "{addr} is in lease {} of node {node}, which has no address of our underlay's family",
                         lease.subnets

@@ -148,11 +148,13 @@ impl Session {
         let carrier = self.carrier.as_ref();
         let tunnels = carrier.map_or(&[][..], |carrier| carrier.tunnels.as_slice());
         let devices = carrier.map_or(&[][..], |carrier| carrier.report.devices.as_slice());
-        self.directory.set_ways(Ways {
+        let ways = Ways {
             tunnel: tunnels.iter().map(|tunnel| tunnel.index).collect(),
             kernel_vxlan: devices.to_vec(),
             underlay: self.registration.ends.iter().map(|end| end.index).collect(),
-        });
+        };
+        let mtu = self.registration.plan.mtu();
+        self.directory.set_ways(ways, mtu.get());
     }
 
     /// Closes what carries the packets, to be opened again.

@@ -66,7 +66,7 @@ pub(super) struct Session {
     pub(super) registration: Registration,
     pub(super) peers: LeaseSet,
     /// The peers, for those who probe and who are probed.
-    directory: Arc<Directory>,
+    pub(super) directory: Arc<Directory>,
     /// The store has listed them all.
     listed: bool,
     /// Leases that lack what the backend needs, and why.
@@ -288,14 +288,10 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     session.publish();
                 },
                 Some(asked) = self.asked.recv() => {
-                    let answer = status::answer(self, &session, &held, asked.request).await;
-                    // The client may have given up.
-                    let _gone = asked.answer.send(answer);
+                    status::serve(self, &session, &held, asked).await;
                 }
                 Some(asked) = self.probes.asked() => {
-                    let report = probes::report(&session, &asked);
-                    // The asker may have given up.
-                    let _gone = asked.answer.send(report);
+                    probes::report(self, &session, asked);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);

@@ -126,8 +126,8 @@ impl Taps {
         self.generation.fetch_add(1, Ordering::Release);
         Ok(Capture {
             rings,
-            lost,
-            running: Arc::clone(running),
+            lost: vec![lost],
+            running: vec![Arc::clone(running)],
         })
     }
 }
@@ -136,11 +136,18 @@ impl Taps {
 #[derive(Debug)]
 pub struct Capture {
     rings: Vec<Consumer<u8>>,
-    lost: Arc<LostCounts>,
-    running: Arc<AtomicUsize>,
+    lost: Vec<Arc<LostCounts>>,
+    running: Vec<Arc<AtomicUsize>>,
 }
 
 impl Capture {
+    /// Takes another data plane's in: one reader for both.
+    pub fn join(&mut self, mut other: Self) {
+        self.rings.append(&mut other.rings);
+        self.lost.append(&mut other.lost);
+        self.running.append(&mut other.running);
+    }
+
     /// Appends whole records to `out`, about `limit` bytes at most, of every worker its share.
     pub fn take(&mut self, out: &mut Vec<u8>, limit: usize) {
         let share = limit / self.rings.len().max(1);
@@ -167,9 +174,16 @@ impl Capture {
     /// What was lost since the beginning.
     #[must_use]
     pub fn lost(&self) -> Lost {
+        let sum = |count: fn(&LostCounts) -> &AtomicU64| {
+            let counts = self
+                .lost
+                .iter()
+                .map(|lost| count(lost).load(Ordering::Relaxed));
+            counts.sum()
+        };
         Lost {
-            records: self.lost.records.load(Ordering::Relaxed),
-            packets: self.lost.packets.load(Ordering::Relaxed),
+            records: sum(|lost| &lost.records),
+            packets: sum(|lost| &lost.packets),
         }
     }
 
@@ -182,7 +196,9 @@ impl Capture {
 
 impl Drop for Capture {
     fn drop(&mut self) {
-        self.running.fetch_sub(1, Ordering::Relaxed);
+        for running in &self.running {
+            running.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

@@ -96,7 +96,8 @@ pub enum Reach {
 }
 
 impl Reach {
-    const ALL: [Self; 5] = [
+    /// Every one.
+    pub const ALL: [Self; 5] = [
         Self::Unknown,
         Self::Answers,
         Self::Echoes,
