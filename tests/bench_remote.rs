@@ -262,10 +262,14 @@ fn a_server_that_is_told_to_end_takes_its_programs_along() {
     let mut client = machines.long_client();
     machines.server.stop().unwrap();
     assert_eq!(machines.programs(), Vec::<String>::new());
-    // The client writes what it has, and says why there is no more.
+    // The client writes what it has, and says why there is no more: the traffic of a warming up may end first.
     assert!(!client.wait().unwrap().success());
-    let stopped = machines.report().stopped.unwrap();
-    assert!(stopped.contains("is lost"), "{stopped}");
+    let report = machines.report();
+    let mut reasons = report.notes.clone();
+    reasons.extend(report.stopped);
+    let says_why =
+        |reason: &String| reason.contains("is lost") || reason.contains("not measured: ");
+    assert!(reasons.iter().any(says_why), "{reasons:?}");
 }
 
 #[test]

@@ -142,7 +142,11 @@ impl Error {
     /// Whether nothing that comes after it can succeed.
     #[must_use]
     pub fn is_final(&self) -> bool {
-        matches!(self, Self::Lost(_)) || self.is_interruption()
+        match self {
+            Self::Lost(_) => true,
+            Self::Measuring { source, .. } => source.is_final(),
+            other => other.is_interruption(),
+        }
     }
 
     fn io<E: Into<std::io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Self {
