@@ -142,11 +142,9 @@ impl Error {
     /// Whether nothing that comes after it can succeed.
     #[must_use]
     pub fn is_final(&self) -> bool {
-        match self {
-            Self::Lost(_) => true,
-            Self::Measuring { source, .. } => source.is_final(),
-            other => other.is_interruption(),
-        }
+        matches!(self, Self::Lost(_))
+            || matches!(self, Self::Measuring { source, .. } if source.is_final())
+            || self.is_interruption()
     }
 
     fn io<E: Into<std::io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Self {
