@@ -113,7 +113,7 @@ impl Checksums {
         let count = u64::try_from(peers.len()).ok().filter(|&count| count > 0)?;
         let nth = usize::try_from(random() % count).unwrap_or(0);
         let peer = *peers.get(nth)?;
-        let (directory, name) = (Arc::clone(session.directory()), device.name.clone());
+        let (directory, name) = (Arc::clone(&session.directory), device.name.clone());
         Some(Box::pin(async move {
             let finding = test(
                 kernel,

@@ -13,6 +13,7 @@
 //! Stopping is dropping: every step holds what it made in a value whose `Drop` takes it away again, so a signal
 //! may arrive anywhere.
 
+mod asked;
 mod backoff;
 mod carrier;
 mod checksums;

@@ -93,6 +93,11 @@ impl Publication {
         }
     }
 
+    /// Whether the workers have everything, and nothing new has come for this long.
+    pub(super) fn is_quiet(&self, rest: Duration, now: Instant) -> bool {
+        !self.wanted && now.saturating_duration_since(self.not_before) >= rest
+    }
+
     /// The workers have a table of everything so far, which was begun and handed over at these times.
     pub(super) fn published(&mut self, begun: Instant, ended: Instant) {
         let cost = ended.saturating_duration_since(begun);
@@ -151,6 +156,18 @@ mod tests {
         publication.taken(start + 5 * MS);
         publication.want();
         assert!(publication.due().unwrap() <= start + 5 * MS);
+    }
+
+    #[test]
+    fn it_is_quiet_a_while_after_the_last_table_and_not_while_another_is_wanted() {
+        let start = Instant::now();
+        let mut publication = new(start);
+        publication.want();
+        assert!(!publication.is_quiet(10 * MS, start + 100 * MS));
+        publication.published(start + 100 * MS, start + 101 * MS);
+        assert!(!publication.is_quiet(10 * MS, start + 110 * MS));
+        // After the rest that the table's making is followed by.
+        assert!(publication.is_quiet(10 * MS, start + 120 * MS));
     }
 
     #[test]

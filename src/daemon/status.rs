@@ -1,6 +1,5 @@
 //! Owns the document that `loden status` shows. Never changes anything.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Instant, SystemTime};
 
@@ -11,8 +10,6 @@ use serde_json::Value;
 use super::Daemon;
 use super::carrier::Carrier;
 use super::checksums::ChecksumDocument;
-use super::doctor;
-use super::explain::{Question, explain, explain_and_trace};
 use super::guard::GuardDocument;
 use super::past::RejectedDocument;
 use super::probes;
@@ -22,11 +19,7 @@ use super::traffic::Traffic;
 use super::tunnel::Tunnel;
 use crate::backend::kernel::{Kernel, Link};
 use crate::backend::udp;
-use crate::datapath::tap::filter::Filter;
-use crate::datapath::tap::{Capture, MAX_SNAP_LEN, Wanted};
 use crate::datapath::{self, DropReason};
-use crate::debug::pcapng::End;
-use crate::debug::socket::{Answer, Asked, Request};
 use crate::iface::{Candidate, Choice};
 use crate::store::LeaseStore;
 use crate::telemetry::metrics::{Snapshot, Watch};
@@ -121,149 +114,8 @@ struct DropDocument {
     document: &'static str,
 }
 
-/// Answers a client of the status socket; what takes longer than a moment, in a task.
-pub(super) async fn serve<S: LeaseStore, K: Kernel>(
-    daemon: &Daemon<'_, S, K>,
-    session: &Session,
-    held: &Held,
-    asked: Asked,
-) {
-    let answer = match asked.request {
-        Request::Doctor { peer, mesh } => {
-            match doctor::begin(daemon, session, held, peer, mesh).await {
-                Ok(examination) => {
-                    tokio::spawn(async move {
-                        let answer = Answer::Document(value(examination.run().await));
-                        // The client may have given up.
-                        let _gone = asked.answer.send(answer);
-                    });
-                    return;
-                }
-                Err(why) => Answer::error(&why),
-            }
-        }
-        Request::Explain {
-            from,
-            to,
-            len,
-            whole,
-            trace: true,
-        } => {
-            let question = Question {
-                from,
-                to,
-                len,
-                whole,
-            };
-            match explain_and_trace(daemon, session, question).await {
-                Ok((mut explanation, trace)) => {
-                    tokio::spawn(async move {
-                        if let Some(trace) = trace {
-                            trace.run(&mut explanation).await;
-                        }
-                        // The client may have given up.
-                        let _gone = asked.answer.send(Answer::Document(value(explanation)));
-                    });
-                    return;
-                }
-                Err(why) => Answer::error(&why),
-            }
-        }
-        request @ (Request::Status | Request::Capture { .. } | Request::Explain { .. }) => {
-            answer(daemon, session, held, request).await
-        }
-    };
-    // The client may have given up.
-    let _gone = asked.answer.send(answer);
-}
-
-/// What can be said at once.
-async fn answer<S: LeaseStore, K: Kernel>(
-    daemon: &Daemon<'_, S, K>,
-    session: &Session,
-    held: &Held,
-    request: Request,
-) -> Answer {
-    match request {
-        // It is begun elsewhere, because it takes its time.
-        Request::Doctor { .. } => Answer::error("an examination is begun by serve"),
-        Request::Status => Answer::Document(document(daemon, session, held.expires.get()).await),
-        Request::Capture {
-            filter,
-            snap_len,
-            segments,
-        } => {
-            let begun = capture(session, &filter, snap_len, segments);
-            begun.unwrap_or_else(|why| Answer::error(&why))
-        }
-        Request::Explain {
-            from,
-            to,
-            len,
-            whole,
-            trace: _,
-        } => {
-            let question = Question {
-                from,
-                to,
-                len,
-                whole,
-            };
-            match explain(daemon, session, question).await {
-                Ok(explanation) => Answer::Document(value(explanation)),
-                Err(why) => Answer::error(&why),
-            }
-        }
-    }
-}
-
-/// Begins a capture on the data plane that is open now; it ends with it.
-fn capture(
-    session: &Session,
-    filter: &str,
-    snap_len: usize,
-    segments: bool,
-) -> Result<Answer, String> {
-    let plan = &session.registration.plan;
-    let carrier = session.carrier.as_ref().ok_or_else(|| {
-        let why = session.down.as_deref().unwrap_or("not opened yet");
-        format!("the tunnel is down, so there is nothing to capture: {why}")
-    })?;
-    if carrier.tunnels.is_empty() {
-        return Err(format!(
-            "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
-            plan.name()
-        ));
-    }
-    let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
-    let wanted = Wanted {
-        filter,
-        snap_len: snap_len.min(MAX_SNAP_LEN),
-        segments,
-    };
-    let mut all: Option<Capture> = None;
-    let mut ends = Vec::new();
-    for tunnel in &carrier.tunnels {
-        let taps = tunnel.taps().ok_or("the data plane is being closed")?;
-        let capture = taps.capture(wanted.clone()).map_err(|e| e.to_string())?;
-        match &mut all {
-            Some(all) => all.join(capture),
-            None => all = Some(capture),
-        }
-        ends.push(End::of(&tunnel.device, tunnel.bind, tunnel.encapsulation));
-    }
-    let capture = all.ok_or("there is nothing to capture on")?;
-    let macs = carrier.routes().iter();
-    let macs = macs.filter_map(|route| Some((route.addr.ip(), route.mac?.to_string())));
-    let origin = serde_json::json!({
-        "ends": ends,
-        "macs": macs.collect::<BTreeMap<_, _>>(),
-    });
-    Ok(Answer::Capture(origin, capture))
-}
-
 /// The daemon at this moment.
-async fn document<S: LeaseStore, K: Kernel>(
+pub(super) async fn document<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     expires: Option<SystemTime>,
@@ -318,7 +170,7 @@ async fn document<S: LeaseStore, K: Kernel>(
 }
 
 /// A document's every field is a number, a text or a list of them, and every key is a text.
-fn value(document: impl Serialize) -> Value {
+pub(super) fn value(document: impl Serialize) -> Value {
     serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
 }
 

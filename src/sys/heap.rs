@@ -9,17 +9,18 @@
     reason = "mallopt and malloc_trim have no safe counterpart"
 )]
 
-/// Has all threads share one heap. For a program whose fast threads do not allocate; called before there are others.
+/// Has threads that begin later share one heap. For a program whose fast threads do not allocate.
 pub fn share() {
     #[cfg(target_env = "gnu")]
     {
-        // SAFETY: mallopt takes its arguments by value, and no other thread runs yet that could be allocating.
-        // It refuses nothing but values out of range, and then nothing is different from before.
+        // SAFETY: mallopt takes its arguments by value, and M_ARENA_MAX stores one aligned word under the main
+        // arena's lock (do_set_arena_max in glibc's malloc/malloc.c). Another thread that reads the old value at
+        // that moment makes itself one more arena, which is what it would have done before.
         let _accepted = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     }
 }
 
-/// Gives free pages back to the kernel. Takes about as long as there are megabytes, in tenths of a millisecond.
+/// Gives free pages back to the kernel. Walks the whole heap: not for after every change.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     {

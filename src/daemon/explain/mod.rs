@@ -1,5 +1,6 @@
 //! Owns the document that `loden explain` shows: what becomes of a packet between two addresses, step by step,
-//! by the same decisions that the workers take. Never sends anything, and says what it cannot see.
+//! by the same decisions that the workers take. Never sends anything unless it is asked to (`trace`), and says what it
+//! cannot see.
 
 mod decap;
 mod encap;
@@ -47,7 +48,7 @@ pub(super) struct Explanation {
     unseen: Vec<String>,
     /// What became of probes that were sent after it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    trace: Vec<String>,
+    pub(super) trace: Vec<String>,
 }
 
 /// One thing that was looked at.
@@ -131,29 +132,22 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
     Ok(case.answer)
 }
 
-/// Explains one packet, and makes ready to follow probes after it; why they cannot be, if not.
-pub(super) async fn explain_and_trace<S: LeaseStore, K: Kernel>(
+/// Makes ready to follow probes that take a packet's way.
+///
+/// # Errors
+///
+/// Why they cannot be followed.
+pub(super) fn begin_trace<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     question: Question,
-) -> Result<(Explanation, Option<Trace>), String> {
-    let mut explanation = explain(daemon, session, question).await?;
+) -> Result<Trace, String> {
     let registration = &session.registration;
     let own = udp::nets(&registration.lease.subnets);
-    let is_own = |addr| own.iter().any(|net| net.contains(&addr));
-    let other = if is_own(question.to) {
-        question.from
-    } else {
-        question.to
-    };
+    let is_own = own.iter().any(|net| net.contains(&question.to));
+    let other = if is_own { question.from } else { question.to };
     let len = question.len.min(registration.plan.mtu().get());
-    match Trace::begin(daemon, session, other, len) {
-        Ok(trace) => Ok((explanation, Some(trace))),
-        Err(why) => {
-            explanation.trace.push(why);
-            Ok((explanation, None))
-        }
-    }
+    Trace::begin(daemon, session, other, len)
 }
 
 impl<K: Kernel> Case<'_, K> {

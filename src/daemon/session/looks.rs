@@ -17,6 +17,9 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// set again is back.
 const SETTLE_INTERFACE: Duration = Duration::from_secs(1);
 
+/// Without a change for so long, changes have ended.
+const QUIET: Duration = Duration::from_secs(5);
+
 /// What could not be put right is tried again this much later.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -106,10 +109,10 @@ impl Session {
         }
     }
 
-    /// Gives back the memory that changes of leases took on their way here.
+    /// Gives back the memory that changes of leases took on their way here, once they have ended.
     fn tidy(&mut self) {
-        let tables = self.publication.cost().count;
-        if tables != self.tidied {
+        let tables = Some(self.publication.cost().count);
+        if tables != self.tidied && self.publication.is_quiet(QUIET, Instant::now()) {
             self.tidied = tables;
             heap::give_back();
         }

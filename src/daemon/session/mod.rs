@@ -4,9 +4,8 @@
 mod follow;
 mod looks;
 mod peers;
+mod told;
 
-use std::collections::BTreeMap;
-use std::fmt::Display;
 use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +14,7 @@ use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 use tokio::time::{sleep_until, timeout};
 
+use super::asked;
 use super::backoff::Backoff;
 use super::carrier::Carrier;
 use super::checksums::{Checksums, Finding, Test};
@@ -37,7 +37,6 @@ use crate::datapath::Event;
 use crate::debug::socket::Server;
 use crate::lease::{LeaseSet, Subnets};
 use crate::probe::Directory;
-use crate::store::env_file::SubnetEnv;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
 
@@ -91,8 +90,8 @@ pub(super) struct Session {
     pub(super) hold: Hold,
     /// When the workers get the next table.
     pub(super) publication: Publication,
-    /// How many tables there were when the heap gave back what was free.
-    tidied: u64,
+    /// How many tables there were when the heap gave back what was free; none before it did.
+    tidied: Option<u64>,
     pub(super) traffic: Option<Traffic>,
     /// Who may send to the kernel's VXLAN devices.
     pub(super) guard: Guard,
@@ -151,7 +150,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             backoff: Backoff::default(),
             reopen_at: now,
             look_at: now + RESYNC,
-            tidied: 0,
+            tidied: None,
             choose_at: None,
             moved: None,
             env_behind: None,
@@ -288,7 +287,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     session.publish();
                 },
                 Some(asked) = self.asked.recv() => {
-                    status::serve(self, &session, &held, asked).await;
+                    asked::serve(self, &session, &held, asked).await;
                 }
                 Some(asked) = self.probes.asked() => {
                     probes::report(self, &session, asked);
@@ -345,109 +344,6 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             }
         }
         session.blackhole_at = Some(Instant::now() + self.options.traffic.resync.get());
-    }
-}
-
-impl Session {
-    /// What keeps pods of this node from reaching others, or the rules from being right.
-    pub(super) fn missing(&self, held: &Held) -> Vec<String> {
-        let mut missing = Vec::new();
-        if self.carrier.is_none() {
-            let why = self.down.as_deref().unwrap_or("not opened yet");
-            missing.push(format!("the tunnel is down: {why}"));
-        }
-        if held.lost.get() {
-            missing.push("the lease was deleted and is not registered again yet".to_owned());
-        }
-        if let Some(problem) = self.traffic.as_ref().and_then(Traffic::problem) {
-            missing.push(format!("traffic rules: {problem}"));
-        }
-        missing.extend(self.incomplete.clone());
-        missing.extend(self.guard.problem());
-        let failures = self.commands.iter().map(extension::Peers::failures);
-        for failures in failures.filter(|failures| !failures.is_empty()) {
-            missing.push(format!("commands failed for {} peers", failures.len()));
-        }
-        if let Some(moved) = &self.moved {
-            missing.push(moved.clone());
-        }
-        missing.extend(self.env_behind.clone());
-        missing
-    }
-
-    /// Leases that nothing is done for, and why.
-    pub(super) fn unserved(&self) -> impl Iterator<Item = &Refused> {
-        let looked = self
-            .carrier
-            .iter()
-            .flat_map(|carrier| &carrier.report.refused);
-        self.refused.iter().chain(looked)
-    }
-
-    /// How packets reach a peer; none if they do not. Where the families differ, both ways are named.
-    pub(super) fn transport_of(&self, subnets: &Subnets) -> Option<String> {
-        let carrier = self.carrier.as_ref()?;
-        if self.unserved().any(|refused| refused.lease == *subnets) {
-            return None;
-        }
-        let tunnel = match self.registration.plan.in_user_space() {
-            Some(_) => "vxlan in user space",
-            None => self.registration.plan.name(),
-        };
-        let nets = udp::nets(subnets);
-        let mut ways: Vec<&str> = nets
-            .iter()
-            .map(|net| match carrier.report.direct.contains(net) {
-                true => "route",
-                false => tunnel,
-            })
-            .collect();
-        ways.dedup();
-        Some(ways.join(" and "))
-    }
-
-    /// What commands have failed for which peers.
-    pub(super) fn command_failures(&self) -> Arc<BTreeMap<Subnets, String>> {
-        let commands = self.commands.as_ref();
-        commands.map(extension::Peers::failures).unwrap_or_default()
-    }
-
-    /// The peers, for those who probe.
-    pub(super) const fn directory(&self) -> &Arc<Directory> {
-        &self.directory
-    }
-
-    fn env(&self) -> SubnetEnv {
-        let registration = &self.registration;
-        let config = &registration.config;
-        SubnetEnv {
-            network: config.ipv4.as_ref().map(|pool| pool.network()),
-            ipv6_network: config.ipv6.as_ref().map(|pool| pool.network()),
-            subnets: registration.lease.subnets,
-            mtu: registration.plan.mtu(),
-            ip_masq: false,
-        }
-    }
-
-    /// A few lines about leases a minute; `loden status` has them all.
-    fn log_lease(&mut self, text: &dyn Display) {
-        if self.lease_lines.allow(Instant::now()) {
-            tracing::warn!("{text}");
-        } else {
-            self.log_limited(
-                "more leases are not used than the log has room for: `loden status` lists them"
-                    .to_owned(),
-            );
-        }
-    }
-
-    /// At most one line per text and minute.
-    fn log_limited(&mut self, text: String) {
-        match self.log.allow(text.clone(), Instant::now()) {
-            Some(0) => tracing::warn!("{text}"),
-            Some(suppressed) => tracing::warn!("{text} (suppressed {suppressed})"),
-            None => {}
-        }
     }
 }
 

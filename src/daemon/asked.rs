@@ -1,0 +1,143 @@
+//! Owns answering the clients of the status socket: who knows what is asked, and what may take its time beside the run
+//! loop. Never waits for a client.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+
+use super::Daemon;
+use super::doctor;
+use super::explain::{Question, begin_trace, explain};
+use super::renewal::Held;
+use super::session::Session;
+use super::status::{document, value};
+use crate::backend::kernel::Kernel;
+use crate::datapath::tap::filter::Filter;
+use crate::datapath::tap::{Capture, MAX_SNAP_LEN, Wanted};
+use crate::debug::pcapng::End;
+use crate::debug::socket::{Answer, Asked, Request};
+use crate::store::LeaseStore;
+
+/// What becomes of a request.
+enum Told {
+    Now(Answer),
+    /// It takes longer than a moment, and nothing of the session.
+    Later(Pin<Box<dyn Future<Output = Answer> + Send>>),
+}
+
+/// Answers a client.
+pub(super) async fn serve<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+    Asked { request, answer }: Asked,
+) {
+    let told = match tell(daemon, session, held, request).await {
+        Ok(Told::Now(told)) => told,
+        Ok(Told::Later(later)) => {
+            tokio::spawn(async move {
+                // The client may have given up.
+                let _gone = answer.send(later.await);
+            });
+            return;
+        }
+        Err(why) => Answer::error(&why),
+    };
+    // Likewise.
+    let _gone = answer.send(told);
+}
+
+async fn tell<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    held: &Held,
+    request: Request,
+) -> Result<Told, String> {
+    Ok(match request {
+        Request::Status => {
+            let expires = held.expires.get();
+            Told::Now(Answer::Document(document(daemon, session, expires).await))
+        }
+        Request::Capture {
+            filter,
+            snap_len,
+            segments,
+        } => Told::Now(capture(session, &filter, snap_len, segments)?),
+        Request::Doctor { peer, mesh } => {
+            let examination = doctor::begin(daemon, session, held, peer, mesh).await?;
+            Told::Later(Box::pin(async move {
+                Answer::Document(value(examination.run().await))
+            }))
+        }
+        Request::Explain {
+            from,
+            to,
+            len,
+            whole,
+            trace,
+        } => {
+            let question = Question {
+                from,
+                to,
+                len,
+                whole,
+            };
+            let mut explanation = explain(daemon, session, question).await?;
+            match trace.then(|| begin_trace(daemon, session, question)) {
+                Some(Ok(trace)) => {
+                    return Ok(Told::Later(Box::pin(async move {
+                        trace.run(&mut explanation).await;
+                        Answer::Document(value(explanation))
+                    })));
+                }
+                Some(Err(why)) => explanation.trace.push(why),
+                None => {}
+            }
+            Told::Now(Answer::Document(value(explanation)))
+        }
+    })
+}
+
+/// Begins a capture on the data plane that is open now; it ends with it.
+fn capture(
+    session: &Session,
+    filter: &str,
+    snap_len: usize,
+    segments: bool,
+) -> Result<Answer, String> {
+    let plan = &session.registration.plan;
+    let carrier = session.carrier.as_ref().ok_or_else(|| {
+        let why = session.down.as_deref().unwrap_or("not opened yet");
+        format!("the tunnel is down, so there is nothing to capture: {why}")
+    })?;
+    if carrier.tunnels.is_empty() {
+        return Err(format!(
+            "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
+            plan.name()
+        ));
+    }
+    let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
+    let wanted = Wanted {
+        filter,
+        snap_len: snap_len.min(MAX_SNAP_LEN),
+        segments,
+    };
+    let mut all: Option<Capture> = None;
+    let mut ends = Vec::new();
+    for tunnel in &carrier.tunnels {
+        let taps = tunnel.taps().ok_or("the data plane is being closed")?;
+        let capture = taps.capture(wanted.clone()).map_err(|e| e.to_string())?;
+        match &mut all {
+            Some(all) => all.join(capture),
+            None => all = Some(capture),
+        }
+        ends.push(End::of(&tunnel.device, tunnel.bind, tunnel.encapsulation));
+    }
+    let capture = all.ok_or("there is nothing to capture on")?;
+    let macs = carrier.routes().iter();
+    let macs = macs.filter_map(|route| Some((route.addr.ip(), route.mac?.to_string())));
+    let origin = serde_json::json!({
+        "ends": ends,
+        "macs": macs.collect::<BTreeMap<_, _>>(),
+    });
+    Ok(Answer::Capture(origin, capture))
+}
