@@ -120,12 +120,11 @@ impl Session {
 
     /// Has the source check know the peers as the last look found them.
     pub(super) fn tell_senders(&self) {
-        let senders = self
-            .carrier
-            .as_ref()
-            .and_then(|carrier| carrier.report.senders.as_ref());
-        if let Some(senders) = senders {
-            self.guard.want(senders);
+        let report = self.carrier.as_ref().map(|carrier| &carrier.report);
+        if let Some(report) = report
+            && let Some(senders) = &report.senders
+        {
+            self.guard.want(senders, &report.devices);
         }
     }
 
