@@ -36,15 +36,22 @@ fn config(backend: &str) -> NetworkConfig {
 }
 
 fn ends() -> Ends {
-    let choice = |ip: &str| Choice {
+    ends_at(1, 1500)
+}
+
+fn ends_at(n: u8, mtu: u32) -> Ends {
+    let choice = |ip: String| Choice {
         index: EXTERNAL,
         name: "eth0".to_owned(),
-        mtu: Mtu::new(1500).unwrap(),
+        mtu: Mtu::new(mtu).unwrap(),
         addr: ip.parse().unwrap(),
         public: ip.parse().unwrap(),
         reason: String::new(),
     };
-    Ends::both(choice("192.0.2.1"), choice("2001:db8::1"))
+    Ends::both(
+        choice(format!("192.0.2.{n}")),
+        choice(format!("2001:db8::{n}")),
+    )
 }
 
 /// Node `n` of the network: its lease as flannel writes it, dual-stack.
@@ -163,6 +170,10 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
             it.net, it.onlink, it.protocol
         ));
     }
+    for it in &state.probe_routes {
+        let (via, dev) = (it.gateway, name(it.link));
+        lines.insert(format!("probes go to {} {via:?} {dev}", it.net));
+    }
     for it in &state.neighbours {
         lines.insert(format!("neighbour {} {} {}", it.ip, it.mac, name(it.link)));
     }
@@ -175,6 +186,7 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
 const VXLAN: &str = r#"{"Type":"vxlan"}"#;
 const DIRECT: &str = r#"{"Type":"vxlan","DirectRouting":true}"#;
 const HOST_GW: &str = r#"{"Type":"host-gw"}"#;
+const AUTO: &str = r#"{"Type":"vxlan","Auto":true}"#;
 
 #[test]
 fn peers_over_vxlan_get_flannels_three_entries_each_and_a_second_look_finds_nothing() {
@@ -561,6 +573,12 @@ enum Event {
     StrayForward(u8),
     StrayRoute(u8),
     WrongRoute(u8),
+    /// The addresses and the MTU of the external interface become others.
+    UnderlayChanges(u8, u32),
+    /// Somebody flushes the routes that only probes take.
+    FlushProbes,
+    /// Probes find these ways past the tunnel to hold, and no others.
+    Proven(BTreeSet<u8>),
     Look,
 }
 
@@ -576,11 +594,105 @@ fn event() -> impl Strategy<Value = Event> {
         (2_u8..8).prop_map(Event::StrayForward),
         (2_u8..8).prop_map(Event::StrayRoute),
         (2_u8..8).prop_map(Event::WrongRoute),
+        (200_u8..203, 1400_u32..1500).prop_map(|(n, mtu)| Event::UnderlayChanges(n, mtu)),
+        Just(Event::FlushProbes),
+        proptest::collection::btree_set(2_u8..8, 0..6).prop_map(Event::Proven),
         Just(Event::Look),
     ]
 }
 
-fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str) {
+/// What a model run is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Vxlan,
+    Direct,
+    HostGw,
+    /// The best proven way past the kernel's device.
+    Auto,
+    /// Likewise past our own tunnel.
+    AutoInUserSpace,
+    InUserSpace,
+}
+
+/// What everything that is wanted follows from.
+#[derive(Clone, Debug)]
+struct World {
+    kind: Kind,
+    leases: Vec<Lease>,
+    ends: Ends,
+    proven: BTreeSet<u8>,
+}
+
+impl World {
+    fn lease(&self, n: u8) -> Lease {
+        match self.kind {
+            Kind::HostGw => lease(n, "host-gw"),
+            Kind::Vxlan | Kind::Direct | Kind::InUserSpace => lease(n, "vxlan"),
+            // One says nothing of itself, and one is not on the link.
+            Kind::Auto | Kind::AutoInUserSpace => match n % 10 {
+                2 => lease(n, "vxlan"),
+                3 => able(n, &format!("203.0.113.{n}")),
+                _ => able(n, &format!("192.0.2.{n}")),
+            },
+        }
+    }
+
+    fn desired(&self) -> Desired {
+        let config = config(match self.kind {
+            Kind::Vxlan | Kind::InUserSpace => VXLAN,
+            Kind::Direct => DIRECT,
+            Kind::HostGw => HOST_GW,
+            Kind::Auto | Kind::AutoInUserSpace => AUTO,
+        });
+        let mut plan = Plan::new(&config, self.ends.clone()).unwrap();
+        if let Plan::Vxlan(vxlan) = &mut plan {
+            vxlan.set_past(crate::backend::vxlan::Past {
+                probe_port: Some(18285),
+                obstacle: None,
+            });
+            if matches!(self.kind, Kind::InUserSpace | Kind::AutoInUserSpace) {
+                vxlan.move_to_user_space("a test".to_owned()).unwrap();
+            }
+        }
+        let own: Subnets = OWN.parse().unwrap();
+        let (mut desired, _) = plan.desired(&config, &own, self.leases.iter());
+        for peer in &mut desired.peers {
+            let nets = |n: &u8| lease(*n, "").subnets == peer.lease;
+            peer.way.prove(self.proven.iter().any(nets));
+        }
+        desired.complete = true;
+        desired.sweep_devices = true;
+        desired
+    }
+
+    /// Who may send through the kernel's device, from the leases alone.
+    fn senders(&self) -> Senders {
+        let mut senders = Senders::default();
+        if !matches!(self.kind, Kind::Vxlan | Kind::Direct | Kind::Auto) {
+            return senders;
+        }
+        for lease in &self.leases {
+            let attrs = &lease.attrs;
+            let v4 = attrs.public_ip.map(std::net::IpAddr::V4);
+            senders.outer.extend(v4);
+            senders
+                .outer
+                .extend(attrs.public_ipv6.map(std::net::IpAddr::V6));
+            for (data, net) in [
+                (&attrs.backend_data, lease.subnets.v4().map(IpNet::V4)),
+                (&attrs.backend_v6_data, lease.subnets.v6().map(IpNet::V6)),
+            ] {
+                let data: serde_json::Value =
+                    serde_json::from_str(data.as_ref().unwrap().get()).unwrap();
+                let mac = data["VtepMAC"].as_str().unwrap().parse().unwrap();
+                senders.inner.insert((mac, net.unwrap()));
+            }
+        }
+        senders
+    }
+}
+
+fn happen(event: Event, kernel: &FakeKernel, world: &mut World) {
     let mut state = kernel.state();
     let device = state
         .links
@@ -588,16 +700,25 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
         .find(|link| link.vxlan.is_some())
         .map(|link| link.index);
     match (event, device) {
-        (Event::Peers(nodes), _) => *leases = nodes.into_iter().map(|n| lease(n, kind)).collect(),
+        (Event::Peers(nodes), _) => {
+            world.leases = nodes.into_iter().map(|n| world.lease(n)).collect();
+        }
         (Event::PeerMoves(n), _) => {
             // Another node with the same subnet: address and MAC change.
-            let subnets = lease(n, kind).subnets;
-            for held in leases.iter_mut().filter(|held| held.subnets == subnets) {
+            let subnets = world.lease(n).subnets;
+            let other = world.lease(n + 100);
+            for held in world.leases.iter_mut().filter(|it| it.subnets == subnets) {
                 *held = Lease {
                     subnets,
-                    ..lease(n + 100, kind)
+                    ..other.clone()
                 };
             }
+        }
+        (Event::UnderlayChanges(n, mtu), _) => world.ends = ends_at(n, mtu),
+        (Event::Proven(nodes), _) => world.proven = nodes,
+        (Event::FlushProbes, _) => {
+            state.probe_routes.clear();
+            state.steered = (false, false);
         }
         (Event::Down(true), _) => {
             state.set_down(EXTERNAL);
@@ -657,38 +778,38 @@ proptest! {
     /// second puts right what a change of the first has taken along.
     #[test]
     fn state_after_any_events_is_that_of_a_fresh_start(
-        backend in prop_oneof![Just((VXLAN, "vxlan")), Just((DIRECT, "vxlan")), Just((HOST_GW, "host-gw"))],
+        kind in prop_oneof![
+            Just(Kind::Vxlan), Just(Kind::Direct), Just(Kind::HostGw), Just(Kind::Auto), Just(Kind::AutoInUserSpace),
+            Just(Kind::InUserSpace)
+        ],
         events in proptest::collection::vec(event(), 0..24)
     ) {
-        let (backend, kind) = backend;
-        let (used, mut leases) = (kernel(), Vec::new());
+        let used = kernel();
+        let mut world = World { kind, leases: Vec::new(), ends: ends(), proven: BTreeSet::new() };
         for event in events {
             let looks = matches!(event, Event::Look);
-            happen(event, &used, &mut leases, kind);
+            happen(event, &used, &mut world);
             if looks {
                 // A renamed device whose address was rewritten too is nobody's, which is an error.
-                let _named = run(settle(&used, &desired(backend, &leases)));
+                let _named = run(settle(&used, &world.desired()));
             }
         }
+        let wanted = world.desired();
+        let known: Vec<Option<Mac>> = wanted.devices.iter().map(|it| Some(it.mac)).collect();
         let stranger = |link: &Link| link.vxlan.is_some() && link.name.starts_with("renamed")
-            && ![mac_of(backend, 0), mac_of(backend, 1)].contains(&link.mac);
+            && !known.contains(&link.mac);
         let strangers = used.state().links.iter().any(stranger);
         prop_assume!(!strangers);
-        let wanted = desired(backend, &leases);
         look(&used, &wanted);
         look(&used, &wanted);
         let fresh = kernel();
         look(&fresh, &wanted);
         prop_assert_eq!(overlay(&used), overlay(&fresh));
-        prop_assert_eq!(look(&used, &wanted).changed, Vec::<String>::new());
+        prop_assert_eq!(used.state().steered, fresh.state().steered);
+        let last = look(&used, &wanted);
+        prop_assert_eq!(last.changed, Vec::<String>::new());
+        prop_assert_eq!(last.senders, Some(world.senders()));
     }
-}
-
-fn mac_of(backend: &str, device: usize) -> Option<Mac> {
-    desired(backend, &[])
-        .devices
-        .get(device)
-        .map(|device| device.mac)
 }
 
 #[test]
@@ -746,7 +867,7 @@ fn able(n: u8, public: &str) -> Lease {
 
 /// What is wanted where peers are reached by the best proven way, with what is proven.
 fn wanted_by_auto(leases: &[Lease], in_user_space: bool, proven: &[&str]) -> Desired {
-    let config = config(r#"{"Type":"vxlan","Auto":true}"#);
+    let config = config(AUTO);
     let mut plan = Plan::new(&config, ends()).unwrap();
     if let Plan::Vxlan(vxlan) = &mut plan {
         vxlan.set_past(crate::backend::vxlan::Past {
