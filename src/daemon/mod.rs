@@ -30,6 +30,7 @@ mod probes;
 mod publication;
 mod register;
 mod renewal;
+mod served;
 mod session;
 mod status;
 mod traffic;
