@@ -403,9 +403,9 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
         (r#"{"Network":"#, &["--iface", "eth0"], "config"),
         (other_port, &["--iface", "eth0"], "Port"),
         (
-            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipip"}}"#,
+            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipsec"}}"#,
             &["--iface", "eth0"],
-            "ipip",
+            "ipsec",
         ),
         (
             r#"{"Network":"192.0.0.0/16"}"#,

@@ -303,7 +303,7 @@ impl Proving {
         self.on_the_way.remove(&said.sequence);
         let now = Instant::now();
         let tunnelled = match said.via {
-            Via::Tunnel | Via::KernelVxlan => Some("through the tunnel"),
+            Via::Tunnel | Via::KernelTunnel => Some("through the tunnel"),
             Via::Unknown => Some("by a link that it does not tell"),
             Via::Underlay | Via::Other => None,
         };
