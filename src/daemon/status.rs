@@ -10,7 +10,7 @@ use super::Daemon;
 use super::carrier::Carrier;
 use super::checksums::ChecksumDocument;
 use super::guard::GuardDocument;
-use super::past::RejectedDocument;
+use super::past::WayDocument;
 use super::probes;
 use super::renewal::Held;
 use super::session::Session;
@@ -85,8 +85,10 @@ struct PeerDocument {
     endpoint: Option<SocketAddr>,
     /// How packets reach it; none if they do not.
     transport: Option<String>,
+    /// Ways that probes have proven and that are used therefore.
+    proven: Vec<WayDocument>,
     /// Better ways that are not used, and why.
-    rejected: Vec<RejectedDocument>,
+    rejected: Vec<WayDocument>,
     ecn: bool,
     sent: u64,
     received: u64,
@@ -256,6 +258,9 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             public: lease.attrs.node(),
             endpoint,
             transport: session.transport_of(&lease.subnets),
+            proven: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
+                session.ways.proven(&carrier.report, lease)
+            }),
             rejected: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
                 let ways = &session.ways;
                 ways.rejected(&session.registration, &carrier.report, lease)
