@@ -140,11 +140,19 @@ impl Flags {
     pub const CUT: Self = Self(2);
     /// Part of a trace that somebody follows.
     pub const TRACE: Self = Self(4);
+    /// Of a request: a second, short answer shall come past the tunnel. Of an answer: it is that one.
+    pub const PAST: Self = Self(8);
 
     /// Both.
     #[must_use]
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// The first without the second.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// Whether all of `other` are set.
