@@ -5,7 +5,6 @@ use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use serde::Serialize;
-use serde_json::Value;
 
 use super::Daemon;
 use super::carrier::Carrier;
@@ -121,7 +120,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     expires: Option<SystemTime>,
-) -> Value {
+) -> impl Serialize {
     let registration = &session.registration;
     let carrier = session.carrier.as_ref();
     // First, for the counters.
@@ -133,7 +132,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
         devices.extend(link.map(device));
     }
     let left = |end: SystemTime| end.duration_since(SystemTime::now()).unwrap_or_default();
-    let document = Document {
+    Document {
         version: env!("CARGO_PKG_VERSION"),
         pid: std::process::id(),
         uptime_seconds: daemon.started.elapsed().as_secs(),
@@ -167,13 +166,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
         datapath,
         source_check,
         checksums: session.checksums.documents(),
-    };
-    value(document)
-}
-
-/// A document's every field is a number, a text or a list of them, and every key is a text.
-pub(super) fn value(document: impl Serialize) -> Value {
-    serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
+    }
 }
 
 /// The figures for `/metrics`.

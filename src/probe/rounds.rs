@@ -223,7 +223,7 @@ impl Rounds {
         self.change(&net, |way| {
             let sent_len = way.sent.take().map_or(0, |(_, len)| len);
             let tunnelled = match answer.via {
-                Via::Tunnel | Via::KernelVxlan => Some("through the tunnel"),
+                Via::Tunnel | Via::KernelTunnel => Some("through the tunnel"),
                 Via::Unknown => Some("by a link that it does not tell"),
                 Via::Underlay | Via::Other => None,
             };

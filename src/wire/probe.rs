@@ -171,8 +171,8 @@ pub enum Via {
     Unknown = 0,
     /// The device of this program's own data plane.
     Tunnel = 1,
-    /// The kernel's VXLAN device.
-    KernelVxlan = 2,
+    /// The kernel's tunnel device, VXLAN or IPIP.
+    KernelTunnel = 2,
     /// The underlay itself.
     Underlay = 3,
     /// Another device.
@@ -183,7 +183,7 @@ impl Via {
     const ALL: [Self; 5] = [
         Self::Unknown,
         Self::Tunnel,
-        Self::KernelVxlan,
+        Self::KernelTunnel,
         Self::Underlay,
         Self::Other,
     ];
@@ -194,7 +194,7 @@ impl Via {
         match self {
             Self::Unknown => "unknown",
             Self::Tunnel => "tunnel",
-            Self::KernelVxlan => "kernel-vxlan",
+            Self::KernelTunnel => "kernel-tunnel",
             Self::Underlay => "underlay",
             Self::Other => "other",
         }

@@ -95,6 +95,8 @@ struct Patient {
     /// Where the tunnel's datagrams go.
     endpoint: Option<SocketAddr>,
     transport: Option<String>,
+    /// Why there is none.
+    unserved: Option<String>,
     way: Way,
     clashes: Vec<String>,
 }
@@ -159,6 +161,7 @@ pub(super) async fn begin<S: LeaseStore, K: Kernel>(
             public,
             endpoint: registration.plan.endpoint_of(&lease.attrs),
             transport: session.transport_of(&lease.subnets),
+            unserved: session.why_unserved(&lease.subnets),
             clashes,
             peer,
         });
@@ -172,10 +175,11 @@ pub(super) async fn begin<S: LeaseStore, K: Kernel>(
         admission: Arc::clone(&daemon.probes.admission),
         admitting: Admitting::of(&daemon.options.traffic, registration),
         mtu: registration.plan.mtu().get(),
-        ways_are_chosen: matches!(
-            &registration.config.backend,
-            Backend::Vxlan(vxlan) if vxlan.auto || vxlan.direct_routing
-        ),
+        ways_are_chosen: match &registration.config.backend {
+            Backend::Vxlan(vxlan) => vxlan.auto || vxlan.direct_routing,
+            Backend::Ipip(ipip) => ipip.direct_routing,
+            Backend::Udp(_) | Backend::HostGw | Backend::Alloc | Backend::Extension(_) => false,
+        },
         own: registration.lease.subnets.to_string(),
         node,
         peers_in_all: session.peers.leases().len(),

@@ -199,7 +199,7 @@ fn answers_that_nobody_waits_for_change_nothing() {
     let right = Answer {
         sequence: 7,
         from: due[0].target.net.network(),
-        via: Via::KernelVxlan,
+        via: Via::KernelTunnel,
         seen_len: LEN,
         past: false,
     };
