@@ -20,9 +20,11 @@ use super::status::SocketArgs;
 use crate::addr::Mac;
 use crate::datapath::tap::filter::{Facts, Filter};
 use crate::datapath::tap::{Direction, Lost, MAX_SNAP_LEN, Record};
+use crate::debug::order::Held;
 use crate::debug::pcapng::{self, Origin, Outcome};
 use crate::debug::socket::{self, Request};
 use crate::debug::stream;
+use crate::debug::watch::scene::Place;
 use crate::shutdown::Shutdown;
 
 /// Flags of `loden capture`.
@@ -31,7 +33,8 @@ use crate::shutdown::Shutdown;
 EXPRESSION is a subset of tcpdump's, over inner packets, and words of its own:
   [src|dst] host A | [src|dst] net P | [tcp|udp] [src|dst] port N | portrange A-B
   ip ip6 tcp udp icmp icmp6 | proto N | less N | greater N
-  peer A | encap | decap | sent | delivered | answered | dropped | reason NAME
+  peer A | encap | decap | reason NAME
+  sent | delivered | answered | dropped, and where the kernel carries packets handed | arrived
 joined with and, or, not and parentheses.
 
 Examples:
@@ -123,14 +126,20 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
         filter: filter.clone(),
         snap_len: args.snaplen,
         segments: args.segments || args.outer,
+        outer: args.outer,
     };
     let (answer, stream) = socket::open(&path, &request)?;
+    let differ = "the daemon's answer names no address: daemon and client differ in version";
     let origin = Origin {
-        ends: serde_json::from_value(answer["ends"].clone())
-            .context("the daemon's answer names no address: daemon and client differ in version")?,
+        ends: serde_json::from_value(answer["ends"].clone()).context(differ)?,
+        watched: serde_json::from_value(answer["watched"].clone()).context(differ)?,
         macs: macs(&answer["macs"]),
         filter,
     };
+    if let Some(sight) = sight(&origin.watched, &answer["unwatched"]) {
+        // A closed standard error leaves nowhere to say so.
+        let _said = writeln!(io::stderr(), "{sight}");
+    }
     let mut sink = Sink::open(args, origin)?;
     stream.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -152,6 +161,22 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
         bail!("the daemon ended the capture: it stopped, or opened its data plane again");
     }
     Ok(())
+}
+
+/// What is seen otherwise than by workers, or not at all; none where workers see everything.
+fn sight(watched: &[Place], unwatched: &Value) -> Option<String> {
+    if let Some(why) = unwatched.as_str() {
+        return Some(format!(
+            "packets that the kernel carries are not shown: {why}"
+        ));
+    }
+    let devices: Vec<&str> = watched.iter().map(|place| place.device.as_str()).collect();
+    (!devices.is_empty()).then(|| {
+        format!(
+            "reading packet sockets on {}: the kernel carries packets there, and does not say what it drops",
+            devices.join(" and ")
+        )
+    })
 }
 
 /// MAC addresses of peers; what is none is left out.
@@ -177,50 +202,45 @@ async fn read(
     let mut stream = UnixStream::from_std(stream)?;
     let limit = args.duration.map(Duration::from_secs);
     let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
-    let mut bytes = Vec::new();
+    let (mut bytes, mut held) = (Vec::new(), Held::default());
     let mut end = End {
         lost: Lost::default(),
         hung_up: false,
     };
-    loop {
+    let mut over = false;
+    while !over {
+        let mut settled = u64::MAX;
         tokio::select! {
             frame = stream::next_frame(&mut stream, &mut bytes) => {
-                let Some(lost) = frame.context("reading from the daemon")? else {
-                    end.hung_up = true;
-                    return Ok(end);
-                };
-                end.lost = lost;
+                match frame.context("reading from the daemon")? {
+                    Some(told) => (end.lost, settled) = (told.lost, told.settled),
+                    None => end.hung_up = true,
+                }
             }
-            () = sleep_until(limit.unwrap_or_else(Instant::now)), if limit.is_some() => return Ok(end),
-            _ = shutdown.requested() => return Ok(end),
+            () = sleep_until(limit.unwrap_or_else(Instant::now)), if limit.is_some() => over = true,
+            _ = shutdown.requested() => over = true,
         }
-        let mut records = Vec::new();
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let (record, copied, after) = Record::decode(rest)?;
-            records.push((record, copied));
-            rest = after;
+        over |= end.hung_up;
+        if !over {
+            held.add(&bytes)?;
         }
-        // Workers are independent: each one's records are in order, all together are not.
-        records.sort_by_key(|(record, _)| record.time_ns);
-        for (record, copied) in records {
-            if args.count.is_some_and(|count| sink.written >= count) {
-                break;
-            }
-            match sink.packet(&record, copied) {
-                // Whoever reads has seen enough.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(end),
-                result => result.context("writing the capture")?,
-            }
+        let is_full = |sink: &Sink| args.count.is_some_and(|count| sink.written >= count);
+        let written = held
+            .release(settled, |record, copied| {
+                if is_full(sink) {
+                    return Ok(());
+                }
+                sink.packet(record, copied)
+            })
+            .and_then(|()| sink.flush());
+        match written {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => over = true,
+            written => written.context("writing the capture")?,
         }
-        match sink.flush() {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(end),
-            result => result.context("writing the capture")?,
-        }
-        if args.count.is_some_and(|count| sink.written >= count) {
-            return Ok(end);
-        }
+        over |= is_full(sink);
     }
+    Ok(end)
 }
 
 /// Where packets go.
@@ -412,6 +432,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::datapath::tap::Transport;
 
     #[derive(Parser)]
     struct Line {
@@ -448,6 +469,8 @@ mod tests {
             local_port: 1,
             tos: 0,
             worker: 1,
+            transport: Transport::Udp,
+            inner_at: 0,
             packets: 3,
             len: 29,
         };

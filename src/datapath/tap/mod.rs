@@ -2,8 +2,12 @@
 //! what a reader does not fetch in time is lost and counted.
 //!
 //! Off, a tap costs a worker one relaxed load per burst and a look at its own memory per packet. On, the
-//! worker reads the clock, looks at the packet's headers for the filter, and copies what matches into a ring of
+//! worker reads the clock after each read, looks at the packet's headers for the filter, and copies what matches into a ring of
 //! its own ([`rtrb`], single producer, single consumer, wait-free).
+//!
+//! Rings are independent, so a reader sees records in no order of time. It can put them in order: a worker says when
+//! a burst begins that all it will note is newer than now, and after it that it notes nothing at present. So a reader
+//! that emptied all rings knows up to when it has seen everything ([`Capture::settled`]).
 //!
 //! A capture begins by putting its rings into the workers' boxes and raising the generation; each worker takes
 //! its ring out at its next burst. It ends when its reader is dropped, which the workers notice at their next
@@ -24,7 +28,7 @@ use rtrb::{Consumer, Producer, RingBuffer};
 use super::DropReason;
 use filter::{Facts, Filter};
 use record::HEADER_LEN;
-pub use record::{Direction, Record, RecordError, Verdict};
+pub use record::{Direction, Record, RecordError, Transport, Verdict};
 
 /// Bytes a ring holds; resident only as far as used. At 1 Gb/s, whole packets, that is 30 ms.
 pub const RING_LEN: usize = 4 << 20;
@@ -33,7 +37,7 @@ pub const MAX_CAPTURES: usize = 4;
 /// The most that is copied of one packet: all of it.
 pub const MAX_SNAP_LEN: usize = 1 << 16;
 /// Copied in any case while the filter looks: the longest headers, IPv6 with extensions and TCP's ports.
-const LOOK_LEN: usize = 256;
+pub(crate) const LOOK_LEN: usize = 256;
 
 /// What a capture wants.
 #[derive(Clone, Debug)]
@@ -67,12 +71,28 @@ pub struct Lost {
     pub packets: u64,
 }
 
+/// What a worker that notes nothing at present says instead of a time.
+const AT_REST: u64 = u64::MAX;
+
+/// The time, in nanoseconds since 1970.
+pub(crate) fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
 /// A worker's end of one capture.
 #[derive(Debug)]
 struct Source {
     ring: Producer<u8>,
     wanted: Arc<Wanted>,
     lost: Arc<LostCounts>,
+}
+
+impl Source {
+    fn lose(&self, records: u64, packets: u64) {
+        self.lost.records.fetch_add(records, Ordering::Relaxed);
+        self.lost.packets.fetch_add(packets, Ordering::Relaxed);
+    }
 }
 
 /// The place where captures reach the workers of one data plane.
@@ -82,17 +102,30 @@ pub struct Taps {
     generation: AtomicU64,
     /// One per worker.
     boxes: Vec<Mutex<Vec<Source>>>,
+    /// What each worker carries.
+    transports: Vec<Transport>,
+    /// One per worker: what it notes from now on is not older than this.
+    floors: Arc<[AtomicU64]>,
     running: Arc<AtomicUsize>,
 }
 
 impl Taps {
-    /// For so many workers.
+    /// For so many workers, which all carry packets in one way.
     #[must_use]
-    pub fn new(workers: usize) -> Self {
+    pub fn new(workers: usize, transport: Transport) -> Self {
+        Self::beside(vec![transport; workers], Arc::default())
+    }
+
+    /// For one worker each that carries packets in these ways. `running` counts captures, also those of others.
+    #[must_use]
+    pub fn beside(transports: Vec<Transport>, running: Arc<AtomicUsize>) -> Self {
+        let floors = transports.iter().map(|_| AtomicU64::new(AT_REST));
         Self {
             generation: AtomicU64::new(0),
-            boxes: (0..workers).map(|_| Mutex::default()).collect(),
-            running: Arc::default(),
+            boxes: transports.iter().map(|_| Mutex::default()).collect(),
+            floors: floors.collect(),
+            transports,
+            running,
         }
     }
 
@@ -125,7 +158,9 @@ impl Taps {
         }
         self.generation.fetch_add(1, Ordering::Release);
         Ok(Capture {
+            lasting: rings.len(),
             rings,
+            floors: vec![Arc::clone(&self.floors)],
             lost: vec![lost],
             running: vec![Arc::clone(running)],
         })
@@ -136,24 +171,54 @@ impl Taps {
 #[derive(Debug)]
 pub struct Capture {
     rings: Vec<Consumer<u8>>,
+    /// The capture is over when these many of them, the first, are abandoned.
+    lasting: usize,
+    floors: Vec<Arc<[AtomicU64]>>,
     lost: Vec<Arc<LostCounts>>,
     running: Vec<Arc<AtomicUsize>>,
 }
 
 impl Capture {
-    /// Takes another data plane's in: one reader for both.
-    pub fn join(&mut self, mut other: Self) {
+    /// Takes another data plane's in: one reader for both, until both are closed.
+    pub fn join(&mut self, other: Self) {
+        self.join_beside(other);
+        self.lasting = self.rings.len();
+    }
+
+    /// Takes another in that goes on only as long as this one.
+    pub fn join_beside(&mut self, mut other: Self) {
         self.rings.append(&mut other.rings);
+        self.floors.append(&mut other.floors);
         self.lost.append(&mut other.lost);
         self.running.append(&mut other.running);
     }
 
-    /// Appends whole records to `out`, about `limit` bytes at most, of every worker its share.
-    pub fn take(&mut self, out: &mut Vec<u8>, limit: usize) {
+    /// Up to when, in nanoseconds since 1970, everything is in the rings by now: once they were all found empty
+    /// after this, what comes is newer.
+    ///
+    /// A worker stores its floor before it reads the clock for a record; here the clock is read before the floors.
+    /// So a worker that is seen at rest reads the clock after us, and one that is not has told its floor. All of them
+    /// are sequentially consistent, which the order of a store and a later load needs.
+    #[must_use]
+    pub fn settled(&self) -> u64 {
+        let now = now_ns();
+        let floors = self.floors.iter().flat_map(|floors| floors.iter());
+        let floors = floors.map(|floor| floor.load(Ordering::SeqCst));
+        floors.min().map_or(now, |floor| floor.min(now))
+    }
+
+    /// Appends whole records to `out`, about `limit` bytes at most, of every worker its share. Whether all rings were
+    /// emptied.
+    pub fn take(&mut self, out: &mut Vec<u8>, limit: usize) -> bool {
         let share = limit / self.rings.len().max(1);
+        let mut emptied = true;
         for ring in &mut self.rings {
             let end = out.len() + share;
-            while out.len() < end {
+            loop {
+                if out.len() >= end {
+                    emptied = false;
+                    break;
+                }
                 let mut header = [0; HEADER_LEN];
                 if ring.pop_entire_slice(&mut header).is_err() {
                     break;
@@ -169,6 +234,7 @@ impl Capture {
                 }
             }
         }
+        emptied
     }
 
     /// What was lost since the beginning.
@@ -190,7 +256,8 @@ impl Capture {
     /// The data plane was closed: after what is left in the rings there will be nothing more.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.rings.iter().all(Consumer::is_abandoned)
+        let mut lasting = self.rings.iter().take(self.lasting);
+        lasting.all(Consumer::is_abandoned)
     }
 }
 
@@ -245,13 +312,25 @@ impl Seen {
     }
 }
 
+/// What is particular about bytes that are shown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cut {
+    /// Bytes of outer headers in front of the inner packet.
+    pub inner_at: u8,
+    /// Length of the inner packet, if there are not all of its bytes.
+    pub len: Option<usize>,
+}
+
 /// One worker's tap.
 #[derive(Debug)]
 pub struct Tap {
     taps: Arc<Taps>,
     worker: usize,
+    transport: Transport,
     generation: Cell<u64>,
     on: Cell<bool>,
+    /// What is noted has this time.
+    time_ns: Cell<u64>,
     sources: RefCell<Vec<Source>>,
     scratch: RefCell<Vec<u8>>,
 }
@@ -263,8 +342,14 @@ impl Tap {
         Self {
             taps: Arc::clone(taps),
             worker,
+            transport: taps
+                .transports
+                .get(worker)
+                .copied()
+                .unwrap_or(Transport::Udp),
             generation: Cell::new(0),
             on: Cell::new(false),
+            time_ns: Cell::new(0),
             sources: RefCell::default(),
             scratch: RefCell::default(),
         }
@@ -275,12 +360,54 @@ impl Tap {
     pub fn begin(&self) {
         let generation = self.taps.generation.load(Ordering::Relaxed);
         if self.on.get() || generation != self.generation.get() {
-            self.refresh(generation);
+            self.refresh(generation, now_ns);
+        }
+    }
+
+    /// The same, for whoever is told of packets later: none that it notes is older than this.
+    pub fn begin_at(&self, floor_ns: u64) {
+        let generation = self.taps.generation.load(Ordering::Relaxed);
+        self.refresh(generation, || floor_ns);
+    }
+
+    /// What is noted from now on has this time.
+    pub fn set_time(&self, time_ns: u64) {
+        self.time_ns.set(time_ns);
+    }
+
+    /// Counts packets that never came here.
+    pub fn lose(&self, count: u64) {
+        for source in self.sources.borrow().iter() {
+            source.lose(count, count);
+        }
+    }
+
+    /// Called after a packet was read and before anything becomes of it: what is noted from now on has this time, so
+    /// that no answer is older than what it answers.
+    #[inline]
+    pub fn stamp(&self) {
+        if self.on.get() {
+            self.time_ns.set(now_ns());
+        }
+    }
+
+    /// Called after a burst, before the worker may sleep.
+    #[inline]
+    pub fn end(&self) {
+        if self.on.get() {
+            self.floor(AT_REST);
+        }
+    }
+
+    /// What is noted from now on is not older than this.
+    fn floor(&self, time_ns: u64) {
+        if let Some(floor) = self.taps.floors.get(self.worker) {
+            floor.store(time_ns, Ordering::SeqCst);
         }
     }
 
     #[cold]
-    fn refresh(&self, generation: u64) {
+    fn refresh(&self, generation: u64, floor_ns: impl FnOnce() -> u64) {
         let mut sources = self.sources.borrow_mut();
         sources.retain(|source| !source.ring.is_abandoned());
         // Never waits for whoever begins a capture: the next burst will do.
@@ -293,6 +420,10 @@ impl Tap {
         self.on.set(!sources.is_empty());
         if sources.is_empty() {
             self.scratch.take();
+            self.floor(AT_REST);
+        } else {
+            self.floor(floor_ns());
+            self.stamp();
         }
     }
 
@@ -309,14 +440,23 @@ impl Tap {
     where
         I: IntoIterator<Item = &'b [u8]>,
     {
+        self.note_cut(form, Cut::default(), what);
+    }
+
+    /// Notes one packet of which more, or less, is given than itself.
+    #[inline]
+    pub fn note_cut<'b, I>(&self, form: Form, cut: Cut, what: impl FnOnce() -> (Seen, I))
+    where
+        I: IntoIterator<Item = &'b [u8]>,
+    {
         if self.on.get() {
             let (seen, parts) = what();
-            self.record(form, &seen, parts.into_iter());
+            self.record(form, cut, &seen, parts.into_iter());
         }
     }
 
     #[cold]
-    fn record<'b>(&self, form: Form, seen: &Seen, parts: impl Iterator<Item = &'b [u8]>) {
+    fn record<'b>(&self, form: Form, cut: Cut, seen: &Seen, parts: impl Iterator<Item = &'b [u8]>) {
         let mut sources = self.sources.borrow_mut();
         let takes = |source: &Source| match form {
             Form::Any => true,
@@ -329,6 +469,8 @@ impl Tap {
             .map(|source| source.wanted.snap_len.max(LOOK_LEN))
             .max();
         let Some(snap_len) = snap_len else { return };
+        let inner_at = usize::from(cut.inner_at);
+        let snap_len = snap_len + inner_at;
         let mut bytes = self.scratch.borrow_mut();
         bytes.clear();
         bytes.resize(HEADER_LEN, 0);
@@ -339,36 +481,39 @@ impl Tap {
             len += part.len();
         }
         let fit = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let record = Record {
-            time_ns: since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
+            time_ns: self.time_ns.get(),
             direction: seen.direction,
             verdict: seen.verdict,
             outer: seen.outer,
             local_port: seen.local_port,
             tos: seen.tos,
             worker: u8::try_from(self.worker).unwrap_or(u8::MAX),
+            transport: self.transport,
+            inner_at: cut.inner_at,
             packets: fit(seen.packets),
-            len: fit(len as u64),
+            len: fit(cut.len.unwrap_or(len) as u64),
         };
         let facts = Facts::of(&record, bytes.get(HEADER_LEN..).unwrap_or_default());
         for source in sources.iter_mut().filter(|source| takes(source)) {
             if !source.wanted.filter.matches(&facts) {
                 continue;
             }
-            let copied = (bytes.len() - HEADER_LEN).min(source.wanted.snap_len);
+            let copied = (bytes.len() - HEADER_LEN).min(source.wanted.snap_len + inner_at);
             if let Some(header) = bytes.get_mut(..HEADER_LEN) {
                 header.copy_from_slice(&record.encode(copied));
             }
             let whole = bytes.get(..HEADER_LEN + copied).unwrap_or_default();
             if source.ring.push_entire_slice(whole).is_err() {
-                source.lost.records.fetch_add(1, Ordering::Relaxed);
-                source
-                    .lost
-                    .packets
-                    .fetch_add(seen.packets, Ordering::Relaxed);
+                source.lose(1, seen.packets);
             }
         }
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        self.floor(AT_REST);
     }
 }
 
