@@ -9,7 +9,7 @@ use super::doctor;
 use super::explain::{Question, begin_trace, explain};
 use super::renewal::Held;
 use super::session::Session;
-use super::status::{document, value};
+use super::status::document;
 use crate::backend::kernel::Kernel;
 use crate::datapath::tap::filter::Filter;
 use crate::datapath::tap::{Capture, MAX_SNAP_LEN, Wanted};
@@ -55,7 +55,7 @@ async fn tell<S: LeaseStore, K: Kernel>(
     Ok(match request {
         Request::Status => {
             let expires = held.expires.get();
-            Told::Now(Answer::Document(document(daemon, session, expires).await))
+            Told::Now(Answer::document(&document(daemon, session, expires).await))
         }
         Request::Capture {
             filter,
@@ -73,7 +73,7 @@ async fn tell<S: LeaseStore, K: Kernel>(
         Request::Doctor { peer, mesh } => {
             let examination = doctor::begin(daemon, session, held, peer, mesh).await?;
             Told::Later(Box::pin(async move {
-                Answer::Document(value(examination.run().await))
+                Answer::document(&examination.run().await)
             }))
         }
         Request::Explain {
@@ -94,13 +94,13 @@ async fn tell<S: LeaseStore, K: Kernel>(
                 Some(Ok(trace)) => {
                     return Ok(Told::Later(Box::pin(async move {
                         trace.run(&mut explanation).await;
-                        Answer::Document(value(explanation))
+                        Answer::document(&explanation)
                     })));
                 }
                 Some(Err(why)) => explanation.trace.push(why),
                 None => {}
             }
-            Told::Now(Answer::Document(value(explanation)))
+            Told::Now(Answer::document(&explanation))
         }
     })
 }
@@ -148,5 +148,5 @@ fn capture(session: &Session, wanted: &Wanted, outer: bool) -> Result<Answer, St
         "unwatched": unwatched,
         "macs": macs.collect::<BTreeMap<_, _>>(),
     });
-    Ok(Answer::Capture(origin, capture))
+    Ok(Answer::capture(&origin, capture))
 }

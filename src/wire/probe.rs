@@ -140,11 +140,19 @@ impl Flags {
     pub const CUT: Self = Self(2);
     /// Part of a trace that somebody follows.
     pub const TRACE: Self = Self(4);
+    /// Of a request: a second, short answer shall come past the tunnel. Of an answer: it is that one.
+    pub const PAST: Self = Self(8);
 
     /// Both.
     #[must_use]
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// The first without the second.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// Whether all of `other` are set.
@@ -163,8 +171,8 @@ pub enum Via {
     Unknown = 0,
     /// The device of this program's own data plane.
     Tunnel = 1,
-    /// The kernel's VXLAN device.
-    KernelVxlan = 2,
+    /// The kernel's tunnel device, VXLAN or IPIP.
+    KernelTunnel = 2,
     /// The underlay itself.
     Underlay = 3,
     /// Another device.
@@ -175,7 +183,7 @@ impl Via {
     const ALL: [Self; 5] = [
         Self::Unknown,
         Self::Tunnel,
-        Self::KernelVxlan,
+        Self::KernelTunnel,
         Self::Underlay,
         Self::Other,
     ];
@@ -186,7 +194,7 @@ impl Via {
         match self {
             Self::Unknown => "unknown",
             Self::Tunnel => "tunnel",
-            Self::KernelVxlan => "kernel-vxlan",
+            Self::KernelTunnel => "kernel-tunnel",
             Self::Underlay => "underlay",
             Self::Other => "other",
         }

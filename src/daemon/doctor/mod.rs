@@ -172,10 +172,11 @@ pub(super) async fn begin<S: LeaseStore, K: Kernel>(
         admission: Arc::clone(&daemon.probes.admission),
         admitting: Admitting::of(&daemon.options.traffic, registration),
         mtu: registration.plan.mtu().get(),
-        ways_are_chosen: matches!(
-            &registration.config.backend,
-            Backend::Vxlan(vxlan) if vxlan.auto || vxlan.direct_routing
-        ),
+        ways_are_chosen: match &registration.config.backend {
+            Backend::Vxlan(vxlan) => vxlan.auto || vxlan.direct_routing,
+            Backend::Ipip(ipip) => ipip.direct_routing,
+            Backend::Udp(_) | Backend::HostGw | Backend::Alloc | Backend::Extension(_) => false,
+        },
         own: registration.lease.subnets.to_string(),
         node,
         peers_in_all: session.peers.leases().len(),

@@ -144,7 +144,7 @@ impl<K: Kernel> Case<'_, K> {
         // VXLAN puts its own header and Ethernet's between UDP's and the packet (RFC 7348 section 5).
         let frame = match self.session.registration.plan {
             Plan::Vxlan(_) => 8 + 14,
-            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Outside(_) => 0,
+            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Ipip(_) | Plan::Outside(_) => 0,
         };
         let found = format!(
             "{overlay} in {device}, {} on {}, {} of headers between them",

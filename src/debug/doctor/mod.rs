@@ -197,7 +197,7 @@ fn reached(evidence: &Evidence, find: &mut impl FnMut(Cause, String)) {
     }
     let of_device = |via: Option<&'static str>| {
         via.filter(|&via| via != Via::Unknown.name())
-            .map(|via| via == Via::Tunnel.name() || via == Via::KernelVxlan.name())
+            .map(|via| via == Via::Tunnel.name() || via == Via::KernelTunnel.name())
     };
     if let (Some(there), Some(here)) = (of_device(overlay.via_there), of_device(overlay.via_here))
         && there != here

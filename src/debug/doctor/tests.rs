@@ -110,7 +110,7 @@ fn healthy_peers_have_nothing_whatever_they_run() {
     assert_eq!(causes(&healthy()), []);
     // The kernel's VXLAN on one end, ours on the other.
     let mut mixed = healthy();
-    mixed.overlay.via_there = Some("kernel-vxlan");
+    mixed.overlay.via_there = Some("kernel-tunnel");
     assert_eq!(causes(&mixed), []);
     // An unmodified peer, and one whose firewall closes the probes' port.
     for (overlay, direct) in [(refused(), refused()), (lost(), lost())] {
