@@ -194,6 +194,7 @@ impl Plan {
         match self {
             Self::HostGw(_) => true,
             Self::Vxlan(vxlan) => vxlan.goes_past(),
+            Self::Ipip(ipip) => ipip.direct_routing(),
             Self::Udp { .. } | Self::Outside(_) => false,
         }
     }

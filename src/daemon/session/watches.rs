@@ -8,8 +8,9 @@ use nix::net::if_::if_indextoname;
 use tokio::sync::watch;
 
 use super::Session;
+use crate::backend::kernel::TunnelLink;
 use crate::datapath::tap::{Capture, Wanted};
-use crate::debug::watch::scene::{Kind, Peers, Place, Scene};
+use crate::debug::watch::scene::{Kind, Peers, Place, Scene, Tunnel};
 use crate::debug::watch::{self as packets, WatchError};
 
 /// Captures of what the kernel carries. Dropping it ends them.
@@ -28,8 +29,8 @@ impl Session {
         outer: bool,
     ) -> Option<Result<(Capture, Vec<Place>), WatchError>> {
         let choose = match outer {
-            true => |place: &Place| !matches!(place.kind, Kind::Inner { .. }),
-            false => |place: &Place| !matches!(place.kind, Kind::Datagrams { .. }),
+            true => |place: &Place| !matches!(place.kind, Kind::Inner(_)),
+            false => |place: &Place| !matches!(place.kind, Kind::Outer(_)),
         };
         let scene = self.scene()?;
         scene.places.iter().find(|place| choose(place))?;
@@ -69,20 +70,25 @@ impl Session {
             }
         };
         for (device, &index) in desired.devices.iter().zip(&carrier.report.devices) {
-            let (port, vni) = (device.vxlan.port, device.vxlan.vni);
+            let tunnel = match device.tunnel {
+                TunnelLink::Vxlan(vxlan) => Tunnel::Vxlan {
+                    port: vxlan.port,
+                    vni: vxlan.vni,
+                },
+                TunnelLink::Ipip(_) => Tunnel::Ipip,
+            };
             add(Place {
                 device: device.name.clone(),
                 index,
-                kind: Kind::Inner { port },
+                kind: Kind::Inner(tunnel),
             });
-            let mut ends = ends.iter();
-            if let Some(end) = ends.find(|end| end.index == device.vxlan.link) {
-                add(Place {
-                    device: end.name.clone(),
-                    index: end.index,
-                    kind: Kind::Datagrams { port, vni },
-                });
-            }
+            // One link has both families.
+            let end = ends.primary();
+            add(Place {
+                device: end.name.clone(),
+                index: end.index,
+                kind: Kind::Outer(tunnel),
+            });
         }
         if self.registration.plan.goes_past() {
             let networks = &desired.networks;

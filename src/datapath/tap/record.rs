@@ -18,7 +18,7 @@
 //! | 26..28 | the other end's outer port |
 //! | 28 | the other end's family: 0 none, 4, 6 |
 //! | 29 | worker |
-//! | 30 | transport: 0 UDP, 1 VXLAN, 2 the kernel's VXLAN, 3 a route |
+//! | 30 | transport: 0 UDP, 1 VXLAN, 2 the kernel's VXLAN, 3 its IPIP, 4 a route |
 //! | 31 | bytes of outer headers in front of the inner packet |
 //! | 32..48 | the other end's address |
 
@@ -66,6 +66,8 @@ pub enum Transport {
     Vxlan,
     /// In VXLAN, by the kernel.
     KernelVxlan,
+    /// In IPIP, by the kernel.
+    Ipip,
     /// As it is, by the kernel's routes.
     Route,
 }
@@ -77,6 +79,7 @@ impl Transport {
         match self {
             Self::Udp => "udp",
             Self::Vxlan | Self::KernelVxlan => "vxlan",
+            Self::Ipip => "ipip",
             Self::Route => "route",
         }
     }
@@ -86,7 +89,7 @@ impl Transport {
     pub const fn is_kernels(self) -> bool {
         match self {
             Self::Udp | Self::Vxlan => false,
-            Self::KernelVxlan | Self::Route => true,
+            Self::KernelVxlan | Self::Ipip | Self::Route => true,
         }
     }
 }
@@ -169,7 +172,8 @@ impl Record {
             Transport::Udp => 0,
             Transport::Vxlan => 1,
             Transport::KernelVxlan => 2,
-            Transport::Route => 3,
+            Transport::Ipip => 3,
+            Transport::Route => 4,
         };
         bytes[31] = self.inner_at;
         bytes[32..48].copy_from_slice(&addr);
@@ -228,7 +232,8 @@ impl Record {
                 0 => Transport::Udp,
                 1 => Transport::Vxlan,
                 2 => Transport::KernelVxlan,
-                3 => Transport::Route,
+                3 => Transport::Ipip,
+                4 => Transport::Route,
                 _ => return Err(RecordError::Unknown("transport")),
             },
             inner_at: header[31],
@@ -257,6 +262,7 @@ mod tests {
             Transport::Udp,
             Transport::Vxlan,
             Transport::KernelVxlan,
+            Transport::Ipip,
             Transport::Route,
         ];
         let plain = [
@@ -281,7 +287,7 @@ mod tests {
                         local_port: 40_000 + u16::from(n),
                         tos: n,
                         worker: n,
-                        transport: transports[usize::from(n) % 4],
+                        transport: transports[usize::from(n) % 5],
                         inner_at: n,
                         packets: 1 << (n % 16),
                         len: 70_000,

@@ -13,6 +13,9 @@ const PROTOCOL: u32 = (-0x1000_i32).cast_unsigned();
 const IPV4: u32 = libc::ETH_P_IP.cast_unsigned();
 const IPV6: u32 = libc::ETH_P_IPV6.cast_unsigned();
 const UDP: u32 = libc::IPPROTO_UDP.cast_unsigned();
+const IPIP: u32 = libc::IPPROTO_IPIP.cast_unsigned();
+/// Of the 16 bits that begin with IPv4's flags (RFC 791 section 3.1).
+const FRAGMENT_OFFSET: u32 = 0x1fff;
 
 // include/uapi/linux/bpf_common.h
 const LOAD_WORD: u16 = 0x20;
@@ -106,8 +109,7 @@ pub(super) fn to_port(port: u16, len: u32) -> Vec<SockFilter> {
         load(LOAD_BYTE, 9),
         equals(UDP, 12),
         load(LOAD_HALF, 6),
-        // The offset of a fragment.
-        SockFilter::new(JUMP_SET, 10, 0, 0x1fff),
+        SockFilter::new(JUMP_SET, 10, 0, FRAGMENT_OFFSET),
         load(INDEX_IPV4_HEADER, 0),
         load(LOAD_HALF_INDEXED, 2),
         equals(port as u32, 7),
@@ -117,6 +119,20 @@ pub(super) fn to_port(port: u16, len: u32) -> Vec<SockFilter> {
         equals(UDP, 3),
         load(LOAD_HALF, 42),
         equals(port as u32, 1),
+        accept(len),
+        REFUSE,
+    ]
+}
+
+/// IPv4 in IPv4, except for fragments behind the first.
+pub(super) fn ipip(len: u32) -> Vec<SockFilter> {
+    vec![
+        SockFilter::new(LOAD_WORD, 0, 0, PROTOCOL),
+        equals(IPV4, 5),
+        load(LOAD_BYTE, 9),
+        equals(IPIP, 3),
+        load(LOAD_HALF, 6),
+        SockFilter::new(JUMP_SET, 1, 0, FRAGMENT_OFFSET),
         accept(len),
         REFUSE,
     ]

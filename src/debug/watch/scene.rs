@@ -12,22 +12,39 @@ use socket2::SockFilter;
 use super::program;
 use crate::datapath::tap::Transport;
 
-/// What passes a link.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A tunnel of the kernel's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// Inner packets, which the kernel wraps into VXLAN or unwrapped: the link is its device.
-    Inner {
-        /// The UDP port of its datagrams.
-        port: u16,
-    },
-    /// Those datagrams: the link is one of the underlay.
-    Datagrams {
-        /// Their destination port.
+pub enum Tunnel {
+    /// Ethernet in VXLAN.
+    Vxlan {
+        /// The destination port of its datagrams.
         port: u16,
         /// The network they are of.
         vni: u32,
     },
+    /// IPv4 in IPv4.
+    Ipip,
+}
+
+impl Tunnel {
+    /// The port at which peers receive; 0 without ports.
+    pub(super) const fn port(self) -> u16 {
+        match self {
+            Self::Vxlan { port, .. } => port,
+            Self::Ipip => 0,
+        }
+    }
+}
+
+/// What passes a link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Inner packets, which the kernel wraps or has unwrapped: the link is the tunnel's device.
+    Inner(Tunnel),
+    /// Packets that carry them: the link is one of the underlay.
+    Outer(Tunnel),
     /// Packets of these networks that go past every tunnel: the link is one of the underlay.
     Past {
         /// The overlay.
@@ -51,7 +68,10 @@ impl Place {
     #[must_use]
     pub const fn transport(&self) -> Transport {
         match self.kind {
-            Kind::Inner { .. } | Kind::Datagrams { .. } => Transport::KernelVxlan,
+            Kind::Inner(Tunnel::Vxlan { .. }) | Kind::Outer(Tunnel::Vxlan { .. }) => {
+                Transport::KernelVxlan
+            }
+            Kind::Inner(Tunnel::Ipip) | Kind::Outer(Tunnel::Ipip) => Transport::Ipip,
             Kind::Past { .. } => Transport::Route,
         }
     }
@@ -64,8 +84,9 @@ impl Place {
     /// Which frames the kernel copies, and how much of them.
     pub(super) fn program(&self, keep: u32) -> Vec<SockFilter> {
         match &self.kind {
-            Kind::Inner { .. } => program::all(keep),
-            Kind::Datagrams { port, .. } => program::to_port(*port, keep),
+            Kind::Inner(_) => program::all(keep),
+            Kind::Outer(Tunnel::Vxlan { port, .. }) => program::to_port(*port, keep),
+            Kind::Outer(Tunnel::Ipip) => program::ipip(keep),
             Kind::Past { networks } => program::of_networks(networks, keep),
         }
     }

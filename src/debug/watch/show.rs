@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use etherparse::LaxIpSlice;
 
-use super::scene::{Kind, Place, Scene};
+use super::scene::{Kind, Place, Scene, Tunnel};
 use crate::addr::Vni;
 use crate::datapath::DropReason;
 use crate::datapath::tap::{Cut, Direction, Form, LOOK_LEN, Seen, Tap, Verdict, Wanted};
@@ -39,7 +39,7 @@ pub(super) struct Shower {
     sum: SumFn,
 }
 
-/// What stands around an inner packet in a datagram.
+/// What stands around an inner packet.
 struct Outer {
     inner_at: u8,
     from: SocketAddr,
@@ -74,7 +74,7 @@ impl Shower {
             (Way::Leaves, _) => (Direction::Encap, Verdict::Handed),
             (Way::Arrives, _) => (Direction::Decap, Verdict::Arrived),
             // `ip_rcv_core` and `ip6_rcv_core` in the kernel drop what is for another link address.
-            (Way::Strays, Kind::Inner { .. }) => {
+            (Way::Strays, Kind::Inner(Tunnel::Vxlan { .. })) => {
                 (Direction::Decap, Verdict::Dropped(DropReason::WrongMac))
             }
             (Way::Strays | Way::Loops, _) => return,
@@ -109,29 +109,36 @@ impl Shower {
         };
         tap.set_time(frame.time_ns);
         match place.kind {
-            Kind::Datagrams { vni, .. } => {
-                let Some(outer) = open(packet, vni) else {
-                    return;
-                };
-                let (ours, theirs) = match direction {
-                    Direction::Encap => (outer.from, outer.to),
-                    Direction::Decap => (outer.to, outer.from),
-                };
-                let seen = Seen {
-                    outer: Some(theirs),
-                    local_port: ours.port(),
-                    tos: outer.tos,
-                    ..seen
-                };
-                let cut = Cut {
-                    inner_at: outer.inner_at,
-                    len: Some(len.saturating_sub(usize::from(outer.inner_at))),
-                };
-                tap.note_cut(Form::Any, cut, || (seen, [packet]));
-            }
-            Kind::Inner { port } => self.show_inner(tap, port, seen, &vnet, (packet, len)),
+            Kind::Outer(tunnel) => self.show_outer(tap, tunnel, seen, (packet, len)),
+            Kind::Inner(tunnel) => self.show_inner(tap, tunnel.port(), seen, &vnet, (packet, len)),
             Kind::Past { .. } => self.show_inner(tap, 0, seen, &vnet, (packet, len)),
         }
+    }
+
+    /// Shows a packet that carries an inner one.
+    fn show_outer(&self, tap: &Tap, tunnel: Tunnel, seen: Seen, (packet, len): (&[u8], usize)) {
+        let Some(outer) = open(packet, tunnel) else {
+            return;
+        };
+        let (ours, theirs) = match seen.direction {
+            Direction::Encap => (outer.from, outer.to),
+            Direction::Decap => (outer.to, outer.from),
+        };
+        // Other tunnels of the node look alike.
+        if tunnel == Tunnel::Ipip && self.scene.peers.of(theirs.ip()).is_none() {
+            return;
+        }
+        let seen = Seen {
+            outer: Some(theirs),
+            local_port: ours.port(),
+            tos: outer.tos,
+            ..seen
+        };
+        let cut = Cut {
+            inner_at: outer.inner_at,
+            len: Some(len.saturating_sub(usize::from(outer.inner_at))),
+        };
+        tap.note_cut(Form::Any, cut, || (seen, [packet]));
     }
 
     /// Shows a packet that is not wrapped, to or from a peer that answers at `port`.
@@ -204,8 +211,8 @@ fn count(vnet: &VnetHdr, packet: &[u8], len: usize) -> u64 {
     payload_len.div_ceil(segment_len).max(1) as u64
 }
 
-/// Opens a VXLAN datagram of network `vni`.
-fn open(packet: &[u8], vni: u32) -> Option<Outer> {
+/// Opens a packet that carries an inner one.
+fn open(packet: &[u8], tunnel: Tunnel) -> Option<Outer> {
     let (first, second) = (*packet.first()?, *packet.get(1)?);
     let (header_len, tos) = match first >> 4 {
         4 => (usize::from(first & 0xf) * 4, second),
@@ -213,17 +220,27 @@ fn open(packet: &[u8], vni: u32) -> Option<Outer> {
         _ => return None,
     };
     let (ip, _) = LaxIpSlice::from_slice(packet).ok()?;
-    let udp = Udp::new(packet.get(header_len..)?).ok()?;
-    let inner_at = header_len + udp::HEADER_LEN + vxlan::HEADER_LEN;
-    let vxlan = Vxlan::new(packet.get(header_len + udp::HEADER_LEN..)?).ok()?;
-    vxlan.version()?;
-    if vxlan.vni().map(Vni::get) != Some(vni) {
-        return None;
-    }
+    let behind = packet.get(header_len..)?;
+    let (headers_len, ports) = match tunnel {
+        Tunnel::Ipip => (header_len, (0, 0)),
+        Tunnel::Vxlan { vni, .. } => {
+            let udp = Udp::new(behind).ok()?;
+            let vxlan = Vxlan::new(behind.get(udp::HEADER_LEN..)?).ok()?;
+            vxlan.version()?;
+            if vxlan.vni().map(Vni::get) != Some(vni) {
+                return None;
+            }
+            let len = header_len + udp::HEADER_LEN + vxlan::HEADER_LEN;
+            (len, (udp.src_port(), udp.dst_port()))
+        }
+    };
     Some(Outer {
-        inner_at: u8::try_from(inner_at).ok()?,
-        from: SocketAddr::new(ip.source_addr(), udp.src_port()),
-        to: SocketAddr::new(ip.destination_addr(), udp.dst_port()),
+        inner_at: u8::try_from(headers_len).ok()?,
+        from: SocketAddr::new(ip.source_addr(), ports.0),
+        to: SocketAddr::new(ip.destination_addr(), ports.1),
         tos,
     })
 }
+
+#[cfg(test)]
+mod tests;
