@@ -132,6 +132,8 @@ impl<W: Write> File<W> {
             };
             writer.write_pcapng_block(interface).map_err(io)?;
         }
+        // Whoever reads a pipe sees at once that it is one of these.
+        writer.get_mut().flush()?;
         Ok(Self {
             writer,
             origin: origin.clone(),
