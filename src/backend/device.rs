@@ -33,7 +33,7 @@ pub enum DeviceError {
         source: KernelError,
     },
     /// The name is taken by something else.
-    #[error("{name} exists and is not a {kind} device: remove it (ip link del {name})")]
+    #[error("{name} exists and is no {kind} device: remove it (ip link del {name})")]
     OfAnotherKind {
         /// The name.
         name: String,

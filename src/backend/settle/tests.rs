@@ -586,7 +586,7 @@ fn device_that_cannot_be_had_is_named_with_the_remedy() {
         ..eth0
     });
     assert!(
-        error(&other).contains("not a VXLAN device"),
+        error(&other).contains("is no VXLAN device"),
         "{}",
         error(&other)
     );

@@ -55,10 +55,8 @@ impl<K: Kernel> Case<'_, K> {
             );
         }
         let Some(transport) = transport else {
-            return self.end(
-                "kernel",
-                "no way was made to its node: loden status says why, under refused".to_owned(),
-            );
+            let why = session.why_unserved(&lease.subnets).unwrap_or_default();
+            return self.end("kernel", format!("no way was made to its node: {why}"));
         };
         self.step("transport", transport.clone());
         if !self.forwards() {

@@ -220,6 +220,13 @@ impl<K: Kernel> Case<'_, K> {
             let networks = udp::networks(&self.session.registration.config);
             let found = if here {
                 format!("{addr} is on this node")
+            } else if let Some(lease) = self.lease_of(addr)
+                && let Some(why) = self.session.why_unserved(&lease.subnets)
+            {
+                format!(
+                    "{addr} is in lease {}, which is not served: {why}",
+                    lease.subnets
+                )
             } else if let Some(lease) = self.lease_of(addr) {
                 let endpoint = self.session.registration.plan.endpoint_of(&lease.attrs);
                 let node = lease.attrs.node();

@@ -54,6 +54,7 @@ fn said() -> Said {
 fn healthy() -> Evidence {
     Evidence {
         subnets: "198.18.2.0-24".parse().unwrap(),
+        unserved: None,
         way: Way::Open,
         closed_here: None,
         clashes: Vec::new(),
@@ -171,6 +172,22 @@ fn what_is_wrong_with_a_peer_that_answers_is_named() {
 
 #[test]
 fn silence_is_explained_by_what_is_nearest() {
+    let other = Evidence {
+        unserved: Some("it uses the vxlan backend and this node udp".to_owned()),
+        refused: true,
+        ..silent()
+    };
+    let [finding] = &diagnose(&other)[..] else {
+        panic!("{:?}", diagnose(&other))
+    };
+    assert_eq!(finding.cause, Cause::NotServed);
+    assert!(finding.detail.contains("vxlan backend"), "{finding:?}");
+    // As long as the kernel has a way to it, from before, nothing is the matter.
+    let reached = Evidence {
+        unserved: other.unserved,
+        ..healthy()
+    };
+    assert_eq!(diagnose(&reached), []);
     let closed = Evidence {
         way: Way::Closed("no route".to_owned()),
         closed_here: Some("a rule".to_owned()),

@@ -214,7 +214,8 @@ fn superpacket_is_one_with_many_packets_or_each_of_them() {
         (cut[0].0.packets, cut[0].0.len as usize, cut[0].1.len()),
         (3, packet.len(), 60)
     );
-    let segments = show(&inner, &frame, &mut bytes.clone(), true);
+    let mut bytes = bytes;
+    let segments = show(&inner, &frame, &mut bytes, true);
     let lens: Vec<u32> = segments.iter().map(|(record, _)| record.len).collect();
     assert_eq!(lens, [1040, 1040, 540]);
     let mut joined = Vec::new();
