@@ -2,7 +2,9 @@
 //! anything.
 
 pub mod doctor;
+pub mod order;
 pub mod pcapng;
 pub mod socket;
 pub mod stream;
 pub mod top;
+pub mod watch;

@@ -39,6 +39,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 session.tell_senders();
                 session.tell_past();
                 session.look_at_checksums();
+                session.tell_watches();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -89,6 +90,7 @@ impl Session {
         self.tell_senders();
         self.tell_past();
         self.look_at_checksums();
+        self.tell_watches();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
