@@ -20,7 +20,7 @@ use tokio::time::sleep_until;
 use super::proof::{Proof, Step};
 use super::socket::{self, Received};
 use super::{Directory, Path, headers_len, random, wall_clock};
-use crate::wire::probe::{HEADER_LEN, Kind, Probe, Via};
+use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Via};
 
 /// The due probes are sent at most this often, and at most so many at a time: 800 a second, however many peers there
 /// are. Where that is too little for [`EVERY`](super::proof::EVERY), a failed way is noticed later.
@@ -275,6 +275,7 @@ impl Proving {
             self.directory.identity(),
         );
         probe.left = wall_clock();
+        probe.flags = Flags::PROVING;
         let payload = self.wanted.len.saturating_sub(headers_len(to.ip()));
         let mut bytes = vec![0; usize::from(payload).max(HEADER_LEN)];
         probe.write(&mut bytes);
