@@ -37,9 +37,9 @@ pub(super) struct RejectedDocument {
     /// Its name.
     transport: &'static str,
     /// To which of the peer's subnets.
-    subnet: IpNet,
+    pub(super) subnet: IpNet,
     /// Why it is not used.
-    why: String,
+    pub(super) why: String,
 }
 
 impl Ways {

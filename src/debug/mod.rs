@@ -2,6 +2,7 @@
 //! anything.
 
 pub mod doctor;
+pub mod end;
 pub mod pcapng;
 pub mod socket;
 pub mod stream;
