@@ -161,6 +161,10 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
         );
         comes_true(&cluster, peer, (n, peer), &there, true);
     }
+    for n in [1, 2, 3] {
+        let healthy = loden(&cluster, n, &["doctor", "--mesh"]);
+        assert_eq!(healthy["healthy"], true, "{healthy:#}");
+    }
     let traced = explain(&cluster, 3, 3, 1, &["--trace"]);
     let trace = traced["trace"].to_string();
     for part in [
@@ -175,7 +179,7 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
     cluster.lab.run(Member::Node(1), "nft", &[wall]).unwrap();
     for (n, transport) in [
         (2, "vxlan: past it is no way: "),
-        (3, "vxlan in user space"),
+        (3, "(--vxlan user): past it is no way: "),
     ] {
         let said = says(&cluster, n, (n, 1), "transport", transport);
         has(

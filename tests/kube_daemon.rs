@@ -387,7 +387,7 @@ fn pods_are_explained_by_their_names_and_what_is_missing_for_that_is_named() {
     let past = explain(&cluster, 1, &["web-1", "peer"]).unwrap();
     let verdict = past["verdict"].as_str().unwrap();
     assert!(
-        verdict.contains("its node's own address") && verdict.contains("by eth0"),
+        verdict.contains("the node's own address") && verdict.contains("by eth0"),
         "{past}"
     );
     assert!(

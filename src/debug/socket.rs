@@ -148,6 +148,9 @@ pub enum SocketError {
         /// What the system says.
         source: io::Error,
     },
+    /// The daemon says that it cannot answer, and why.
+    #[error("{0}")]
+    Refused(String),
     /// The daemon's answer makes no sense.
     #[error("{}: the daemon's answer cannot be read: {reason}", path.display())]
     BadAnswer {
@@ -399,7 +402,7 @@ pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), S
         })
     })?;
     match answer.get("error").and_then(Value::as_str) {
-        Some(error) => Err(bad(error.to_owned())),
+        Some(error) => Err(SocketError::Refused(error.to_owned())),
         None => Ok((answer, stream)),
     }
 }

@@ -226,8 +226,13 @@ impl<'a, K: Kernel> Case<'a, K> {
                 if !self.forwards_in() {
                     return;
                 }
-                self.neighbour(&reach, &name).await;
-                format!("{how}, and the kernel forwards it by {name}")
+                if self.neighbour(&reach, &name).await {
+                    format!("{how}, and the kernel forwards it by {name}")
+                } else {
+                    format!(
+                        "{how}, and the kernel would forward it by {name}, where {to} does not answer"
+                    )
+                }
             }
             Ok(None) => {
                 self.step("route", format!("the kernel has no route to {to}"));

@@ -25,12 +25,10 @@ impl<'a, K: Kernel> Case<'a, K> {
         let Some(leaving) = self.leaving().await else {
             return;
         };
-        if !self.is_in_overlay(self.question.to) {
-            return self.outside(&leaving).await;
-        }
         let name = &leaving.name;
         match leaving.way {
             Way::Tunnel(tunnel) => self.by_tunnel(tunnel).await,
+            _ if !self.is_in_overlay(self.question.to) => self.outside(&leaving).await,
             Way::Device | Way::Past => self.by_kernel(&leaving).await,
             Way::Elsewhere => {
                 let meant = if self.has_tunnel() {
@@ -80,7 +78,7 @@ impl<'a, K: Kernel> Case<'a, K> {
         self.neighbour(&leaving.reach, &leaving.name).await;
         self.kernel_counter("tx", &leaving.name);
         let who = match self.lease_of(to) {
-            Some(_) => "its node's own address",
+            Some(_) => "the node's own address",
             None => "outside the overlay",
         };
         self.end(

@@ -56,7 +56,10 @@ impl<'a, K: Kernel> Case<'a, K> {
         match leaving.way {
             Way::Past => {
                 self.path_mtu(&leaving.reach);
-                self.neighbour(&leaving.reach, name).await;
+                if !self.neighbour(&leaving.reach, name).await {
+                    let verdict = format!("its node {public} does not answer on {name}");
+                    return self.end("kernel", verdict);
+                }
             }
             Way::Device | Way::Tunnel(_) | Way::Elsewhere => {
                 if !self.behind_device(leaving, public).await {
@@ -105,7 +108,11 @@ impl<'a, K: Kernel> Case<'a, K> {
                     return false;
                 }
                 self.path_mtu(&reach);
-                self.neighbour(&reach, &underlay).await;
+                if !self.neighbour(&reach, &underlay).await {
+                    let verdict = format!("its node {public} does not answer on {underlay}");
+                    self.end("kernel", verdict);
+                    return false;
+                }
                 self.kernel_counter("tx", &underlay);
             }
             Ok(None) => {

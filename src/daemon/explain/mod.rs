@@ -131,11 +131,7 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
     };
     case.last_probe(other);
     match case.here {
-        [true, true] => case.end(
-            "local",
-            "both ends are on this node: its kernel delivers the packet, and loden never sees it"
-                .to_owned(),
-        ),
+        [true, true] => case.on_this_node().await,
         [_, true] => case.decap().await,
         [true, false] => case.encap().await,
         [false, false] => {
@@ -173,6 +169,24 @@ pub(super) fn begin_trace<S: LeaseStore, K: Kernel>(
 }
 
 impl<K: Kernel> Case<'_, K> {
+    /// Between two ends that are both here.
+    async fn on_this_node(&mut self) {
+        let to = self.question.to;
+        let mut verdict =
+            "both ends are on this node: its kernel delivers the packet, and loden never sees it"
+                .to_owned();
+        if !self.local[1]
+            && let Ok(Some(reach)) = self.kernel.route_to(to).await
+        {
+            let (name, _) = self.link(reach.link).await;
+            self.step("route", format!("the kernel routes {to} by {name}"));
+            if !self.neighbour(&reach, &name).await {
+                verdict = format!("both ends are on this node, and {to} does not answer on {name}");
+            }
+        }
+        self.end("local", verdict);
+    }
+
     /// What probes last found of the other node.
     fn last_probe(&mut self, addr: IpAddr) {
         let Some(subnets) = self.lease_of(addr).map(|lease| lease.subnets) else {
@@ -270,7 +284,7 @@ impl<K: Kernel> Case<'_, K> {
             let place = if self.here[nth] {
                 "is on this node".to_owned()
             } else if let Some(lease) = self.lease_of(addr) {
-                self.place_of(lease)
+                self.place_of(lease, addr)
             } else if self.is_in_overlay(addr) {
                 "is in the overlay, in nobody's lease".to_owned()
             } else {
@@ -287,7 +301,10 @@ impl<K: Kernel> Case<'_, K> {
         }
     }
 
-    fn place_of(&self, lease: &Lease) -> String {
+    fn place_of(&self, lease: &Lease, addr: IpAddr) -> String {
+        if !self.is_in_overlay(addr) {
+            return format!("is the node's that has lease {}", lease.subnets);
+        }
         let plan = &self.session.registration.plan;
         let node = public_of(lease, self.question.to.is_ipv4());
         let endpoint = plan

@@ -75,6 +75,11 @@ impl Meant {
     /// Every address it may be about, the preferred one first; at least one.
     async fn find(self) -> Result<Vec<Named>, String> {
         let (name, lookup) = match self {
+            Self::Addr(addr) if addr.is_loopback() || addr.is_unspecified() => {
+                return Err(format!(
+                    "{addr} is no address that others reach: give that of a pod or a node"
+                ));
+            }
             Self::Addr(addr) => return Ok(vec![Named { addr, pod: None }]),
             Self::Pod(name, lookup) => (name, lookup),
         };

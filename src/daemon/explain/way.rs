@@ -258,10 +258,13 @@ impl<'a, K: Kernel> Case<'a, K> {
             .map(|rejected| rejected.why)
     }
 
-    /// The link-layer address of the next hop on a link.
-    pub(super) async fn neighbour(&mut self, reach: &Reach, device: &str) {
+    /// The link-layer address of the next hop on a link. Whether packets for it get as far as the link: none waits for
+    /// somebody who does not answer.
+    pub(super) async fn neighbour(&mut self, reach: &Reach, device: &str) -> bool {
         let addr = reach.via.unwrap_or(reach.to);
-        let found = match self.kernel.neighbour(reach.link, addr).await {
+        let known = self.kernel.neighbour(reach.link, addr).await;
+        let is_silent = matches!(&known, Ok(Some(known)) if known.is_silent);
+        let found = match known {
             Ok(Some(known)) if known.is_silent => {
                 format!("{addr} does not answer on {device}: packets wait for it and are lost")
             }
@@ -272,9 +275,13 @@ impl<'a, K: Kernel> Case<'a, K> {
             Ok(None) => {
                 format!("{addr} has no entry on {device}: it is asked for with the next packet")
             }
-            Err(error) => return self.answer.unseen.push(error.to_string()),
+            Err(error) => {
+                self.answer.unseen.push(error.to_string());
+                return true;
+            }
         };
         self.step("neighbour", found);
+        !is_silent
     }
 
     /// What a link of the kernel counts for the packet.
