@@ -231,3 +231,60 @@ fn both_families_are_proven_and_a_node_that_filters_strictly_is_left_in_the_tunn
             .is_empty()
     );
 }
+
+/// Why node `n` reaches a peer past the tunnel.
+fn proof(cluster: &Cluster, n: u8, peer: &str) -> String {
+    let status = cluster.status(n);
+    let peers = status["peers"].as_array().cloned().unwrap_or_default();
+    let peer = peers.iter().find(|it| it["subnets"][0] == peer);
+    let why = peer.and_then(|peer| peer["proven"][0]["why"].as_str());
+    why.unwrap_or_default().to_owned()
+}
+
+#[test]
+fn ways_past_and_through_the_tunnel_and_both_directions_of_each_are_independent() {
+    let mut cluster = Cluster::idle(2, DUAL, AUTO);
+    let (one, two) = ("198.18.1.0/24", "198.18.2.0/24");
+    // Nobody lets VXLAN pass, in or out.
+    for n in [1, 2] {
+        for rule in [
+            "add table inet port",
+            "add chain inet port in { type filter hook input priority -500 ; }",
+            "add chain inet port out { type filter hook output priority -500 ; }",
+            "add rule inet port in udp dport 8472 drop",
+            "add rule inet port out udp dport 8472 drop",
+        ] {
+            cluster.run(Member::Node(n), "nft", rule);
+        }
+        cluster.start(n);
+    }
+    for (from, to, peer) in [(1, 2, two), (2, 1, one)] {
+        await_way(&cluster, from, peer, "route");
+        cluster.await_ping(from, &format!("198.18.{to}.2"));
+        cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
+        let why = proof(&cluster, from, peer);
+        assert!(why.contains("bytes arrive past the tunnel"), "{why}");
+    }
+
+    // The other way round: VXLAN passes, and plain packets do in one direction only.
+    for n in [1, 2] {
+        cluster.run(Member::Node(n), "nft", "delete table inet port");
+    }
+    for rule in [
+        "add table inet wall",
+        "add chain inet wall c { type filter hook prerouting priority -500 ; }",
+        "add rule inet wall c iifname eth0 ip saddr 198.18.2.0/24 drop",
+        "add rule inet wall c iifname eth0 ip6 saddr fd00:18:0:2::/64 drop",
+    ] {
+        cluster.run(Member::Node(1), "nft", rule);
+    }
+    await_way(&cluster, 2, one, "vxlan");
+    let (_, why) = way(&cluster, 2, one);
+    assert!(why.contains("past the tunnel have no answer"), "{why}");
+    // Each is proven for itself: once the answers to node 1 come through the tunnel, its own way is proven again.
+    for to in ["198.18.2.2", "fd00:18:0:2::2"] {
+        cluster.await_ping(1, to);
+    }
+    await_way(&cluster, 1, two, "route");
+    assert_eq!(proof(&cluster, 2, one), "");
+}

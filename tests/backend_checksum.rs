@@ -1,5 +1,5 @@
 //! A NIC that spoils the checksums of encapsulated packets: a wire that copies frames as the sender's kernel has left
-//! them, with the inner checksum for the NIC to compute. Needs root.
+//! them, with the inner checksum for the NIC to compute, and makes the outer one right. Needs root.
 
 #![expect(
     clippy::unwrap_used,
@@ -12,12 +12,13 @@ mod common;
 #[path = "common/ns.rs"]
 mod ns;
 
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use cluster::{Cluster, DUAL, Daemon, LIMIT, VXLAN};
+use cluster::{Cluster, DUAL, Daemon, LIMIT, V4, V6, VXLAN};
 use common::LODEN;
 use loden::lab::{Interrupt, Member, wait};
 use ns::Ns;
@@ -71,6 +72,42 @@ fn wire(ns: &Ns, from: &Path, to: &Path) -> Daemon {
     Daemon(command.spawn().unwrap())
 }
 
+/// The outer checksum of a VXLAN datagram (RFC 768; RFC 8200 section 8.1), over whatever is inside of it.
+fn finish_outer(frame: &mut [u8]) {
+    let (addrs, udp) = match frame.get(12..14) {
+        Some([0x08, 0x00]) => (26..34, 34),
+        Some([0x86, 0xdd]) => (22..54, 54),
+        _ => return,
+    };
+    let protocol = if udp == 34 { 23 } else { 20 };
+    if frame.get(protocol) != Some(&17)
+        || frame.get(udp + 2..udp + 4) != Some(&8472_u16.to_be_bytes())
+    {
+        return;
+    }
+    let len = usize::from(u16::from_be_bytes([frame[udp + 4], frame[udp + 5]]));
+    frame[udp + 6..udp + 8].fill(0);
+    let mut words = frame[addrs].to_vec();
+    words.extend(frame[udp..udp + len].iter());
+    let sum = words.chunks(2).fold(17 + len, |sum, pair| {
+        sum + usize::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]))
+    });
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let folded = (folded & 0xffff) + (folded >> 16);
+    let checksum = !u16::try_from(folded).unwrap();
+    frame[udp + 6..udp + 8].copy_from_slice(&checksum.max(1).to_be_bytes());
+}
+
+/// Carries frames between two ends, until there is none.
+fn nic(from: &UnixDatagram, by: &UnixDatagram, to: &Path) {
+    let mut frame = vec![0; 1 << 16];
+    while let Ok(len @ 1..) = from.recv(&mut frame) {
+        finish_outer(&mut frame[..len]);
+        // An end that is not there yet, or not any more, is a cable that is out.
+        let _lost = by.send_to(&frame[..len], to);
+    }
+}
+
 struct Node {
     ns: Ns,
     daemon: Option<Daemon>,
@@ -102,35 +139,42 @@ fn status(dir: &Path, n: u8) -> Value {
 
 #[test]
 fn device_whose_checksums_arrive_spoiled_is_relieved_of_them_and_that_is_told() {
+    spoiled(V4, "flannel.1", "192.0.2.N/24 dev eth0");
+}
+
+#[test]
+fn device_for_ipv6_whose_checksums_arrive_spoiled_is_relieved_of_them_too() {
+    spoiled(V6, "flannel-v6.1", "2001:db8::N/64 dev eth0 nodad");
+}
+
+fn spoiled(network: &str, device: &str, addr: &str) {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     std::fs::create_dir_all(dir.join("store/subnets")).unwrap();
-    let config = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    let config = format!(r#"{{{network},"Backend":{{"Type":"vxlan"}}}}"#);
     std::fs::write(dir.join("store/config"), config).unwrap();
-    let mut nodes = [1, 2].map(|n: u8| {
+    let mut nodes = [(); 2].map(|()| {
         let ns = Ns::new();
         ns.ip("addr flush dev eth0");
-        ns.ip(&format!("addr add 192.0.2.{n}/24 dev eth0"));
-        // It does the outer checksum, which pings need, and only that: 0 is none (RFC 768).
-        for line in [
-            "add table ip nic",
-            "add chain ip nic c { type filter hook postrouting priority 0 ; }",
-            "add rule ip nic c udp dport 8472 udp checksum set 0",
-        ] {
-            ns.run(|| {
-                let nft = Command::new("nft").args(line.split(' ')).status();
-                assert!(nft.unwrap().success(), "{line}");
-            });
-        }
         // Nothing is to be sent before both ends of the wire are there.
         ns.ip("link set eth0 down");
         Node { ns, daemon: None }
     });
-    let ends = [dir.join("a"), dir.join("b")];
-    let _wires = [
-        wire(&nodes[0].ns, &ends[0], &ends[1]),
-        wire(&nodes[1].ns, &ends[1], &ends[0]),
-    ];
+    // An end's own place, and that of the NIC which it is plugged into.
+    let ends = ["a", "b"].map(|name| dir.join(name));
+    let ports = ["port-a", "port-b"].map(|name| dir.join(name));
+    let nics = ports
+        .each_ref()
+        .map(|port| UnixDatagram::bind(port).unwrap());
+    for (from, to) in [(0, 1), (1, 0)] {
+        let (near, far) = (
+            nics[from].try_clone().unwrap(),
+            nics[to].try_clone().unwrap(),
+        );
+        let end = ends[to].clone();
+        std::thread::spawn(move || nic(&near, &far, &end));
+    }
+    let _wires = [0, 1].map(|n| wire(&nodes[n].ns, &ends[n], &ports[n]));
     let until = |what: &str, condition: &mut dyn FnMut() -> bool| {
         let waited = wait::until(what, LIMIT, &Interrupt::default(), || {
             Ok(condition().then_some(()))
@@ -146,6 +190,8 @@ fn device_whose_checksums_arrive_spoiled_is_relieved_of_them_and_that_is_told() 
     until("a wire", &mut || ends.iter().all(|end| end.exists()));
     for (n, node) in (1..).zip(&mut nodes) {
         node.ns.ip("link set eth0 up");
+        let addr = addr.replace('N', &n.to_string());
+        node.ns.ip(&format!("addr add {addr}"));
         node.daemon = Some(Daemon(daemon(&node.ns, dir, n)));
     }
     for n in [1, 2] {
@@ -155,14 +201,7 @@ fn device_whose_checksums_arrive_spoiled_is_relieved_of_them_and_that_is_told() 
     }
     for node in &nodes {
         let output = Command::new("ip")
-            .args([
-                "netns",
-                "exec",
-                node.ns.name(),
-                "ethtool",
-                "-k",
-                "flannel.1",
-            ])
+            .args(["netns", "exec", node.ns.name(), "ethtool", "-k", device])
             .output()
             .unwrap();
         let features = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -172,7 +211,7 @@ fn device_whose_checksums_arrive_spoiled_is_relieved_of_them_and_that_is_told() 
     let base = |n: u8| {
         let subnet = status(dir, n)["lease"]["subnets"][0].clone();
         let (base, _) = subnet.as_str().unwrap().split_once('/').unwrap();
-        base.parse::<std::net::Ipv4Addr>().unwrap()
+        base.parse::<IpAddr>().unwrap()
     };
     let [here, there] = [1, 2].map(base);
     let sink = nodes[1].ns.run(|| UdpSocket::bind((there, 0)).unwrap());
@@ -183,4 +222,7 @@ fn device_whose_checksums_arrive_spoiled_is_relieved_of_them_and_that_is_told() 
         .unwrap();
     let mut bytes = [0; 9];
     assert_eq!(sink.recv(&mut bytes).unwrap(), 5);
+    for nic in nics {
+        nic.shutdown(std::net::Shutdown::Both).unwrap();
+    }
 }

@@ -8,10 +8,11 @@
 )]
 
 mod common;
+#[path = "common/others.rs"]
+mod others;
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -20,26 +21,12 @@ use loden::lab::spec::{Dialect, Store};
 use loden::lab::{Backend, Interrupt, Lab, Member, Spec, wait};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use others::program;
 
 /// Only a failing test waits this long.
 const LIMIT: Duration = Duration::from_secs(30);
 
 const PAIRS: [(u8, u8); 6] = [(1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)];
-
-/// What `scripts/setup --others` has built.
-fn original() -> PathBuf {
-    let set = |name| std::env::var_os(name).map(PathBuf::from);
-    let cache = set("LODEN_CACHE")
-        .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("loden")))
-        .unwrap_or_else(|| set("HOME").unwrap().join(".cache/loden"));
-    let path = cache.join("others/flannel");
-    let shown = path.display();
-    assert!(
-        path.exists(),
-        "{shown} is missing: run scripts/setup --others"
-    );
-    path
-}
 
 /// A daemon of ours; ends with the test.
 struct Ours(Child);
@@ -102,7 +89,7 @@ fn replace(lab: &Lab, n: u8, flags: &[&str]) -> Ours {
 /// A cluster of originals that changes node by node; `flags` are ours for the node that changes last.
 fn changes_node_by_node(backend: Backend, flags: &[&str]) {
     let spec = Spec {
-        daemon: Some(original()),
+        daemon: Some(program("flannel")),
         dialect: Dialect::Flanneld,
         store: Store::Etcd,
         ..spec(3, backend)
@@ -143,7 +130,7 @@ fn words(lab: &Lab, n: u8) -> Vec<String> {
 #[ignore = "needs the original daemon: scripts/test others"]
 fn original_among_nodes_that_prove_better_ways_is_reached_as_always() {
     let spec = Spec {
-        daemon: Some(original()),
+        daemon: Some(program("flannel")),
         dialect: Dialect::Flanneld,
         store: Store::Etcd,
         ..spec(3, Backend::Vxlan)

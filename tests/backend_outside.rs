@@ -138,6 +138,49 @@ fn extension_commands_make_the_network_and_follow_the_peers() {
     cluster.wait_until("no peer", || {
         peers().contains("remove 198.18.9.0/24 192.0.2.8")
     });
+    // Peers that leave and change while the daemon is down; whoever stays is not removed. A line that makes no sense costs
+    // nothing.
+    cluster.put("198.18.9.0-24", &lease(9));
+    cluster.put("198.18.8.0-24", &lease(8));
+    cluster.wait_until("two peers", || {
+        peers().contains("198.18.8.0/24 192.0.2.8 x")
+            && peers().contains("198.18.9.0/24 192.0.2.9 x")
+    });
+    cluster.end(2, Signal::SIGTERM);
+    cluster.end(1, Signal::SIGKILL);
+    let remembered = cluster.file(1, "subnet.peers");
+    let mut text = fs::read_to_string(&remembered).unwrap();
+    assert!(text.contains("198.18.2.0-24 {"), "{text}");
+    text.push_str("198.18.5.0-24 nonsense\n");
+    fs::write(&remembered, text).unwrap();
+    fs::remove_file(dir.join("peers")).unwrap();
+    cluster.delete("198.18.9.0-24");
+    cluster.put("198.18.8.0-24", &lease(7));
+    cluster.start(1);
+    cluster.wait_until("the peers of now", || {
+        let peers = peers();
+        let has = |line: &str| peers.lines().any(|it| it == line);
+        has("remove 198.18.9.0/24 192.0.2.9")
+            && has("remove 198.18.8.0/24 192.0.2.8")
+            && peers.contains("198.18.8.0/24 192.0.2.7 x")
+            && peers.contains("198.18.2.0/24 192.0.2.2 said by")
+    });
+    assert!(!peers().contains("remove 198.18.2.0/24"), "{}", peers());
+    assert!(
+        cluster.log(1).contains("subnet.peers: line 4: "),
+        "{}",
+        cluster.log(1)
+    );
+    // Once, and not by the next run again.
+    cluster.end(1, Signal::SIGKILL);
+    fs::remove_file(dir.join("peers")).unwrap();
+    cluster.start(1);
+    cluster.wait_until("the peer that changed", || {
+        peers().contains("198.18.8.0/24 192.0.2.7 x")
+    });
+    assert!(!peers().contains("remove"), "{}", peers());
+    cluster.delete("198.18.8.0-24");
+    cluster.start(2);
     // A command that fails for a peer is told, and costs nobody else anything.
     fs::write(&remove, "#!/bin/sh\nexit 3\n").unwrap();
     fs::write(

@@ -6,29 +6,17 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+#[path = "common/others.rs"]
+mod others;
+
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 
 use loden::bench::medium::Medium;
 use loden::bench::report::Report;
 use loden::bench::scenario::{Metric, Scenario};
 use loden::bench::system::System;
-
-/// A program that `scripts/setup --others` has built.
-fn program(name: &str) -> PathBuf {
-    let set = |name| std::env::var_os(name).map(PathBuf::from);
-    let cache = set("LODEN_CACHE")
-        .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("loden")))
-        .unwrap_or_else(|| set("HOME").unwrap().join(".cache/loden"));
-    let path = cache.join("others").join(name);
-    let shown = path.display();
-    assert!(
-        path.exists(),
-        "{shown} is missing: run scripts/setup --others"
-    );
-    path
-}
+use others::program;
 
 /// Measures loden and `other`, which `flag` introduces as `named`, on the packet wire.
 fn run(flag: &str, named: &str, other: &System) -> Report {

@@ -121,7 +121,7 @@ fn whatever_is_done_to_the_device_is_repaired_and_a_deleted_one_comes_back() {
         "link set flannel0 mtu 1300",
         "link set flannel0 txqueuelen 7",
         "link set flannel0 down",
-        "addr add 198.18.200.1/24 dev flannel0",
+        "addr add 198.18.60.1/24 dev flannel0",
     ] {
         node.ns.ip(deed);
         daemon.wait_until(deed, || picture() == healthy);
@@ -403,9 +403,9 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
         (r#"{"Network":"#, &["--iface", "eth0"], "config"),
         (other_port, &["--iface", "eth0"], "Port"),
         (
-            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipip"}}"#,
+            r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipsec"}}"#,
             &["--iface", "eth0"],
-            "ipip",
+            "ipsec",
         ),
         (
             r#"{"Network":"192.0.0.0/16"}"#,

@@ -232,12 +232,12 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
         (
             3,
             "192.0.2.2",
-            "ours are sent by underlay, and come in there by kernel-vxlan",
+            "ours are sent by underlay, and come in there by kernel-tunnel",
         ),
         (
             2,
             "192.0.2.3",
-            "its answers are sent by underlay, and come in here by kernel-vxlan",
+            "its answers are sent by underlay, and come in here by kernel-tunnel",
         ),
     ] {
         let found = loden(&cluster, n, &["doctor", "--peer", peer]);

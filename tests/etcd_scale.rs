@@ -14,6 +14,8 @@ mod dropin;
 mod etcd;
 #[path = "common/lease_load.rs"]
 mod lease_load;
+#[path = "common/scorecard.rs"]
+mod scorecard;
 #[path = "common/usage.rs"]
 mod usage;
 
@@ -27,6 +29,7 @@ use std::time::{Duration, Instant};
 use dropin::{Cluster, Daemon, PodNs};
 use lease_load::{Arrivals, CONFIG, FLANNEL, Leases};
 use loden::lab::{Interrupt, NetNs, wait};
+use scorecard::{Scorecard, mib};
 use serde_json::Value;
 use usage::{Cpu, memory};
 
@@ -92,7 +95,7 @@ fn every_change_of_hundreds_of_leases_arrives_in_both_daemons() {
         time: Duration::from_secs(3),
         idle: Duration::from_secs(1),
     });
-    print!("{}", table(&figures).0);
+    println!("{}{}", scorecard(&figures), figures.told);
     assert!(figures.changes_per_second > 0.0);
     assert!(figures.busy.gbit > 0.0);
 }
@@ -131,9 +134,9 @@ fn goals_for_five_thousand_leases_are_met() {
         time: Duration::from_secs(30),
         idle: Duration::from_secs(60),
     });
-    let (text, missed) = table(&figures);
-    print!("{text}");
-    assert_eq!(missed, 0, "goals are missed");
+    let card = scorecard(&figures);
+    println!("{card}{}", figures.told);
+    assert_eq!(card.missed(), 0, "goals are missed");
 }
 
 fn measure(size: &Size) -> Figures {
@@ -398,78 +401,33 @@ fn watch_lag(metrics: &str) -> String {
     })
 }
 
-/// The figures for people, and how many goals are missed.
-fn table(figures: &Figures) -> (String, usize) {
-    let mut rows = Vec::new();
-    let seconds = |time: Duration| format!("{:.3} s", time.as_secs_f64());
-    let mut row = |what: &str, goal: &str, measured: String, met: bool| {
-        rows.push((what.to_owned(), goal.to_owned(), measured, met));
-    };
+/// The figures for people.
+fn scorecard(figures: &Figures) -> Scorecard {
+    let mut card = Scorecard::default();
     let five = Duration::from_secs(5);
-    row(
-        "start to ready, store there",
-        "<= 5 s",
-        seconds(figures.started),
-        figures.started <= five,
-    );
-    row(
-        "store's answer to ready",
-        "<= 5 s",
-        seconds(figures.ready),
-        figures.ready <= five,
-    );
-    row(
+    card.at_most("start to ready, store there", five, figures.started);
+    card.at_most("store's answer to ready", five, figures.ready);
+    card.at_most(
         "store's answer to a packet on a lease's way",
-        "<= 5 s",
-        seconds(figures.first_packet),
-        figures.first_packet <= five,
+        five,
+        figures.first_packet,
     );
-    let mut lags: Vec<Duration> = figures.lags.iter().copied().flatten().collect();
-    lags.sort();
-    let unseen = figures.lags.len() - lags.len();
-    let at = |share: usize| lags.get((lags.len().max(1) - 1) * share / 100).copied();
-    let worst = at(100).filter(|_| unseen == 0);
-    row(
-        "changes written a second",
-        ">= 500",
-        format!("{:.0}", figures.changes_per_second),
-        figures.changes_per_second >= 500.0,
-    );
-    row(
-        "longest from write to packet on the new way",
-        "< 1 s",
-        worst.map_or_else(|| format!("{unseen} never seen"), seconds),
-        worst.is_some_and(|lag| lag < Duration::from_secs(1)),
-    );
-    row(
-        "  median of these, and 99th percentile",
-        "",
-        format!(
-            "{}, {}",
-            seconds(at(50).unwrap_or_default()),
-            seconds(at(99).unwrap_or_default())
-        ),
-        true,
-    );
-    row(
+    card.changes(figures.changes_per_second, &figures.lags);
+    card.goal(
         "intervals of 100 ms without a byte in iperf3",
         "0",
         format!("{} of {}", figures.busy.stalls, figures.busy.intervals),
         figures.busy.stalls == 0 && figures.busy.intervals > 0,
     );
-    row(
+    card.note(
         "  throughput while leases change, and before",
-        "",
         format!("{:.2}, {:.2} Gbit/s", figures.busy.gbit, figures.quiet.gbit),
-        true,
     );
-    row(
+    card.note(
         "  control plane's processor time meanwhile",
-        "",
         format!("{:.1} %", figures.control * 100.0),
-        true,
     );
-    row(
+    card.goal(
         "workers' pauses > 1 ms for a new table",
         "0",
         figures.tables.map_or_else(
@@ -480,29 +438,13 @@ fn table(figures: &Figures) -> (String, usize) {
             .tables
             .is_some_and(|(count, slow)| count > 0.0 && slow == 0.0),
     );
-    row(
+    card.goal(
         "idle processor time, of one core",
         "<= 0.2 %",
         format!("{:.3} %", figures.idle * 100.0),
         figures.idle <= 0.002,
     );
-    let mib = |kib: u64| format!("{:.1} MiB", kib as f64 / 1024.0);
-    row(
-        "resident memory, most ever",
-        "<= 64 MB",
-        mib(figures.peak),
-        figures.peak <= 62_500,
-    );
-    row("  in the end", "", mib(figures.settled), true);
-    let mut text = format!("\n{:<46} {:>9}  {:<24}\n", "", "goal", "measured");
-    for (what, goal, measured, met) in &rows {
-        let verdict = match (goal.is_empty(), met) {
-            (true, _) => "",
-            (false, true) => "met",
-            (false, false) => "MISSED",
-        };
-        writeln!(text, "{what:<46} {goal:>9}  {measured:<24} {verdict}").unwrap();
-    }
-    writeln!(text, "{}", figures.told).unwrap();
-    (text, rows.iter().filter(|(.., met)| !met).count())
+    card.memory(64, figures.peak);
+    card.note("  in the end", mib(figures.settled));
+    card
 }

@@ -10,7 +10,8 @@ use firewall_common::{
     v4, v6,
 };
 use loden::firewall::{
-    Admission, Error, Family, Firewall, Flavor, Mode, Notrack, Rules, Underlay, What, remove,
+    Admission, Arrival, Error, Family, Firewall, Flavor, Mode, Notrack, Rules, Underlay, What,
+    remove,
 };
 
 const NOTRACK: Notrack = Notrack {
@@ -459,7 +460,10 @@ fn the_hosts_own_firewall_is_asked_whether_it_admits_the_tunnel() {
         let ask = || {
             namespace.block_on(async || {
                 let firewall = open(program, &path).await;
-                firewall.admission(8285, "eth0", addr).await.unwrap()
+                firewall
+                    .admission(Arrival::Udp(8285), "eth0", addr)
+                    .await
+                    .unwrap()
             })
         };
         assert_eq!(ask(), Admission::Open);

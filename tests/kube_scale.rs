@@ -19,6 +19,8 @@ mod etcd;
 mod kube_server;
 #[path = "common/lease_load.rs"]
 mod lease_load;
+#[path = "common/scorecard.rs"]
+mod scorecard;
 #[path = "common/usage.rs"]
 mod usage;
 
@@ -33,6 +35,7 @@ use dropin::{Cluster, Daemon};
 use kube_server::{ApiServer, PREFIX};
 use lease_load::{Arrivals, CONFIG, Form, Leases};
 use loden::lab::{NetNs, wait};
+use scorecard::{Scorecard, mib, seconds};
 use serde_json::{Value, json};
 use usage::{Cpu, memory};
 
@@ -135,7 +138,7 @@ fn every_change_of_hundreds_of_nodes_arrives() {
         rate: 100,
         time: Duration::from_secs(3),
     });
-    print!("{}", table(&figures).0);
+    print!("{}", scorecard(&figures));
     assert!(figures.changes_per_second > 0.0);
     assert_eq!(figures.lists[1], 0, "a watch that flows needs no listing");
 }
@@ -148,9 +151,9 @@ fn goals_for_five_thousand_nodes_are_met() {
         rate: 500,
         time: Duration::from_secs(30),
     });
-    let (text, missed) = table(&figures);
-    print!("{text}");
-    assert_eq!(missed, 0, "goals are missed");
+    let card = scorecard(&figures);
+    print!("{card}");
+    assert_eq!(card.missed(), 0, "goals are missed");
 }
 
 fn measure(size: &Size) -> Figures {
@@ -303,107 +306,42 @@ fn asked(server: &ApiServer) -> Asked {
     }
 }
 
-/// The figures for people, and how many goals are missed.
-fn table(figures: &Figures) -> (String, usize) {
-    let mut rows = Vec::new();
-    let seconds = |time: Duration| format!("{:.3} s", time.as_secs_f64());
-    let mut row = |what: &str, goal: &str, measured: String, met: bool| {
-        rows.push((what.to_owned(), goal.to_owned(), measured, met));
-    };
+/// The figures for people.
+fn scorecard(figures: &Figures) -> Scorecard {
+    let mut card = Scorecard::default();
     let eight = Duration::from_secs(8);
-    row("bytes of a Node", "", figures.node_len.to_string(), true);
-    row(
-        "start to ready",
-        "<= 8 s",
-        seconds(figures.ready),
-        figures.ready <= eight,
-    );
-    row(
+    card.note("bytes of a Node", figures.node_len.to_string());
+    card.at_most("start to ready", eight, figures.ready);
+    card.at_most(
         "start to every peer in the data plane",
-        "<= 8 s",
-        seconds(figures.complete),
-        figures.complete <= eight,
+        eight,
+        figures.complete,
     );
-    let mut lags: Vec<Duration> = figures.lags.iter().copied().flatten().collect();
-    lags.sort();
-    let unseen = figures.lags.len() - lags.len();
-    let at = |share: usize| lags.get((lags.len().max(1) - 1) * share / 100).copied();
-    let worst = at(100).filter(|_| unseen == 0);
-    row(
-        "changes written a second",
-        ">= 500",
-        format!("{:.0}", figures.changes_per_second),
-        figures.changes_per_second >= 500.0,
-    );
-    row(
-        "longest from write to packet on the new way",
-        "< 1 s",
-        worst.map_or_else(|| format!("{unseen} never seen"), seconds),
-        worst.is_some_and(|lag| lag < Duration::from_secs(1)),
-    );
-    row(
-        "  median of these, and 99th percentile",
-        "",
-        format!(
-            "{}, {}",
-            seconds(at(50).unwrap_or_default()),
-            seconds(at(99).unwrap_or_default())
-        ),
-        true,
-    );
-    row(
+    card.changes(figures.changes_per_second, &figures.lags);
+    card.note(
         "  control plane's processor time meanwhile",
-        "",
         format!("{:.1} %", figures.control * 100.0),
-        true,
     );
     let [start, busy, again] = figures.lists;
-    row("pages listed at the start", "", start.to_string(), true);
-    row(
+    card.note("pages listed at the start", start.to_string());
+    card.goal(
         "pages listed while nodes change",
         "0",
         busy.to_string(),
         busy == 0,
     );
-    row(
-        "watches opened meanwhile",
-        "",
-        figures.watches.to_string(),
-        true,
-    );
-    row(
+    card.note("watches opened meanwhile", figures.watches.to_string());
+    card.goal(
         "pages listed after a restart of the API server",
         "one listing",
         again.to_string(),
         again <= start,
     );
-    row(
-        "  its return to agreement",
-        "",
-        seconds(figures.again),
-        true,
-    );
-    let mib = |kib: u64| format!("{:.1} MiB", kib as f64 / 1024.0);
-    row(
-        "resident memory, most ever",
-        "<= 100 MB",
-        mib(figures.peak),
-        figures.peak <= 97_656,
-    );
-    row(
+    card.note("  its return to agreement", seconds(figures.again));
+    card.memory(100, figures.peak);
+    card.note(
         "  after the listing, and in the end",
-        "",
         format!("{}, {}", mib(figures.listed), mib(figures.settled)),
-        true,
     );
-    let mut text = format!("\n{:<46} {:>11}  {:<24}\n", "", "goal", "measured");
-    for (what, goal, measured, met) in &rows {
-        let verdict = match (goal.is_empty(), met) {
-            (true, _) => "",
-            (false, true) => "met",
-            (false, false) => "MISSED",
-        };
-        text += &format!("{what:<46} {goal:>11}  {measured:<24} {verdict}\n");
-    }
-    (text, rows.iter().filter(|(.., met)| !met).count())
+    card
 }

@@ -82,7 +82,7 @@ async fn prober(directory: &Arc<Directory>, to: IpAddr) -> Prober {
 
 #[test]
 fn peer_answers_over_the_overlay_and_says_who_it_is() {
-    for (backend, via) in [(Backend::Udp, "tunnel"), (Backend::Vxlan, "kernel-vxlan")] {
+    for (backend, via) in [(Backend::Udp, "tunnel"), (Backend::Vxlan, "kernel-tunnel")] {
         let lab = up(backend);
         let directory = directory(&lab);
         let peer = base(&lab, 2);

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::kernel::VxlanLink;
+use super::kernel::TunnelLink;
 use crate::addr::{Mac, Mtu};
 use crate::lease::Subnets;
 
@@ -32,17 +32,17 @@ pub struct Desired {
     pub sweep_devices: bool,
 }
 
-/// A VXLAN device.
+/// A tunnel device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     /// Its name.
     pub name: String,
-    /// Its MAC address, which the lease publishes.
-    pub mac: Mac,
+    /// Its MAC address, which the lease publishes; none for a device without.
+    pub mac: Option<Mac>,
     /// Its MTU.
     pub mtu: Mtu,
     /// What it does.
-    pub vxlan: VxlanLink,
+    pub tunnel: TunnelLink,
     /// Its address: the base of this node's subnet, as a whole address.
     pub addr: IpNet,
 }
@@ -72,7 +72,7 @@ impl Peer {
                 way: Way::Tunnel { direct },
                 ..self
             }),
-            Way::Vxlan { .. } | Way::Tunnel { .. } | Way::Gateway { .. } => None,
+            Way::Vxlan { .. } | Way::Ipip { .. } | Way::Tunnel { .. } | Way::Gateway { .. } => None,
         }
     }
 }
@@ -91,6 +91,13 @@ pub enum Way {
         device: usize,
         /// The peer's device's MAC address.
         mac: Mac,
+        /// By a route through the peer instead, or not.
+        direct: Direct,
+    },
+    /// Through an IPIP device.
+    Ipip {
+        /// Which of [`Desired::devices`].
+        device: usize,
         /// By a route through the peer instead, or not.
         direct: Direct,
     },
@@ -122,7 +129,9 @@ impl Way {
     #[must_use]
     pub const fn direct(self) -> Option<Direct> {
         match self {
-            Self::Vxlan { direct, .. } | Self::Tunnel { direct } => Some(direct),
+            Self::Vxlan { direct, .. } | Self::Ipip { direct, .. } | Self::Tunnel { direct } => {
+                Some(direct)
+            }
             Self::Gateway { .. } => None,
         }
     }

@@ -137,6 +137,14 @@ impl<'a> Observer<'a> {
     }
 }
 
+/// What a device of the kernel's needs beside the route, to know where to send a packet.
+enum Tunnel {
+    /// The peer's MAC address.
+    Vxlan(crate::addr::Mac),
+    /// Nothing.
+    Ipip,
+}
+
 /// What the peers need, now that it is known who is on a link.
 #[derive(Default)]
 struct Resolved {
@@ -177,6 +185,7 @@ impl Resolved {
                 "its public IP {public} lies inside the overlay network"
             ));
         }
+        let device = |device: usize| observed.devices.get(device).copied().unwrap_or_default();
         let (link, tunnel) = match peer.way {
             Way::Gateway { link } if observer.on_link.is_on(public, link) => (link, None),
             Way::Gateway { .. } => {
@@ -186,16 +195,19 @@ impl Resolved {
                 ));
             }
             Way::Vxlan {
-                device,
+                device: at,
                 mac,
                 direct,
             } => match self.link_past_the_tunnel(peer, direct, observer) {
                 Some(link) => (link, None),
-                None => {
-                    let index = observed.devices.get(device).copied();
-                    (index.unwrap_or_default(), Some(mac))
-                }
+                None => (device(at), Some(Tunnel::Vxlan(mac))),
             },
+            Way::Ipip { device: at, direct } => {
+                match self.link_past_the_tunnel(peer, direct, observer) {
+                    Some(link) => (link, None),
+                    None => (device(at), Some(Tunnel::Ipip)),
+                }
+            }
             Way::Tunnel { direct } => match self.link_past_the_tunnel(peer, direct, observer) {
                 Some(link) => (link, None),
                 // The route to the whole network leads there.
@@ -205,17 +217,17 @@ impl Resolved {
         let route = Route {
             net,
             link,
-            gateway: Some(if tunnel.is_some() {
-                net.network()
-            } else {
-                public
+            gateway: Some(match tunnel {
+                Some(Tunnel::Vxlan(_)) => net.network(),
+                // The device sends to the next router.
+                Some(Tunnel::Ipip) | None => public,
             }),
             onlink: tunnel.is_some(),
             metric: None,
             protocol: PROTOCOL_LODEN,
         };
         let edits = self.route_step(&route, observer)?;
-        if let Some(mac) = tunnel {
+        if let Some(Tunnel::Vxlan(mac)) = tunnel {
             let forward = Forward {
                 link,
                 mac,
@@ -232,7 +244,7 @@ impl Resolved {
             let ip = net.network();
             let neighbour = Neighbour { link, ip, mac };
             self.neighbours.insert((link, ip), (neighbour, lease));
-        } else {
+        } else if tunnel.is_none() {
             self.direct.insert(net);
         }
         self.routes.insert(net);

@@ -8,7 +8,8 @@ use ipnet::IpNet;
 use tokio::sync::mpsc;
 
 use super::kernel::{
-    Change, Edit, Forward, Kernel, KernelError, Known, Link, LinkChange, Neighbour, NewVxlan, Route,
+    Change, Edit, Forward, Kernel, KernelError, Known, Link, LinkChange, Neighbour, NewTunnel,
+    Route, TunnelLink, VxlanLink,
 };
 use crate::iface::Snapshot;
 
@@ -25,8 +26,8 @@ pub(crate) struct State {
     pub(crate) forwards: Vec<Forward>,
     /// What is below `/proc/sys/net`.
     pub(crate) settings: Vec<(&'static str, &'static str)>,
-    /// The kernel has no VXLAN.
-    pub(crate) no_vxlan: bool,
+    /// The kernel has neither VXLAN nor IPIP.
+    pub(crate) no_tunnels: bool,
     /// Operations from now on that are refused, by the first word of what they do.
     pub(crate) refuse: Option<&'static str>,
     /// What was done, in order.
@@ -76,7 +77,7 @@ impl State {
         self.addrs.retain(|(at, _)| *at != index);
         self.neighbours.retain(|it| it.link != index);
         self.forwards.retain(|it| it.link != index);
-        let above = |link: &&Link| link.vxlan.is_some_and(|vxlan| vxlan.link == index);
+        let above = |link: &&Link| link.vxlan().is_some_and(|vxlan| vxlan.link == index);
         if let Some(above) = self.links.iter().find(above).map(|link| link.index) {
             self.remove_link(above);
         }
@@ -190,21 +191,27 @@ impl Kernel for FakeKernel {
         Ok(self.state().links.clone())
     }
 
-    async fn add_vxlan(&self, device: &NewVxlan) -> Result<(), KernelError> {
+    async fn add_tunnel(&self, device: &NewTunnel) -> Result<(), KernelError> {
         self.change(format!("make {}", device.name), |state| {
-            let is_v6 = |vxlan: &super::kernel::VxlanLink| vxlan.local.map(|ip| ip.is_ipv6());
-            let key = |vxlan: &super::kernel::VxlanLink| (vxlan.vni, vxlan.port, is_v6(vxlan));
-            if state.no_vxlan {
+            let is_v6 = |vxlan: &VxlanLink| vxlan.local.map(|ip| ip.is_ipv6());
+            let key = |vxlan: &VxlanLink| (vxlan.vni, vxlan.port, is_v6(vxlan));
+            if state.no_tunnels {
                 return Err(libc::EOPNOTSUPP);
             }
             let double = |link: &Link| {
-                let vxlan = link.vxlan.as_ref();
-                link.name == device.name || vxlan.map(key) == Some(key(&device.vxlan))
+                let same = match (&link.tunnel, &device.tunnel) {
+                    (Some(TunnelLink::Vxlan(is)), TunnelLink::Vxlan(new)) => key(is) == key(new),
+                    (Some(TunnelLink::Ipip(is)), TunnelLink::Ipip(new)) => is == new,
+                    (Some(_) | None, _) => false,
+                };
+                link.name == device.name || same
             };
             if state.links.iter().any(double) {
                 return Err(libc::EEXIST);
             }
-            state.link_mut(device.vxlan.link)?;
+            if let TunnelLink::Vxlan(vxlan) = &device.tunnel {
+                state.link_mut(vxlan.link)?;
+            }
             let index = state.links.iter().map(|link| link.index).max();
             state.links.push(Link {
                 index: index.unwrap_or(0) + 1,
@@ -214,8 +221,8 @@ impl Kernel for FakeKernel {
                 up: false,
                 makes_ipv6_addresses: true,
                 tx_dropped: 0,
-                mac: Some(device.mac),
-                vxlan: Some(device.vxlan),
+                mac: device.mac,
+                tunnel: Some(device.tunnel),
             });
             Ok(())
         })
@@ -278,7 +285,9 @@ impl Kernel for FakeKernel {
             if let Some(mac) = change.mac {
                 link.mac = Some(mac);
             }
-            if let (Some(learning), Some(vxlan)) = (change.learning, &mut link.vxlan) {
+            if let (Some(learning), Some(TunnelLink::Vxlan(vxlan))) =
+                (change.learning, &mut link.tunnel)
+            {
                 vxlan.learning = learning;
             }
             link.up |= change.up;

@@ -8,6 +8,7 @@ pub mod device;
 pub mod diff;
 pub mod ends;
 pub mod host_gw;
+pub mod ipip;
 pub mod kernel;
 mod on_link;
 pub mod outside;

@@ -9,6 +9,7 @@ use super::data_plane::DataPlane;
 use super::desired::{Desired, Peer, Refused, Retained};
 use super::ends::Ends;
 use super::host_gw::{self, HostGw};
+use super::ipip::{self, Ipip};
 use super::outside::Outside;
 use super::udp::{self, MtuTooSmall, Underlay};
 use super::vxlan::{self, Vxlan};
@@ -79,6 +80,8 @@ pub enum Plan {
     Vxlan(Vxlan),
     /// Routes.
     HostGw(HostGw),
+    /// The kernel's IP in IP.
+    Ipip(Ipip),
     /// Somebody else's.
     Outside(Outside),
 }
@@ -97,6 +100,7 @@ impl Plan {
             },
             Backend::Vxlan(backend) => Self::Vxlan(Vxlan::new(backend, ends)?),
             Backend::HostGw => Self::HostGw(HostGw::new(ends)?),
+            Backend::Ipip(backend) => Self::Ipip(Ipip::new(*backend, ends)?),
             Backend::Alloc => Self::Outside(Outside::alloc(ends)),
             Backend::Extension(commands) => {
                 Self::Outside(Outside::extension(ends, commands.clone()))
@@ -111,6 +115,7 @@ impl Plan {
             Self::Udp { underlay, .. } => underlay.mtu,
             Self::Vxlan(vxlan) => vxlan.mtu(),
             Self::HostGw(host_gw) => host_gw.mtu(),
+            Self::Ipip(ipip) => ipip.mtu(),
             Self::Outside(outside) => outside.mtu(),
         }
     }
@@ -122,6 +127,7 @@ impl Plan {
             Self::Udp { underlay, .. } => underlay.attrs.clone(),
             Self::Vxlan(vxlan) => vxlan.attrs(),
             Self::HostGw(host_gw) => host_gw.attrs(),
+            Self::Ipip(ipip) => ipip.attrs(),
             Self::Outside(outside) => outside.attrs(),
         }
     }
@@ -132,7 +138,7 @@ impl Plan {
         match self {
             Self::Udp { backend, .. } => Some(backend.port),
             Self::Vxlan(vxlan) => Some(vxlan.port()),
-            Self::HostGw(_) | Self::Outside(_) => None,
+            Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => None,
         }
     }
 
@@ -142,7 +148,7 @@ impl Plan {
         match self {
             Self::Udp { underlay, .. } => Some(underlay.bind),
             Self::Vxlan(vxlan) => Some(SocketAddr::new(vxlan.addr(), vxlan.port())),
-            Self::HostGw(_) | Self::Outside(_) => None,
+            Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => None,
         }
     }
 
@@ -155,7 +161,7 @@ impl Plan {
                 let public = attrs.node()?;
                 Some(SocketAddr::new(public, vxlan.port()))
             }
-            Self::HostGw(_) | Self::Outside(_) => None,
+            Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => None,
         }
     }
 
@@ -163,9 +169,10 @@ impl Plan {
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {
-            Self::Udp { .. } => "udp",
+            Self::Udp { .. } => udp::TYPE,
             Self::Vxlan(_) => vxlan::TYPE,
             Self::HostGw(_) => host_gw::TYPE,
+            Self::Ipip(_) => ipip::TYPE,
             Self::Outside(outside) => outside.name(),
         }
     }
@@ -186,7 +193,7 @@ impl Plan {
     pub const fn outside(&self) -> Option<&Outside> {
         match self {
             Self::Outside(outside) => Some(outside),
-            Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) => None,
+            Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) | Self::Ipip(_) => None,
         }
     }
 
@@ -195,7 +202,7 @@ impl Plan {
     pub fn in_user_space(&self) -> Option<&str> {
         match self {
             Self::Vxlan(vxlan) => vxlan.in_user_space(),
-            Self::Udp { .. } | Self::HostGw(_) | Self::Outside(_) => None,
+            Self::Udp { .. } | Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => None,
         }
     }
 
@@ -204,7 +211,7 @@ impl Plan {
         match self {
             Self::Udp { backend, .. } => Some(&mut backend.source_port),
             Self::Vxlan(vxlan) => vxlan.source_port_mut(),
-            Self::HostGw(_) | Self::Outside(_) => None,
+            Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => None,
         }
     }
 
@@ -221,7 +228,7 @@ impl Plan {
                 vec![udp::data_plane(config, backend, underlay, subnets, choice)]
             }
             Self::Vxlan(vxlan) => vxlan.data_planes(config, subnets),
-            Self::HostGw(_) | Self::Outside(_) => Vec::new(),
+            Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => Vec::new(),
         }
     }
 
@@ -233,7 +240,8 @@ impl Plan {
     ) -> (Vec<PeerRoute>, Vec<Refused>) {
         match self {
             Self::Udp { underlay, .. } => {
-                let (routes, unreachable) = underlay.routes(leases);
+                let ours = leases.filter(|lease| self.is_of_our_kind(lease));
+                let (routes, unreachable) = underlay.routes(ours);
                 let family = Family::of(underlay.bind.ip());
                 let refused = unreachable.into_iter().map(|lease| Refused {
                     lease: lease.subnets,
@@ -251,7 +259,9 @@ impl Plan {
                 };
                 (ours.flat_map(both).collect(), Vec::new())
             }
-            Self::Vxlan(_) | Self::HostGw(_) | Self::Outside(_) => (Vec::new(), Vec::new()),
+            Self::Vxlan(_) | Self::HostGw(_) | Self::Ipip(_) | Self::Outside(_) => {
+                (Vec::new(), Vec::new())
+            }
         }
     }
 
@@ -270,6 +280,7 @@ impl Plan {
                 Self::Vxlan(vxlan) if vxlan.in_user_space().is_none() => {
                     vxlan.devices(Some(subnets))
                 }
+                Self::Ipip(ipip) => vec![ipip.device(Some(subnets))],
                 Self::Udp { .. } | Self::Vxlan(_) | Self::HostGw(_) | Self::Outside(_) => {
                     Vec::new()
                 }
@@ -281,17 +292,7 @@ impl Plan {
         for lease in leases {
             if !self.is_of_our_kind(lease) {
                 desired.retained.extend(retained(lease));
-                if !matches!(self, Self::Udp { .. } | Self::Outside(_)) {
-                    let theirs = match lease.attrs.backend_type.as_str() {
-                        "" => "udp",
-                        other => other,
-                    };
-                    let ours = self.name();
-                    refused.push(Refused {
-                        lease: lease.subnets,
-                        why: format!("it uses the {theirs} backend and this node {ours}: what is there for it stays"),
-                    });
-                }
+                refused.extend(self.other_backend(lease));
                 continue;
             }
             for family in [Family::V4, Family::V6] {
@@ -311,11 +312,42 @@ impl Plan {
         (desired, refused)
     }
 
+    /// What to tell of a lease that names another backend than ours; nothing where others carry the packets.
+    fn other_backend(&self, lease: &Lease) -> Option<Refused> {
+        let theirs = match lease.attrs.backend_type.as_str() {
+            "" => udp::TYPE,
+            other => other,
+        };
+        let by_kernel = match self {
+            Self::Udp { .. } => false,
+            Self::Vxlan(vxlan) => vxlan.in_user_space().is_none(),
+            Self::HostGw(_) | Self::Ipip(_) => true,
+            Self::Outside(outside) => {
+                outside.commands()?;
+                false
+            }
+        };
+        let follows = match by_kernel && [vxlan::TYPE, host_gw::TYPE, ipip::TYPE].contains(&theirs)
+        {
+            true => "what the kernel has for it stays",
+            false => "there is no way to it",
+        };
+        let ours = self.name();
+        Some(Refused {
+            lease: lease.subnets,
+            why: format!(
+                "it uses the {theirs} backend and this node {ours}: {follows} until both use one (a daemon reads \
+                 Backend.Type when it starts)"
+            ),
+        })
+    }
+
     fn peer(&self, lease: &Lease, family: Family) -> Result<Option<Peer>, String> {
         match self {
             Self::Udp { .. } | Self::Outside(_) => Ok(None),
             Self::Vxlan(vxlan) => vxlan.peer(lease, family),
             Self::HostGw(host_gw) => host_gw.peer(lease, family),
+            Self::Ipip(ipip) => ipip.peer(lease, family),
         }
     }
 
@@ -323,8 +355,8 @@ impl Plan {
     fn is_of_our_kind(&self, lease: &Lease) -> bool {
         let theirs = lease.attrs.backend_type.as_str();
         match self {
-            Self::Udp { .. } => theirs.is_empty() || theirs == "udp",
-            Self::Vxlan(_) | Self::HostGw(_) => theirs == self.name(),
+            Self::Udp { .. } => theirs.is_empty() || theirs == udp::TYPE,
+            Self::Vxlan(_) | Self::HostGw(_) | Self::Ipip(_) => theirs == self.name(),
             // Whoever names none is of the same kind, or the original's `udp`.
             Self::Outside(outside) => theirs == outside.attrs().backend_type,
         }

@@ -62,7 +62,7 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
         mac: desired.mac.filter(|&mac| link.mac != Some(mac)),
         learning: desired
             .learning
-            .filter(|&learning| link.vxlan.is_some_and(|vxlan| vxlan.learning != learning)),
+            .filter(|&learning| link.vxlan().is_some_and(|vxlan| vxlan.learning != learning)),
         up: !link.up,
     };
     let mut actions = Vec::new();
@@ -184,7 +184,7 @@ mod tests {
             makes_ipv6_addresses: true,
             tx_dropped: 0,
             mac: None,
-            vxlan: None,
+            tunnel: None,
         }
     }
 

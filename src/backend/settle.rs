@@ -126,7 +126,7 @@ impl Report {
 }
 
 /// Removes all that a daemon, ours or flannel's, leaves behind on purpose: the routes that are marked as ours, and the
-/// VXLAN devices with what is on them. What was removed, and what the kernel refused.
+/// tunnel devices with what is on them. What was removed, and what the kernel refused.
 pub async fn remove(kernel: &impl Kernel) -> (Vec<String>, Vec<KernelError>) {
     let (mut removed, mut errors) = (Vec::new(), Vec::new());
     match kernel.routes().await {

@@ -17,6 +17,9 @@ use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
 /// while a worker copies one.
 pub const TX_QUEUE_LEN: u32 = 1000;
 
+/// What leases of this program would call it; the original's name no backend.
+pub const TYPE: &str = "udp";
+
 /// The template the original names its TUN by; the kernel puts the first free number in.
 pub const DEVICE: &str = "flannel%d";
 

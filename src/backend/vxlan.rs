@@ -14,7 +14,7 @@ use super::data_plane::DataPlane;
 use super::desired::{Device, Direct, Peer, Way};
 use super::device::{NAME_V4, NAME_V6};
 use super::ends::Ends;
-use super::kernel::{Link, VxlanLink};
+use super::kernel::{Link, TunnelLink, VxlanLink};
 use super::plan::PlanError;
 use super::{reconcile, udp};
 use crate::addr::{Mac, Mtu, Vni};
@@ -183,7 +183,7 @@ impl Vxlan {
     /// Likewise from a device that a run before, or the original, has left. After a move to another address the
     /// lease is another one, too, and two leases must not name one MAC address.
     pub fn adopt_mac(&mut self, name: &str, link: &Link) {
-        let (Some(mac), Some(vxlan)) = (link.mac, link.vxlan) else {
+        let (Some(mac), Some(vxlan)) = (link.mac, link.vxlan()) else {
             return;
         };
         // The original sends from the public address.
@@ -386,9 +386,9 @@ impl Vxlan {
             };
             Device {
                 name: device.name.clone(),
-                mac: device.mac,
+                mac: Some(device.mac),
                 mtu: device.mtu,
-                vxlan: device.vxlan,
+                tunnel: TunnelLink::Vxlan(device.vxlan),
                 addr: IpNet::from(base.unwrap_or(unspecified)),
             }
         };

@@ -284,7 +284,7 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if !counted {
             let (public, by) = (or(&peer["public"], "-"), or(&peer["transport"], "nothing"));
             page.row([&subnets, &public, &by, "", "", ""]);
-            rejected(page, peer);
+            ways(page, peer);
             continue;
         }
         let path_mtu = or(&peer["path_mtu"], "-");
@@ -300,15 +300,17 @@ fn peers(page: &mut Page, peers: &Value, counted: bool) {
         if let Some(why) = peer["gso_withdrawn"].as_str() {
             page.section("", &format!("UDP GSO given up: {}", clean(why)));
         }
-        rejected(page, peer);
+        ways(page, peer);
     }
 }
 
-/// Why a peer is not reached by a better way.
-fn rejected(page: &mut Page, peer: &Value) {
-    for better in list(&peer["rejected"]) {
-        let (transport, why) = (plain(&better["transport"]), plain(&better["why"]));
-        page.section("", &format!("not by {transport}: {why}"));
+/// Why a peer is reached by a way that had to be proven, and not by a better one.
+fn ways(page: &mut Page, peer: &Value) {
+    for (word, ways) in [("by", &peer["proven"]), ("not by", &peer["rejected"])] {
+        for way in list(ways) {
+            let (transport, why) = (plain(&way["transport"]), plain(&way["why"]));
+            page.section("", &format!("{word} {transport}: {why}"));
+        }
     }
 }
 

@@ -5,10 +5,18 @@ use crate::addr::Mtu;
 use crate::config::Null;
 
 /// The backends that can be chosen.
-pub(super) const AVAILABLE: &[&str] = &["udp", "vxlan", "host-gw", "auto", "alloc", "extension"];
+pub(super) const AVAILABLE: &[&str] = &[
+    "udp",
+    "vxlan",
+    "host-gw",
+    "ipip",
+    "auto",
+    "alloc",
+    "extension",
+];
 
 /// The backends of flannel that cannot be chosen yet.
-const UNAVAILABLE: &[&str] = &["ipip", "wireguard", "ipsec", "tencent-vpc"];
+const UNAVAILABLE: &[&str] = &["wireguard", "ipsec", "tencent-vpc"];
 
 /// Every backend type there is.
 pub(super) fn known() -> Vec<&'static str> {
@@ -44,6 +52,9 @@ const VXLAN_KEYS: &[&str] = &[
     "Name",
 ];
 
+/// The keys of an `ipip` backend.
+const IPIP_KEYS: &[&str] = &[TYPE, DIRECT_ROUTING];
+
 /// The keys of a `host-gw` backend, and of `alloc`.
 const HOST_GW_KEYS: &[&str] = &[TYPE];
 
@@ -57,10 +68,19 @@ pub enum Backend {
     Vxlan(VxlanBackend),
     /// Plain routes through the peers, which are on the link of the external interface.
     HostGw,
+    /// IPv4 in IPv4, by the kernel's device.
+    Ipip(IpipBackend),
     /// None that we know of: a subnet is leased, and somebody else carries the packets.
     Alloc,
     /// Whatever commands of the operator's set up.
     Extension(ExtensionBackend),
+}
+
+/// Options of the `ipip` backend; specification section 8.4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IpipBackend {
+    /// Peers that are on a link of this node are reached by a plain route.
+    pub direct_routing: bool,
 }
 
 /// A program and its arguments, to be run without a shell.
@@ -246,6 +266,7 @@ impl Backend {
             Self::Udp(_) => "udp",
             Self::Vxlan(_) => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Ipip(_) => "ipip",
             Self::Alloc => "alloc",
             Self::Extension(_) => "extension",
         }
@@ -257,6 +278,7 @@ impl Backend {
             Self::Udp(_) => UDP_KEYS,
             Self::Vxlan(_) => VXLAN_KEYS,
             Self::HostGw | Self::Alloc => HOST_GW_KEYS,
+            Self::Ipip(_) => IPIP_KEYS,
             Self::Extension(_) => EXTENSION_KEYS,
         }
     }
@@ -266,7 +288,7 @@ impl Backend {
         let name: String = object.plain(TYPE, "a backend's name")?.unwrap_or_default();
         let name = name.to_lowercase();
         let auto = object.plain::<bool>(AUTO, "true or false")?;
-        if auto == Some(true) && matches!(name.as_str(), "udp" | "host-gw") {
+        if auto == Some(true) && matches!(name.as_str(), "udp" | "host-gw" | "ipip") {
             // There is no way that both an unmodified peer and one without a proven route could fall back to.
             let expected = "false, or Type \"vxlan\"";
             return Err(object.refuse(AUTO, expected, "true").into());
@@ -279,6 +301,11 @@ impl Backend {
                 Self::Vxlan(VxlanBackend { auto, ..vxlan })
             }),
             "host-gw" => Ok(Self::HostGw),
+            "ipip" => Ok(Self::Ipip(IpipBackend {
+                direct_routing: object
+                    .plain(DIRECT_ROUTING, "true or false")?
+                    .unwrap_or_default(),
+            })),
             "alloc" => Ok(Self::Alloc),
             "extension" => ExtensionBackend::read(object).map(Self::Extension),
             known if UNAVAILABLE.contains(&known) => Err(ConfigError::BackendUnavailable { name }),

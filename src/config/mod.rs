@@ -8,7 +8,8 @@ mod pool;
 use ipnet::{Ipv4Net, Ipv6Net};
 
 pub use backend::{
-    Argv, Backend, ExtensionBackend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT, VxlanBackend,
+    Argv, Backend, ExtensionBackend, IpipBackend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT,
+    VxlanBackend,
 };
 pub use go_json::FieldError;
 pub(crate) use go_json::{Null, Object};
@@ -95,6 +96,14 @@ pub enum ConfigError {
         /// The number given.
         vni: u32,
     },
+    /// The backend carries IPv4 alone.
+    #[error(
+        "EnableIPv6 is true, and Backend.Type \"{backend}\" carries IPv4 only: set EnableIPv6 to false, or use udp, vxlan or host-gw"
+    )]
+    Ipv4Only {
+        /// The backend.
+        backend: &'static str,
+    },
     /// `Backend.Type` names no backend, or is missing from a `Backend` that is there.
     #[error("unknown backend type {name:?} in Backend.Type: use one of {}", backend::known().join(", "))]
     BackendUnknown {
@@ -163,6 +172,10 @@ impl NetworkConfig {
             && vxlan.vni > 9999
         {
             return Err(ConfigError::VniTooLong { vni: vxlan.vni });
+        }
+        if let (Backend::Ipip(_), Some(_)) = (&backend, &ipv6) {
+            let backend = backend.name();
+            return Err(ConfigError::Ipv4Only { backend });
         }
         Ok(Self {
             ipv4,

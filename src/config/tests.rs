@@ -301,6 +301,20 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
     let host_gw = read(r#"{"Type":"host-gw","VNI":1}"#);
     assert_eq!(host_gw.backend, Backend::HostGw);
     assert_eq!(host_gw.unknown_keys, ["Backend.VNI"]);
+    let ipip = read(r#"{"type":"IPIP","directrouting":true,"Port":1}"#);
+    let direct_routing = true;
+    assert_eq!(ipip.backend, Backend::Ipip(IpipBackend { direct_routing }));
+    assert_eq!(ipip.unknown_keys, ["Backend.Port"]);
+    for v4 in ["true", "false"] {
+        let v6 = format!(
+            r#"{{"EnableIPv4":{v4},"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{{"Type":"ipip"}}}}"#
+        );
+        let why = refusal(&v6);
+        assert!(
+            why.contains("EnableIPv6 is true") && why.contains("\"ipip\" carries IPv4 only"),
+            "{why}"
+        );
+    }
     let v6 = r#"{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan","VNI":10000}}"#;
     assert!(refusal(v6).contains("Backend.VNI 10000"), "{}", refusal(v6));
 }
@@ -325,7 +339,7 @@ fn backends_are_read_typed_or_refused_by_name() {
         (r#"{"Type":null}"#, "unknown backend type \"\""),
         (
             r#"{"Type":"quic"}"#,
-            "use one of udp, vxlan, host-gw, auto, alloc, extension, ipip, wireguard",
+            "use one of udp, vxlan, host-gw, ipip, auto, alloc, extension, wireguard",
         ),
         (r#"{"Type":"VXLAN","VNI":-1}"#, "Backend.VNI: expected"),
         (r#"{"Type":"vxlan","VNI":16777215}"#, "from 0 to 9999999"),
@@ -337,7 +351,12 @@ fn backends_are_read_typed_or_refused_by_name() {
             "Backend.DirectRouting:",
         ),
         (r#"{"Type":"vxlan","MTU":-1}"#, "Backend.MTU: expected"),
-        (r#"{"Type":"IPIP"}"#, "\"ipip\" is not available yet"),
+        (
+            r#"{"Type":"ipip","DirectRouting":1}"#,
+            "Backend.DirectRouting:",
+        ),
+        (r#"{"Type":"ipip","Auto":true}"#, "Backend.Auto:"),
+        (r#"{"Type":"IPsec"}"#, "\"ipsec\" is not available yet"),
         (
             r#"{"Type":"tencent-vpc"}"#,
             "\"tencent-vpc\" is not available yet",

@@ -11,7 +11,7 @@ use super::doctor;
 use super::explain::{Found, Named, Question, begin_trace, explain, find};
 use super::renewal::Held;
 use super::session::Session;
-use super::status::{document, value};
+use super::status::document;
 use crate::backend::kernel::Kernel;
 use crate::datapath::tap::filter::Filter;
 use crate::datapath::tap::{Capture, MAX_SNAP_LEN, Wanted};
@@ -101,14 +101,14 @@ pub(super) async fn explained<S: LeaseStore, K: Kernel>(
         Some(Ok(trace)) => {
             tokio::spawn(async move {
                 trace.run(&mut explanation).await;
-                send(answer, Answer::Document(value(explanation)));
+                send(answer, Answer::document(&explanation));
             });
             return;
         }
         Some(Err(why)) => explanation.trace.push(why),
         None => {}
     }
-    send(answer, Answer::Document(value(explanation)));
+    send(answer, Answer::document(&explanation));
 }
 
 async fn tell<S: LeaseStore, K: Kernel>(
@@ -120,7 +120,7 @@ async fn tell<S: LeaseStore, K: Kernel>(
     Ok(match request {
         Request::Status => {
             let expires = held.expires.get();
-            Told::Now(Answer::Document(document(daemon, session, expires).await))
+            Told::Now(Answer::document(&document(daemon, session, expires).await))
         }
         Request::Capture {
             filter,
@@ -130,7 +130,7 @@ async fn tell<S: LeaseStore, K: Kernel>(
         Request::Doctor { peer, mesh } => {
             let examination = doctor::begin(daemon, session, held, peer, mesh).await?;
             Told::Later(Box::pin(async move {
-                Answer::Document(value(examination.run().await))
+                Answer::document(&examination.run().await)
             }))
         }
         Request::Explain {
@@ -189,5 +189,5 @@ fn capture(
         "ends": ends,
         "macs": macs.collect::<BTreeMap<_, _>>(),
     });
-    Ok(Answer::Capture(origin, capture))
+    Ok(Answer::capture(&origin, capture))
 }

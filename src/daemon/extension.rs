@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use tokio::time::timeout;
 
 use super::DaemonError;
 use super::register::Registration;
+use super::served::Served;
 use crate::backend::outside::{EXTENSION, Outside};
 use crate::config::{Argv, NetworkConfig};
 use crate::lease::{Lease, LeaseAttrs, Subnets};
@@ -228,16 +230,17 @@ pub(super) struct Peers {
 
 impl Peers {
     /// For the backends that have commands.
-    pub(super) fn start(registration: &Registration) -> Option<Self> {
+    pub(super) fn start(registration: &Registration, subnet_file: &Path) -> Option<Self> {
         let outside = registration.plan.outside()?;
         let commands = outside.commands()?;
         let (add, remove) = (commands.subnet_add.clone(), commands.subnet_remove.clone());
         let (wanted, receiver) = watch::channel(None);
         let (sender, failures) = watch::channel(Arc::default());
+        let file = Served::beside(subnet_file);
         Some(Self {
             wanted,
             failures,
-            task: tokio::spawn(async move { follow(add, remove, receiver, sender).await }),
+            task: tokio::spawn(async move { follow(add, remove, file, receiver, sender).await }),
         })
     }
 
@@ -267,10 +270,17 @@ impl Drop for Peers {
 async fn follow(
     add: Option<Argv>,
     remove: Option<Argv>,
+    mut file: Served,
     mut wanted: watch::Receiver<Option<Vec<Lease>>>,
     failures: watch::Sender<Arc<BTreeMap<Subnets, String>>>,
 ) {
+    // Who is gone is not known before the store has listed who is there.
+    if wanted.wait_for(Option::is_some).await.is_err() {
+        return;
+    }
     let mut served: BTreeMap<Subnets, LeaseAttrs> = BTreeMap::new();
+    // Those of the run before: whoever stayed is served again, as by a first start.
+    let mut left = file.read();
     loop {
         let leases = wanted.borrow_and_update().clone().unwrap_or_default();
         let mut failed = BTreeMap::new();
@@ -278,19 +288,18 @@ async fn follow(
             let mut leases = leases.iter();
             leases.any(|lease| lease.subnets == *subnets && lease.attrs == *attrs)
         };
-        let gone: Vec<Subnets> = served
-            .iter()
-            .filter(|(subnets, attrs)| !same(subnets, attrs))
-            .map(|(subnets, _)| *subnets)
-            .collect();
-        for subnets in gone {
-            if let Some(attrs) = served.remove(&subnets) {
-                // What is gone is gone, whether its removal succeeds or not.
-                if let Err(error) =
-                    one("SubnetRemoveCommand", remove.as_ref(), &subnets, &attrs).await
-                {
-                    tracing::warn!("lease {subnets}: {error}");
-                }
+        // Before the commands run: one that is killed in the middle has done some of its work.
+        let coming = leases.iter().map(|lease| (&lease.subnets, &lease.attrs));
+        let all: BTreeMap<_, _> = coming.chain(&left).chain(&served).collect();
+        file.write(all.into_iter());
+        let is_gone = |subnets: &Subnets, attrs: &mut LeaseAttrs| !same(subnets, attrs);
+        let mut gone: Vec<(Subnets, LeaseAttrs)> = left.extract_if(.., is_gone).collect();
+        gone.extend(served.extract_if(.., is_gone));
+        for (subnets, attrs) in gone {
+            // What is gone is gone, whether its removal succeeds or not.
+            if let Err(error) = one("SubnetRemoveCommand", remove.as_ref(), &subnets, &attrs).await
+            {
+                tracing::warn!("lease {subnets}: {error}");
             }
         }
         for lease in &leases {
@@ -309,6 +318,7 @@ async fn follow(
             .await
             {
                 Ok(()) => {
+                    left.remove(&lease.subnets);
                     served.insert(lease.subnets, lease.attrs.clone());
                 }
                 Err(error) => {
@@ -317,6 +327,7 @@ async fn follow(
                 }
             }
         }
+        file.write(left.iter().chain(&served));
         let any = !failed.is_empty();
         failures.send_replace(Arc::new(failed));
         tokio::select! {

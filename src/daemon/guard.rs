@@ -41,7 +41,7 @@ impl Guard {
         let wanted = wanted(&registration.plan);
         let own = match &registration.plan {
             Plan::Vxlan(vxlan) => Some(vxlan.vni()),
-            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Outside(_) => None,
+            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Ipip(_) | Plan::Outside(_) => None,
         };
         let kept = |vni| match own {
             Some(own) if own == vni => wanted.is_some(),

@@ -30,6 +30,7 @@ mod probes;
 mod publication;
 mod register;
 mod renewal;
+mod served;
 mod session;
 mod status;
 mod traffic;
@@ -209,8 +210,8 @@ pub enum DaemonError {
     NoVxlan(DeviceError),
     /// Another daemon in this network namespace has the device that ours would have.
     #[error(
-        "another daemon (pid {pid}) has the VXLAN device {name} of this node: stop it, or give one of the two networks \
-         another Backend.VNI"
+        "another daemon (pid {pid}) has the device {name} of this node: stop it, or, where that is a VXLAN device, give one \
+         of the two networks another Backend.VNI"
     )]
     DeviceHeld {
         /// The device.

@@ -31,14 +31,13 @@ pub(super) struct Ways {
     changes: u64,
 }
 
-/// A better way to a peer than the one in use.
+/// A way past the tunnel to a peer, and why it is used or not.
 #[derive(Debug, Serialize)]
-pub(super) struct RejectedDocument {
+pub(super) struct WayDocument {
     /// Its name.
     transport: &'static str,
     /// To which of the peer's subnets.
     pub(super) subnet: IpNet,
-    /// Why it is not used.
     pub(super) why: String,
 }
 
@@ -121,13 +120,32 @@ impl Ways {
         });
     }
 
+    /// Why a peer is reached past the tunnel, for each of its subnets that is.
+    pub(super) fn proven(&self, report: &Report, lease: &Lease) -> Vec<WayDocument> {
+        let Some(past) = &self.past else {
+            return Vec::new();
+        };
+        let found = past.found();
+        let nets = udp::nets(&lease.subnets).into_iter();
+        let direct = nets.filter(|net| report.direct.contains(net));
+        let way = |subnet| WayDocument {
+            transport: "route",
+            subnet,
+            why: match found.proven.contains(&subnet) {
+                true => format!("probes of {} bytes arrive past the tunnel", found.len),
+                false => "probes no longer arrive: it is being given up".to_owned(),
+            },
+        };
+        direct.map(way).collect()
+    }
+
     /// Why a peer is not reached past the tunnel, for each of its subnets that is not.
     pub(super) fn rejected(
         &self,
         registration: &Registration,
         report: &Report,
         lease: &Lease,
-    ) -> Vec<RejectedDocument> {
+    ) -> Vec<WayDocument> {
         let (Some(past), Plan::Vxlan(vxlan)) = (&self.past, &registration.plan) else {
             return Vec::new();
         };
@@ -153,7 +171,7 @@ impl Ways {
                     None => "it is being proven".to_owned(),
                 },
             };
-            Some(RejectedDocument {
+            Some(WayDocument {
                 transport: "route",
                 subnet: net,
                 why,

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex, mpsc};
 use super::session::Session;
 use super::traffic::Admitting;
 use super::{Daemon, ProbeOptions};
-use crate::backend::kernel::Kernel;
+use crate::backend::kernel::{Kernel, PROBE_MARK};
 use crate::backend::udp;
 use crate::firewall::Admission;
 use crate::lease::Subnets;
@@ -69,7 +69,7 @@ impl Probes {
         if self.responder.is_some() {
             return;
         }
-        match Responder::start(port, &self.directory, &self.sender) {
+        match Responder::start(port, &self.directory, &self.sender, PROBE_MARK) {
             Ok(responder) => self.responder = Some(responder),
             Err(error) => tracing::warn!(
                 "probes of peers are not answered: UDP port {port}: {error}: free the port, or give all nodes \

@@ -128,16 +128,18 @@ pub(super) async fn register(
     })
 }
 
-/// The name that stands for a VXLAN device.
+/// The name that stands for a tunnel device.
 pub(super) fn device_lock(device: &str) -> String {
-    format!("vxlan/{device}")
+    format!("device/{device}")
 }
 
 /// Takes the names of the backend's devices: a second daemon with them would be of one mind with the first about
 /// nothing.
 fn hold_devices(plan: &Plan) -> Result<Vec<NameLock>, DaemonError> {
-    let Plan::Vxlan(vxlan) = plan else {
-        return Ok(Vec::new());
+    let names: Vec<&str> = match plan {
+        Plan::Vxlan(vxlan) => vxlan.device_names().collect(),
+        Plan::Ipip(_) => vec![device::NAME_IPIP],
+        Plan::Udp { .. } | Plan::HostGw(_) | Plan::Outside(_) => Vec::new(),
     };
     let hold = |name: &str| match NameLock::take(&device_lock(name)) {
         Ok(lock) => Ok(lock),
@@ -146,11 +148,11 @@ fn hold_devices(plan: &Plan) -> Result<Vec<NameLock>, DaemonError> {
             pid,
         }),
         Err(LockError::Io(source)) => Err(DaemonError::Process {
-            action: "take the name of the VXLAN device",
+            action: "take the name of the tunnel device",
             source,
         }),
     };
-    vxlan.device_names().map(hold).collect()
+    names.into_iter().map(hold).collect()
 }
 
 fn warn_or_fail(conflicts: &[Conflict]) -> Result<(), DaemonError> {
@@ -225,13 +227,16 @@ fn choose(
     Ok((ends, search.candidates))
 }
 
-/// Makes the devices whose MAC addresses the lease publishes, as the original does. What this cannot do is found
-/// out before anything else is changed.
+/// Makes the devices, whose MAC addresses the lease publishes where they have one. What this cannot do is found out
+/// before anything else is changed.
 pub(super) async fn prepare(
     kernel: &impl Kernel,
     plan: &mut Plan,
     place: VxlanPlace,
 ) -> Result<(), DaemonError> {
+    if let Plan::Ipip(ipip) = plan {
+        device::ensure(kernel, &ipip.device(None)).await?;
+    }
     let Plan::Vxlan(vxlan) = plan else {
         return Ok(());
     };
@@ -254,11 +259,11 @@ pub(super) async fn prepare(
     }
     for wanted in vxlan.devices(None) {
         match device::ensure(kernel, &wanted).await {
-            Err(error @ DeviceError::NoVxlan(_)) if place == VxlanPlace::Auto => {
+            Err(error @ DeviceError::Lacking { .. }) if place == VxlanPlace::Auto => {
                 tracing::warn!("VXLAN is carried in user space, on the same port: {error}");
                 return Ok(vxlan.move_to_user_space(error.to_string())?);
             }
-            Err(error @ DeviceError::NoVxlan(_)) => return Err(DaemonError::NoVxlan(error)),
+            Err(error @ DeviceError::Lacking { .. }) => return Err(DaemonError::NoVxlan(error)),
             ensured => drop(ensured?),
         }
     }
@@ -298,10 +303,7 @@ async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>,
         .filter(|link| device::is_name(&link.name))
     {
         let link = kernel.link_at(named.index).await?;
-        ours.extend(
-            link.filter(|link| link.vxlan.is_some())
-                .map(|link| link.index),
-        );
+        ours.extend(link.filter(device::is_flannels).map(|link| link.index));
     }
     Ok(ours)
 }

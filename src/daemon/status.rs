@@ -5,13 +5,12 @@ use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use serde::Serialize;
-use serde_json::Value;
 
 use super::Daemon;
 use super::carrier::Carrier;
 use super::checksums::ChecksumDocument;
 use super::guard::GuardDocument;
-use super::past::RejectedDocument;
+use super::past::WayDocument;
 use super::probes;
 use super::renewal::Held;
 use super::session::Session;
@@ -86,8 +85,10 @@ struct PeerDocument {
     endpoint: Option<SocketAddr>,
     /// How packets reach it; none if they do not.
     transport: Option<String>,
+    /// Ways that probes have proven and that are used therefore.
+    proven: Vec<WayDocument>,
     /// Better ways that are not used, and why.
-    rejected: Vec<RejectedDocument>,
+    rejected: Vec<WayDocument>,
     ecn: bool,
     sent: u64,
     received: u64,
@@ -119,7 +120,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     expires: Option<SystemTime>,
-) -> Value {
+) -> impl Serialize {
     let registration = &session.registration;
     let carrier = session.carrier.as_ref();
     // First, for the counters.
@@ -131,7 +132,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
         devices.extend(link.map(device));
     }
     let left = |end: SystemTime| end.duration_since(SystemTime::now()).unwrap_or_default();
-    let document = Document {
+    Document {
         version: env!("CARGO_PKG_VERSION"),
         pid: std::process::id(),
         uptime_seconds: daemon.started.elapsed().as_secs(),
@@ -165,13 +166,7 @@ pub(super) async fn document<S: LeaseStore, K: Kernel>(
         datapath,
         source_check,
         checksums: session.checksums.documents(),
-    };
-    value(document)
-}
-
-/// A document's every field is a number, a text or a list of them, and every key is a text.
-pub(super) fn value(document: impl Serialize) -> Value {
-    serde_json::to_value(document).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }))
+    }
 }
 
 /// The figures for `/metrics`.
@@ -263,6 +258,9 @@ fn peers(session: &Session, datapath: &datapath::Status) -> Vec<PeerDocument> {
             public: lease.attrs.node(),
             endpoint,
             transport: session.transport_of(&lease.subnets),
+            proven: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
+                session.ways.proven(&carrier.report, lease)
+            }),
             rejected: session.carrier.as_ref().map_or_else(Vec::new, |carrier| {
                 let ways = &session.ways;
                 ways.rejected(&session.registration, &carrier.report, lease)

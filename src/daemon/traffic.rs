@@ -16,8 +16,8 @@ use crate::backend::plan::Plan;
 use crate::config::{NetworkConfig, SourcePort, SubnetPool};
 use crate::datapath::lock::{LockError, NameLock};
 use crate::firewall::{
-    Admission, Error, Family, FamilyRules, Firewall, Keeper, KeeperStatus, Masquerade, Mode,
-    Notrack, Rules, Underlay,
+    Admission, Arrival, Error, Family, FamilyRules, Firewall, Keeper, KeeperStatus, Masquerade,
+    Mode, Notrack, Rules, Underlay,
 };
 use crate::lease::Subnets;
 
@@ -80,8 +80,8 @@ pub(super) async fn prepare(
     match &firewall {
         Ok(firewall) => {
             let choice = registration.choice();
-            if let Some(port) = registration.plan.port() {
-                match firewall.admission(port, &choice.name, choice.addr).await {
+            if let Some(arrival) = arrival(&registration.plan) {
+                match firewall.admission(arrival, &choice.name, choice.addr).await {
                     Ok(found) => admission = found,
                     Err(error) => {
                         tracing::warn!("cannot read the host's own firewall: {error}");
@@ -136,7 +136,7 @@ fn lock(options: &TrafficOptions) -> Result<Option<NameLock>, DaemonError> {
 pub(super) struct Admitting {
     programs: Vec<PathBuf>,
     mode: Mode,
-    port: Option<u16>,
+    arrival: Option<Arrival>,
     device: String,
     addr: IpAddr,
 }
@@ -151,7 +151,7 @@ impl Admitting {
             } else {
                 Mode::Iptables
             },
-            port: registration.plan.port(),
+            arrival: arrival(&registration.plan),
             device: choice.name.clone(),
             addr: choice.addr,
         }
@@ -160,37 +160,47 @@ impl Admitting {
     /// What it says now.
     pub(super) async fn ask(&self) -> Result<Admission, String> {
         let unread = |error: Error| format!("the host's own firewall: {error}");
-        let Some(port) = self.port else {
+        let Some(arrival) = self.arrival else {
             return Ok(Admission::Open);
         };
         let firewall = Firewall::open(self.programs.clone(), self.mode).await;
         let firewall = firewall.map_err(unread)?;
-        let found = firewall.admission(port, &self.device, self.addr).await;
+        let found = firewall.admission(arrival, &self.device, self.addr).await;
         found.map_err(unread)
+    }
+}
+
+/// How what peers send arrives; none where they route to us.
+pub(super) const fn arrival(plan: &Plan) -> Option<Arrival> {
+    match (plan, plan.port()) {
+        (Plan::Ipip(_), _) => Some(Arrival::Ipip),
+        (_, Some(port)) => Some(Arrival::Udp(port)),
+        (_, None) => None,
     }
 }
 
 /// Tells how the host's own firewall treats the tunnel, and yields to it where we can.
 fn report(admission: &Admission, plan: &mut Plan) {
-    let (Some(refusal), Some(port)) = (admission.refusal(), plan.port()) else {
+    let (Some(refusal), Some(arrival)) = (admission.refusal(), arrival(plan)) else {
         return;
     };
     let source_port = plan.source_port_mut();
     match (admission, &source_port) {
         (Admission::Open, _) => {}
         (Admission::Tracked(_), Some(_)) => tracing::info!(
-            "the host's firewall admits UDP port {port} only with connection tracking, which stays on: {refusal}"
+            "the host's firewall admits {arrival} only with connection tracking, which stays on: {refusal}"
         ),
         (Admission::Tracked(_), None) => tracing::info!(
-            "the host's firewall admits UDP port {port} only with connection tracking: {refusal}"
+            "the host's firewall admits {arrival} only with connection tracking: {refusal}"
         ),
         (Admission::Established(_), Some(_)) => tracing::warn!(
-            "the host's firewall admits UDP port {port} only as an established connection: source ports stay \
+            "the host's firewall admits {arrival} only as an established connection: source ports stay \
              fixed and tracking stays on; accept the port to lift both: {refusal}"
         ),
-        // The kernel's VXLAN varies its source ports, so no connection is ever established.
+        // The kernel's VXLAN varies its source ports, so no connection is ever established; IP in IP has none, and is
+        // one only once both ends have sent.
         (Admission::Established(_), None) | (Admission::Closed(_), _) => tracing::error!(
-            "the host's firewall does not admit the tunnel: accept UDP port {port}: {refusal}"
+            "the host's firewall does not admit the tunnel: accept {arrival}: {refusal}"
         ),
     }
     if let Some(source_port) = source_port

@@ -27,6 +27,7 @@ use super::end::End;
 use super::stream;
 use crate::datapath::tap::Capture;
 use crate::iface::Family;
+use crate::sys::heap;
 
 /// The longest path a socket may have: `sun_path` of unix(7), less the final zero.
 pub const MAX_PATH: usize = 107;
@@ -45,6 +46,9 @@ const MAX_REQUEST: u64 = 4096;
 
 /// The longest answer a client reads: 5000 peers at about 400 bytes, with room to spare.
 const MAX_ANSWER: usize = 16 << 20;
+
+/// An answer of more bytes than this was made of so much memory that it is worth giving back.
+const LARGE: usize = 1 << 20;
 
 /// Clients served at a time. A further one takes the place of the oldest that has not asked anything yet.
 const MAX_CLIENTS: usize = 8;
@@ -110,13 +114,11 @@ impl Request {
     }
 }
 
-/// What the daemon answers.
+/// What the daemon answers: a line of JSON, and what is captured from now on, if that was asked for.
 #[derive(Debug)]
-pub enum Answer {
-    /// One document.
-    Document(Value),
-    /// A document, and what is captured from now on.
-    Capture(Value, Capture),
+pub struct Answer {
+    line: String,
+    capture: Option<Capture>,
 }
 
 /// A request with the place for its answer.
@@ -330,13 +332,14 @@ async fn converse(
             "no request I know: {e}: send {{\"query\":\"status\"}}"
         )),
     };
-    let (document, capture) = match answer {
-        Answer::Document(document) => (document, None),
-        Answer::Capture(document, capture) => (document, Some(capture)),
-    };
-    let mut text = document.to_string();
-    text.push('\n');
-    timeout(PATIENCE, writer.write_all(text.as_bytes())).await??;
+    let Answer { line, capture } = answer;
+    let written = timeout(PATIENCE, writer.write_all(line.as_bytes())).await;
+    let len = line.len();
+    drop(line);
+    if len > LARGE {
+        heap::give_back();
+    }
+    written??;
     match capture {
         Some(capture) => stream::serve(capture, reader, writer).await,
         None => Ok(()),
@@ -344,10 +347,37 @@ async fn converse(
 }
 
 impl Answer {
+    /// A document whose every field is a number, a text or a list of them, and every key a text.
+    #[must_use]
+    pub fn document(document: &impl Serialize) -> Self {
+        match serde_json::to_string(document) {
+            Ok(mut line) => {
+                line.push('\n');
+                Self {
+                    line,
+                    capture: None,
+                }
+            }
+            Err(e) => Self::error(&e.to_string()),
+        }
+    }
+
+    /// A document, and the capture that follows it.
+    #[must_use]
+    pub fn capture(document: &impl Serialize, capture: Capture) -> Self {
+        Self {
+            capture: Some(capture),
+            ..Self::document(document)
+        }
+    }
+
     /// Why there is no other answer.
     #[must_use]
     pub fn error(text: &str) -> Self {
-        Self::Document(serde_json::json!({ "error": text }))
+        Self {
+            line: format!("{}\n", serde_json::json!({ "error": text })),
+            capture: None,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use super::nft::{self, NOTRACK_TABLE, Table};
 use super::rules::{Family, Rules};
 use super::tool::SearchPath;
 use super::variant::{self, Flavor, Iptables, Mode, Nft};
-use super::{Admission, Error, admission};
+use super::{Admission, Arrival, Error, admission};
 
 /// The program that holds the rules, chosen and probed.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ impl Firewall {
         Ok(differences)
     }
 
-    /// Whether the host's own firewall lets the tunnel's datagrams to `port` through on the external
+    /// Whether the host's own firewall lets what peers send through on the external
     /// `interface`, which has the address `public_ip`, and if only as tracked connections. Reads the whole
     /// ruleset; meant for the start.
     ///
@@ -160,7 +160,7 @@ impl Firewall {
     /// That of the program that failed.
     pub async fn admission(
         &self,
-        port: u16,
+        arrival: Arrival,
         interface: &str,
         public_ip: IpAddr,
     ) -> Result<Admission, Error> {
@@ -188,7 +188,7 @@ impl Firewall {
             }
         }
         let probe = admission::Probe {
-            port,
+            arrival,
             interface,
             addr: public_ip,
         };

@@ -32,7 +32,7 @@ mod variant;
 
 mod apply;
 
-pub use admission::{Admission, Refusal};
+pub use admission::{Admission, Arrival, Refusal};
 pub use apply::{Applied, Firewall, Removed, remove};
 pub use error::{Difference, Error, What};
 pub use keeper::{Keeper, KeeperStatus, ResyncInterval};

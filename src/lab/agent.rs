@@ -121,6 +121,7 @@ fn daemon(program: &Path, spec: &Spec, lab_dir: &Path, node: u8) -> Command {
             | Backend::ByHand
             | Backend::Udp
             | Backend::HostGw
+            | Backend::Ipip
             | Backend::WireguardGo => &mut command,
         };
     }

@@ -87,9 +87,11 @@ impl Lab {
                 self.start_wireguard()?;
                 self.chosen_nets(wireguard::OVERHEAD)
             }
-            Backend::Udp | Backend::Vxlan | Backend::UserVxlan | Backend::HostGw => {
-                self.start_daemons()?
-            }
+            Backend::Udp
+            | Backend::Vxlan
+            | Backend::UserVxlan
+            | Backend::HostGw
+            | Backend::Ipip => self.start_daemons()?,
         };
         for (node, net) in (1..).zip(&nets) {
             self.attach_pods(node, net)?;

@@ -193,6 +193,8 @@ pub enum Backend {
     UserVxlan,
     /// Likewise, with routes.
     HostGw,
+    /// Likewise, with the kernel's IP in IP.
+    Ipip,
     /// One `wireguard-go` per node; two nodes at most.
     WireguardGo,
 }
@@ -206,6 +208,7 @@ impl Backend {
             Self::Udp => Some("udp"),
             Self::Vxlan | Self::UserVxlan => Some("vxlan"),
             Self::HostGw => Some("host-gw"),
+            Self::Ipip => Some("ipip"),
         }
     }
 }

@@ -4,11 +4,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVxlan, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoIpTunnel, InfoKind, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage, TunnelEncapType,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -17,9 +16,12 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
     RouteNextHopFlags, RouteType, RouteVia,
 };
+use netlink_packet_route::{AddressFamily, IpProtocol};
 
 use crate::addr::Mac;
-use crate::backend::kernel::{Forward, Known, Link, Neighbour, Route, VxlanLink};
+use crate::backend::kernel::{
+    Forward, IpipLink, Known, Link, Neighbour, Route, TunnelLink, VxlanLink,
+};
 use crate::iface::{self, DefaultRoute, Family, Reach, Snapshot};
 
 /// A link; `None` without a name.
@@ -33,7 +35,7 @@ pub(super) fn link(message: &LinkMessage) -> Option<Link> {
         makes_ipv6_addresses: false,
         tx_dropped: 0,
         mac: None,
-        vxlan: None,
+        tunnel: None,
     };
     for attribute in &message.attributes {
         if let LinkAttribute::IfName(name) = attribute {
@@ -49,7 +51,7 @@ pub(super) fn link(message: &LinkMessage) -> Option<Link> {
         } else if let LinkAttribute::Address(bytes) = attribute {
             link.mac = mac(bytes);
         } else if let LinkAttribute::LinkInfo(infos) = attribute {
-            link.vxlan = infos.iter().find_map(vxlan);
+            link.tunnel = tunnel(infos);
         }
     }
     (!link.name.is_empty()).then_some(link)
@@ -59,11 +61,48 @@ fn mac(bytes: &[u8]) -> Option<Mac> {
     Mac::new(bytes.try_into().ok()?)
 }
 
-/// What a link is as a VXLAN device.
-fn vxlan(info: &LinkInfo) -> Option<VxlanLink> {
-    let LinkInfo::Data(InfoData::Vxlan(attributes)) = info else {
-        return None;
+/// What a link is as a tunnel. Other kinds than IPIP have its attributes, too.
+fn tunnel(infos: &[LinkInfo]) -> Option<TunnelLink> {
+    let is_ipip = infos.contains(&LinkInfo::Kind(InfoKind::IpIp));
+    infos.iter().find_map(|info| {
+        if let LinkInfo::Data(InfoData::Vxlan(attributes)) = info {
+            Some(TunnelLink::Vxlan(vxlan(attributes)))
+        } else if let LinkInfo::Data(InfoData::IpTunnel(attributes)) = info {
+            is_ipip.then(|| TunnelLink::Ipip(ipip(attributes)))
+        } else {
+            None
+        }
+    })
+}
+
+fn ipip(attributes: &[InfoIpTunnel]) -> IpipLink {
+    let mut ipip = IpipLink {
+        local: None,
+        extras: false,
     };
+    for attribute in attributes {
+        #[expect(clippy::wildcard_enum_match_arm, reason = "decides nothing")]
+        match attribute {
+            InfoIpTunnel::Local(IpAddr::V4(local)) => {
+                ipip.local = Some(*local).filter(|local| !local.is_unspecified());
+            }
+            InfoIpTunnel::Remote(remote) => ipip.extras |= !remote.is_unspecified(),
+            InfoIpTunnel::Ttl(value) | InfoIpTunnel::Tos(value) => ipip.extras |= *value != 0,
+            InfoIpTunnel::Link(value) | InfoIpTunnel::FwMark(value) => ipip.extras |= *value != 0,
+            InfoIpTunnel::PMtuDisc(on) => ipip.extras |= *on,
+            // The original's takes whatever is inside, which is IPv4 all the same.
+            InfoIpTunnel::Protocol(protocol) => {
+                ipip.extras |= ![u8::from(IpProtocol::Ipip), 0].contains(&u8::from(*protocol));
+            }
+            InfoIpTunnel::EncapType(kind) => ipip.extras |= *kind != TunnelEncapType::None,
+            InfoIpTunnel::CollectMetadata => ipip.extras = true,
+            _ => {}
+        }
+    }
+    ipip
+}
+
+fn vxlan(attributes: &[InfoVxlan]) -> VxlanLink {
     let mut vxlan = VxlanLink {
         vni: 0,
         port: 0,
@@ -93,7 +132,7 @@ fn vxlan(info: &LinkInfo) -> Option<VxlanLink> {
             _ => {}
         }
     }
-    Some(vxlan)
+    vxlan
 }
 
 /// What is known of the neighbour with this address, if the message is about it.

@@ -1,34 +1,42 @@
 //! Owns the writing of our types into rtnetlink messages. Pure; never sends anything.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+    InfoData, InfoIpTunnel, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, IpProtocol};
 use rtnetlink::{IpVersion, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
 use crate::backend::kernel::{
-    Forward, KernelError, LinkChange, Neighbour, NewVxlan, PROBE_MARK, PROBE_PRIORITY, PROBE_TABLE,
-    PROTOCOL_LODEN, Route,
+    Forward, IpipLink, KernelError, LinkChange, Neighbour, NewTunnel, PROBE_MARK, PROBE_PRIORITY,
+    PROBE_TABLE, PROTOCOL_LODEN, Route, TunnelLink, VxlanLink,
 };
 
-/// A VXLAN device as flannel asks for it (specification section 8.2); what is not named here is as the kernel
-/// has it by default, which is off.
-pub(super) fn vxlan(device: &NewVxlan) -> LinkMessage {
-    let vxlan = &device.vxlan;
+/// A tunnel device as flannel asks for it (specification sections 8.2 and 8.4).
+pub(super) fn tunnel(device: &NewTunnel) -> LinkMessage {
+    match &device.tunnel {
+        TunnelLink::Vxlan(vxlan) => self::vxlan(device, vxlan),
+        TunnelLink::Ipip(ipip) => self::ipip(device, ipip),
+    }
+}
+
+/// What is not named here is as the kernel has it by default, which is off.
+fn vxlan(device: &NewTunnel, vxlan: &VxlanLink) -> LinkMessage {
     let mut builder = LinkVxlan::new(&device.name, vxlan.vni)
         .port(vxlan.port)
         .learning(vxlan.learning)
         .mtu(u32::from(device.mtu.get()))
-        .txqueuelen(0)
-        .address(device.mac.bytes().to_vec());
+        .txqueuelen(0);
+    if let Some(mac) = device.mac {
+        builder = builder.address(mac.bytes().to_vec());
+    }
     if vxlan.link != 0 {
         builder = builder.dev(vxlan.link);
     }
@@ -41,6 +49,31 @@ pub(super) fn vxlan(device: &NewVxlan) -> LinkMessage {
         builder = builder.gbp();
     }
     builder.build()
+}
+
+/// The TTL and "don't fragment" of the outer header are the inner packet's, so that no path is shorter or narrower than
+/// pods are told. A TOS of 0 leaves congestion marks to RFC 6040, as the kernel has it
+/// (`INET_ECN_encapsulate` in include/net/inet_ecn.h).
+fn ipip(device: &NewTunnel, ipip: &IpipLink) -> LinkMessage {
+    let local = IpAddr::V4(ipip.local.unwrap_or(Ipv4Addr::UNSPECIFIED));
+    let attributes = vec![
+        InfoIpTunnel::Local(local),
+        InfoIpTunnel::Ttl(0),
+        InfoIpTunnel::Tos(0),
+        InfoIpTunnel::PMtuDisc(false),
+        InfoIpTunnel::Protocol(IpProtocol::Ipip),
+    ];
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(device.name.clone()),
+        LinkAttribute::Mtu(u32::from(device.mtu.get())),
+        LinkAttribute::TxQueueLen(0),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::IpIp),
+            LinkInfo::Data(InfoData::IpTunnel(attributes)),
+        ]),
+    ];
+    message
 }
 
 /// What is changed about a link whatever its kind, and the words for it.

@@ -21,7 +21,7 @@ use rtnetlink::{AddressMessageBuilder, Handle, IpVersion, RouteMessageBuilder};
 use tokio::sync::mpsc;
 
 use crate::backend::kernel::{
-    Change, Edit, Forward, Kernel, KernelError, Known, Link, LinkChange, Neighbour, NewVxlan,
+    Change, Edit, Forward, Kernel, KernelError, Known, Link, LinkChange, Neighbour, NewTunnel,
     PROBE_TABLE, Route,
 };
 use crate::iface::{Reach, Snapshot};
@@ -170,9 +170,9 @@ impl Kernel for Netlink {
         Ok(messages.iter().filter_map(decode::link).collect())
     }
 
-    async fn add_vxlan(&self, device: &NewVxlan) -> Result<(), KernelError> {
-        let operation = format!("make the VXLAN device {}", device.name);
-        let request = self.handle.link().add(encode::vxlan(device));
+    async fn add_tunnel(&self, device: &NewTunnel) -> Result<(), KernelError> {
+        let operation = format!("make the device {}", device.name);
+        let request = self.handle.link().add(encode::tunnel(device));
         request.execute().await.map_err(failed(operation))
     }
 

@@ -20,8 +20,8 @@ use crate::wire::probe::{Heard, Identity, Via};
 pub struct Ways {
     /// Devices of our own data plane.
     pub tunnel: Vec<u32>,
-    /// VXLAN devices.
-    pub kernel_vxlan: Vec<u32>,
+    /// Tunnel devices of the kernel's.
+    pub kernel_tunnel: Vec<u32>,
     /// External interfaces.
     pub underlay: Vec<u32>,
     /// Subnets of peers that packets are sent to past the tunnel.
@@ -34,7 +34,7 @@ impl Ways {
     pub fn via(&self, link: u32) -> Via {
         let links = [
             (&self.tunnel, Via::Tunnel),
-            (&self.kernel_vxlan, Via::KernelVxlan),
+            (&self.kernel_tunnel, Via::KernelTunnel),
             (&self.underlay, Via::Underlay),
         ];
         let way = links.iter().find(|(links, _)| links.contains(&link));
@@ -298,7 +298,7 @@ impl Directory {
     #[must_use]
     pub fn targets(&self, peer: &Peer) -> Vec<IpAddr> {
         let ways = self.ways.load();
-        let has_device = !ways.tunnel.is_empty() || !ways.kernel_vxlan.is_empty();
+        let has_device = !ways.tunnel.is_empty() || !ways.kernel_tunnel.is_empty();
         let mut overlay = peer.overlay_addrs();
         let (device, bridge) = (overlay.next(), overlay.next());
         if has_device {
@@ -315,7 +315,7 @@ impl Directory {
     #[must_use]
     pub fn path_to(&self, addr: IpAddr) -> Path {
         let ways = self.ways.load();
-        let has_device = !ways.tunnel.is_empty() || !ways.kernel_vxlan.is_empty();
+        let has_device = !ways.tunnel.is_empty() || !ways.kernel_tunnel.is_empty();
         let peer = self.peer_at(addr);
         let is_overlay = peer.is_some_and(|peer| peer.overlay_addrs().any(|one| one == addr));
         let own = self.identity();
@@ -379,8 +379,8 @@ impl Directory {
             Via::Underlay
         } else if !ways.tunnel.is_empty() {
             Via::Tunnel
-        } else if !ways.kernel_vxlan.is_empty() {
-            Via::KernelVxlan
+        } else if !ways.kernel_tunnel.is_empty() {
+            Via::KernelTunnel
         } else {
             Via::Unknown
         }
@@ -474,7 +474,7 @@ mod tests {
         let directory = directory(&[lease("198.18.2.0-24", 2)]);
         let ways = Ways {
             tunnel: vec![4],
-            kernel_vxlan: vec![5],
+            kernel_tunnel: vec![5],
             underlay: vec![2],
             past: HashSet::from(["198.18.3.0/24".parse().unwrap()]),
         };
@@ -483,7 +483,7 @@ mod tests {
             (2, Via::Underlay),
             (9, Via::Other),
             (4, Via::Tunnel),
-            (5, Via::KernelVxlan),
+            (5, Via::KernelTunnel),
             (0, Via::Unknown),
         ] {
             assert_eq!(directory.via(link), via);

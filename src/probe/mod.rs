@@ -16,6 +16,7 @@
 //! | [`background`] | probing a few peers all the time |
 //! | [`history`] | what the last visits say (pure) |
 //! | [`past`] | proving ways past the tunnel, by marked probes |
+//! | [`rounds`] | which of many ways is probed when (pure) |
 //! | [`proof`] | when a way may be used (pure) |
 //! | [`figures`] | what a round says (pure) |
 //! | `socket`, `echo` | UDP sockets with what stood around a datagram, and ICMP echo |
@@ -29,6 +30,7 @@ pub mod past;
 pub mod prober;
 pub mod proof;
 pub mod responder;
+pub mod rounds;
 mod search;
 mod socket;
 

@@ -2,10 +2,10 @@
 //! be, from address to address of the overlay, again and again. Never decides who is to be proven, and never changes
 //! a route.
 //!
-//! The answer says by which link a probe came in there, so it may itself come back by any way: each end proves the way
-//! that it sends by.
+//! The answer says by which link a probe came in there, so it may itself come back by any way, and is asked to come by
+//! both: each end proves the way that it sends by, and neither depends on the other's.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -17,18 +17,16 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
-use super::proof::{Proof, Step};
+use super::rounds::{Answer, Due, Rounds, TICK};
 use super::socket::{self, Received};
-use super::{Directory, Path, headers_len, random, wall_clock};
-use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Via};
-
-/// The due probes are sent at most this often, and at most so many at a time: 800 a second, however many peers there
-/// are. Where that is too little for [`EVERY`](super::proof::EVERY), a failed way is noticed later.
-const TICK: Duration = Duration::from_millis(10);
-const AT_A_TIME: usize = 8;
+use super::{Directory, Path, random, wall_clock};
+use crate::wire::probe::{Flags, Kind, Probe};
 
 /// A socket that could not be had is tried again after this long.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// What is found is told no more often, since it is told as a whole.
+const TELL_EVERY: Duration = Duration::from_millis(20);
 
 /// A peer to be proven.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +57,8 @@ pub struct Wanted {
 /// What was found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Found {
+    /// Bytes of the longest packet, with which it was proven.
+    pub len: u16,
     /// The subnets that the way past the tunnel is proven to.
     pub proven: HashSet<IpNet>,
     /// Why it is not to others.
@@ -84,10 +84,8 @@ impl Past {
             mark,
             nonce: random(),
             wanted: Wanted::default(),
-            ways: BTreeMap::new(),
-            on_the_way: HashMap::new(),
+            rounds: Rounds::default(),
             found: sender,
-            stale: false,
         };
         Self {
             wanted,
@@ -131,12 +129,8 @@ struct Proving {
     mark: u32,
     nonce: u64,
     wanted: Wanted,
-    ways: BTreeMap<IpNet, (Target, Proof)>,
-    /// By the probe's number.
-    on_the_way: HashMap<u32, IpNet>,
+    rounds: Rounds,
     found: watch::Sender<Arc<Found>>,
-    /// Something else may be found now.
-    stale: bool,
 }
 
 /// A socket of one family, bound to our address in the overlay.
@@ -165,9 +159,10 @@ impl Proving {
     async fn run(mut self, mut wanted: watch::Receiver<Wanted>) {
         let mut ends: Vec<End> = Vec::new();
         let mut buffers = [vec![0; 1 << 11], vec![0; 1 << 11]];
+        let (mut next_tick, mut next_tale) = (Instant::now(), Instant::now());
         loop {
-            let due = self.ways.values().map(|(_, proof)| proof.at()).min();
-            let due = due.map(|at| at.max(Instant::now() + TICK));
+            let due = self.rounds.at().map(|at| at.max(next_tick));
+            let tale = self.rounds.is_stale().then_some(next_tale);
             let [first, second] = &mut buffers;
             let (one, other) = (socket_of(&ends, 0), socket_of(&ends, 1));
             tokio::select! {
@@ -180,23 +175,16 @@ impl Proving {
                 }
                 received = receive(one, first) => self.hear(received, first),
                 received = receive(other, second) => self.hear(received, second),
-                () = at(due) => {}
-            }
-            let same = ends
-                .iter()
-                .map(|end| end.local)
-                .eq(self.wanted.local.iter().copied());
-            if !same {
-                let local = self.wanted.local.iter();
-                ends = local.map(|&local| End::open(local, self.mark)).collect();
-            }
-            for end in &mut ends {
-                if matches!(&end.socket, Err((_, again)) if *again <= Instant::now()) {
-                    *end = End::open(end.local, self.mark);
+                () = at(due) => {
+                    next_tick = Instant::now() + TICK;
+                    self.open(&mut ends);
+                    self.tick(&ends);
+                }
+                () = at(tale) => {
+                    next_tale = Instant::now() + TELL_EVERY;
+                    self.tell();
                 }
             }
-            self.tick(&ends);
-            self.tell();
         }
     }
 
@@ -204,59 +192,36 @@ impl Proving {
     fn take(&mut self, wanted: Wanted, now: Instant) {
         let hurry = wanted.change != self.wanted.change;
         let anew = wanted.local != self.wanted.local || wanted.len != self.wanted.len;
-        let mut ways = BTreeMap::new();
-        for target in &wanted.targets {
-            let known = self.ways.remove(&target.net);
-            let mut proof = match known {
-                Some((before, proof)) if before == *target && !anew => proof,
-                Some(_) | None => Proof::new(now),
-            };
-            if hurry {
-                proof.hurry(now);
-            }
-            ways.insert(target.net, (*target, proof));
-        }
-        self.ways = ways;
+        let rounds = &mut self.rounds;
+        rounds.take(&wanted.targets, wanted.len, anew, hurry, now);
         self.wanted = wanted;
-        self.stale = true;
-        self.on_the_way.retain(|_, net| self.ways.contains_key(net));
+    }
+
+    /// Has a socket at each of our addresses.
+    fn open(&self, ends: &mut Vec<End>) {
+        let local = self.wanted.local.iter();
+        if !ends.iter().map(|end| &end.local).eq(local.clone()) {
+            *ends = local.map(|&local| End::open(local, self.mark)).collect();
+        }
+        for end in ends {
+            if matches!(&end.socket, Err((_, again)) if *again <= Instant::now()) {
+                *end = End::open(end.local, self.mark);
+            }
+        }
     }
 
     /// Sends what is due.
     fn tick(&mut self, ends: &[End]) {
-        let now = Instant::now();
-        let mut sent = 0;
-        let nets: Vec<IpNet> = self
-            .ways
-            .iter()
-            .filter(|(_, (_, proof))| proof.at() <= now)
-            .map(|(net, _)| *net)
-            .collect();
-        for net in nets {
-            if sent >= AT_A_TIME {
-                break;
-            }
-            let mut step = Step::Wait;
-            let Some(target) = self.touch(&net, |proof| step = proof.step(now)) else {
-                continue;
-            };
-            // What was on the way before is lost.
-            self.on_the_way.retain(|_, other| *other != net);
-            if step == Step::Wait {
-                continue;
-            }
-            sent += 1;
-            match self.send(&target, ends) {
-                Ok(sequence) => {
-                    self.on_the_way.insert(sequence, net);
-                }
-                Err(why) => self.lose(&net, &why),
+        for due in self.rounds.due(Instant::now()) {
+            match self.send(&due, ends) {
+                Ok(sequence) => self.rounds.sent(&due, sequence),
+                Err(why) => self.rounds.unsent(&due, &why, Instant::now()),
             }
         }
     }
 
-    fn send(&self, target: &Target, ends: &[End]) -> Result<u32, String> {
-        let to = SocketAddr::new(target.net.network(), target.port);
+    fn send(&self, due: &Due, ends: &[End]) -> Result<u32, String> {
+        let to = SocketAddr::new(due.target.net.network(), due.target.port);
         let mut of_family = ends
             .iter()
             .filter(|end| end.local.is_ipv4() == to.is_ipv4());
@@ -274,13 +239,18 @@ impl Proving {
             self.nonce,
             self.directory.identity(),
         );
+        probe.flags = if due.past {
+            Flags::PROVING.with(Flags::PAST)
+        } else {
+            Flags::PROVING
+        };
         probe.left = wall_clock();
-        probe.flags = Flags::PROVING;
-        let payload = self.wanted.len.saturating_sub(headers_len(to.ip()));
-        let mut bytes = vec![0; usize::from(payload).max(HEADER_LEN)];
+        let mut bytes = vec![0; due.payload];
         probe.write(&mut bytes);
         match socket.try_send_to(&bytes, to) {
             Ok(_) => Ok(sequence),
+            // A queue that is full for the moment: a lost probe, which says nothing about the way yet.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(sequence),
             Err(error) => Err(format!("it cannot be sent: {error}")),
         }
     }
@@ -295,62 +265,21 @@ impl Proving {
         if said.kind != Kind::Answer || said.nonce != self.nonce {
             return;
         }
-        let Some(net) = self.on_the_way.get(&said.sequence).copied() else {
-            return;
+        let answer = Answer {
+            sequence: said.sequence,
+            from: received.from.ip(),
+            via: said.via,
+            seen_len: said.seen_len,
+            past: said.flags.has(Flags::PAST),
         };
-        if received.from.ip() != net.network() {
-            return;
-        }
-        self.on_the_way.remove(&said.sequence);
-        let now = Instant::now();
-        let tunnelled = match said.via {
-            Via::Tunnel | Via::KernelVxlan => Some("through the tunnel"),
-            Via::Unknown => Some("by a link that it does not tell"),
-            Via::Underlay | Via::Other => None,
-        };
-        match tunnelled {
-            Some(how) => self.lose(&net, &format!("the probe arrived {how}")),
-            None if said.seen_len < self.wanted.len => {
-                let (seen, sent) = (said.seen_len, self.wanted.len);
-                self.lose(&net, &format!("of {sent} bytes, {seen} arrived"));
-            }
-            None => {
-                self.touch(&net, |proof| proof.arrived(now));
-            }
-        }
-    }
-
-    fn lose(&mut self, net: &IpNet, why: &str) {
-        self.touch(net, |proof| proof.lost(Instant::now(), why));
-    }
-
-    /// Changes what is known of a way, and notes whether something else is found thereby.
-    fn touch(&mut self, net: &IpNet, change: impl FnOnce(&mut Proof)) -> Option<Target> {
-        let (target, proof) = self.ways.get_mut(net)?;
-        let before = (proof.holds(), proof.why_not().map(str::to_owned));
-        change(proof);
-        self.stale |= before.0 != proof.holds() || before.1.as_deref() != proof.why_not();
-        Some(*target)
+        self.rounds.answered(&answer, Instant::now());
     }
 
     /// Says what is found, if it differs from what was.
     fn tell(&mut self) {
-        if !std::mem::take(&mut self.stale) {
+        let Some(found) = self.rounds.news() else {
             return;
-        }
-        let mut found = Found::default();
-        for (net, (_, proof)) in &self.ways {
-            if proof.holds() {
-                found.proven.insert(*net);
-            } else if let Some(why) = proof.why_not() {
-                let len = self.wanted.len;
-                let why = match why {
-                    "no answer" => format!("probes of {len} bytes past the tunnel have no answer"),
-                    other => other.to_owned(),
-                };
-                found.why_not.insert(*net, why);
-            }
-        }
+        };
         self.found.send_if_modified(|before| {
             let differs = **before != found;
             if differs {

@@ -1,12 +1,18 @@
 //! Owns answering probes. Answers peers only, never with more than it was asked with, and never more often than
 //! [`PER_SECOND`] says; what it does not answer it drops without a word.
+//!
+//! An answer says by which link its request came in, so what it proves is the way of the request, whichever way it
+//! takes itself. Where the asker wants it ([`Flags::PAST`]) it takes both: the routing table's, which may be the tunnel,
+//! and that of marked probes past it. Neither a filtered tunnel nor a wall around our own packets then keeps the
+//! asker's way from being proven.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use socket2::SockRef;
 use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -17,8 +23,9 @@ use super::{Path, headers_len, wall_clock};
 use crate::lease::Subnets;
 use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Report, asked_from};
 
-/// Answers in a second: a cluster of 5000 nodes, each of which asks eight others at random, makes eight.
-pub const PER_SECOND: u32 = 2000;
+/// Answers in a second, of a family: of 5000 nodes on one link each may prove its way to us once a second, with two
+/// answers while it has to, and eight others ask at random.
+pub const PER_SECOND: u32 = 12_000;
 
 /// Answers to one peer in a second: a search for the usable size takes 4 sweeps of 64.
 pub const PER_PEER_AND_SECOND: u32 = 400;
@@ -52,8 +59,8 @@ pub struct Responder {
 }
 
 impl Responder {
-    /// Answers probes at `port` on all addresses of the node, in tasks of the current runtime. A node without IPv6
-    /// is answered for in IPv4 alone.
+    /// Answers probes at `port` on all addresses of the node, in tasks of the current runtime, past the tunnel with
+    /// `mark`. A node without IPv6 is answered for in IPv4 alone.
     ///
     /// # Errors
     ///
@@ -62,6 +69,7 @@ impl Responder {
         port: u16,
         directory: &Arc<Directory>,
         reports: &mpsc::Sender<Asked>,
+        mark: u32,
     ) -> io::Result<Self> {
         let v4 = socket::open(&Path::default(), Ipv4Addr::UNSPECIFIED.into(), port)?;
         let mut sockets = vec![v4];
@@ -73,7 +81,11 @@ impl Responder {
         }
         let serve = |socket| {
             let responding = Responding {
-                socket: Arc::new(socket),
+                end: Arc::new(End {
+                    socket,
+                    mark,
+                    sending: Mutex::default(),
+                }),
                 directory: Arc::clone(directory),
                 reports: reports.clone(),
                 limit: Limit::new(Instant::now()),
@@ -95,7 +107,7 @@ impl Drop for Responder {
 }
 
 struct Responding {
-    socket: Arc<UdpSocket>,
+    end: Arc<End>,
     directory: Arc<Directory>,
     reports: mpsc::Sender<Asked>,
     limit: Limit,
@@ -105,7 +117,7 @@ impl Responding {
     async fn run(mut self) {
         let mut buffer = vec![0; MAX_LEN];
         loop {
-            match socket::receive(&self.socket, &mut buffer).await {
+            match socket::receive(&self.end.socket, &mut buffer).await {
                 Ok(received) => {
                     let bytes = buffer.get_mut(..received.len).unwrap_or_default();
                     self.take(&received, bytes);
@@ -166,7 +178,15 @@ impl Responding {
             HEADER_LEN
         };
         let bytes = bytes.get_mut(..len).unwrap_or_default();
-        send(&self.socket, answer, bytes, received, local);
+        self.end.send(answer, bytes, received, local);
+        let headers = usize::from(headers_len(local));
+        let both = headers + len + headers + HEADER_LEN;
+        if request.flags.has(Flags::PAST)
+            && both <= total
+            && self.limit.allow(&peer.subnets, kind, Instant::now())
+        {
+            self.end.send_past(answer, bytes, received, local);
+        }
     }
 
     /// Lets the daemon's loop report, and sends what it says.
@@ -186,38 +206,61 @@ impl Responding {
         if self.reports.try_send(asked).is_err() {
             return;
         }
-        let (socket, received) = (Arc::clone(&self.socket), *received);
+        let (end, received) = (Arc::clone(&self.end), *received);
         let mut bytes = vec![0; bytes.len()];
         tokio::spawn(async move {
             if let Ok(Ok(report)) = tokio::time::timeout(PATIENCE, said).await {
                 let len = report.write(&mut bytes);
                 let bytes = bytes.get_mut(..len).unwrap_or_default();
-                send(&socket, answer, bytes, &received, local);
+                end.send(answer, bytes, &received, local);
             }
         });
     }
 }
 
-/// Sends an answer with the time it leaves; a shorter one if our own link is too small for it.
-fn send(
-    socket: &UdpSocket,
-    mut answer: Probe,
-    bytes: &mut [u8],
-    received: &Received,
-    local: IpAddr,
-) {
-    answer.answered = wall_clock();
-    answer.write(bytes);
-    let mut result = socket::answer(socket, bytes, received.from, local);
-    let too_long = |error: &io::Error| error.raw_os_error() == Some(libc::EMSGSIZE);
-    if answer.kind == Kind::Answer && result.as_ref().is_err_and(too_long) {
-        answer.flags = answer.flags.with(Flags::CUT);
+/// Where answers leave.
+struct End {
+    socket: UdpSocket,
+    mark: u32,
+    /// The mark is the socket's, not the datagram's: older kernels pass over one that is said with a datagram.
+    sending: Mutex<()>,
+}
+
+impl End {
+    /// Sends an answer with the time it leaves; a shorter one if our own link is too small for it.
+    fn send(&self, mut answer: Probe, bytes: &mut [u8], received: &Received, local: IpAddr) {
+        let _unmarked = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        answer.flags = answer.flags.without(Flags::PAST);
+        answer.answered = wall_clock();
+        answer.write(bytes);
+        let mut result = socket::answer(&self.socket, bytes, received.from, local);
+        let too_long = |error: &io::Error| error.raw_os_error() == Some(libc::EMSGSIZE);
+        if answer.kind == Kind::Answer && result.as_ref().is_err_and(too_long) {
+            answer.flags = answer.flags.with(Flags::CUT);
+            answer.write(bytes);
+            let short = bytes.get(..HEADER_LEN).unwrap_or_default();
+            result = socket::answer(&self.socket, short, received.from, local);
+        }
+        if let Err(error) = result {
+            tracing::trace!(%error, to = %received.from, via = answer.via.name(), "probe answer");
+        }
+    }
+
+    /// Sends a short answer by the way that marked probes take.
+    fn send_past(&self, mut answer: Probe, bytes: &mut [u8], received: &Received, local: IpAddr) {
+        answer.flags = answer.flags.with(Flags::PAST);
+        answer.answered = wall_clock();
         answer.write(bytes);
         let short = bytes.get(..HEADER_LEN).unwrap_or_default();
-        result = socket::answer(socket, short, received.from, local);
-    }
-    if let Err(error) = result {
-        tracing::trace!(%error, to = %received.from, via = answer.via.name(), "probe answer");
+        let _marked = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        let socket = SockRef::from(&self.socket);
+        let sent = socket
+            .set_mark(self.mark)
+            .and_then(|()| socket::answer(&self.socket, short, received.from, local));
+        let cleared = socket.set_mark(0);
+        if let Err(error) = sent.and(cleared) {
+            tracing::trace!(%error, to = %received.from, "probe answer past the tunnel");
+        }
     }
 }
 

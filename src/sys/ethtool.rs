@@ -7,6 +7,8 @@ use std::io;
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd as _;
 
+use nix::errno::Errno;
+
 /// `ETHTOOL_GTXCSUM` and `ETHTOOL_STXCSUM`: all of a device's transmit checksum offloads at once, of which a VXLAN device
 /// has one, `tx-checksum-ip-generic`.
 const GET: u32 = 0x16;
@@ -63,9 +65,7 @@ fn request(device: &str, mut value: Value) -> io::Result<Value> {
     // SAFETY: SIOCETHTOOL reads one `struct ifreq`, which `request` is, and for both commands reads and writes one
     // `struct ethtool_value` where it points, which `value` is; both outlive the call, and nothing else refers to them.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    Errno::result(result)?;
     Ok(value)
 }
 

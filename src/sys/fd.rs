@@ -8,6 +8,8 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
+use nix::errno::Errno;
+
 /// Makes reads and writes return `WouldBlock` instead of waiting.
 ///
 /// # Errors
@@ -15,17 +17,11 @@ use std::os::fd::AsRawFd;
 pub fn set_nonblocking(owner: &impl AsRawFd) -> io::Result<()> {
     let fd = owner.as_raw_fd();
     // SAFETY: F_GETFL takes no argument and touches no memory of ours; `owner` keeps the descriptor open.
-    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let flags = Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFL) })?;
     // SAFETY: F_SETFL takes its argument by value and touches no memory of ours; the descriptor is still open.
     let result = unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
 
 #[cfg(test)]

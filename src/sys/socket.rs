@@ -8,6 +8,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use nix::errno::Errno;
+
 /// An option that takes one `int`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntOption {
@@ -74,11 +76,8 @@ pub fn set(socket: BorrowedFd<'_>, option: IntOption, value: libc::c_int) -> io:
             LEN,
         )
     };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
 
 /// Makes the socket receive nothing: a one-instruction filter that accepts zero bytes. What remains is its
@@ -111,11 +110,8 @@ pub fn refuse_all(socket: BorrowedFd<'_>) -> io::Result<()> {
             len,
         )
     };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
+use nix::errno::Errno;
+
 /// The clone device every queue is opened from.
 pub const CLONE_DEVICE: &str = "/dev/net/tun";
 
@@ -59,7 +61,7 @@ pub fn attach(name: &str, mode: Mode) -> io::Result<(File, String)> {
     }
     let mut request = ifreq(name, flags)?;
     // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which `request` is and outlives the call.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     let name = request
         .ifr_name
         .iter()
@@ -77,7 +79,8 @@ pub fn attach(name: &str, mode: Mode) -> io::Result<(File, String)> {
 pub fn set_offload(queue: &File, offloads: u32) -> io::Result<()> {
     let argument = libc::c_ulong::from(offloads);
     // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours.
-    check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETOFFLOAD, argument) })
+    Errno::result(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETOFFLOAD, argument) })?;
+    Ok(())
 }
 
 /// Sets the length of the header in front of each packet, in bytes.
@@ -86,7 +89,10 @@ pub fn set_offload(queue: &File, offloads: u32) -> io::Result<()> {
 /// `EINVAL` for a length shorter than the kernel's header.
 pub fn set_vnet_hdr_len(queue: &File, len: libc::c_int) -> io::Result<()> {
     // SAFETY: TUNSETVNETHDRSZ reads one `int`, which `len` is and outlives the call.
-    check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
+    Errno::result(unsafe {
+        libc::ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len)
+    })?;
+    Ok(())
 }
 
 /// Detaches a queue: the kernel delivers nothing to it any more and does not steer by what is written to it,
@@ -97,7 +103,8 @@ pub fn set_vnet_hdr_len(queue: &File, len: libc::c_int) -> io::Result<()> {
 pub fn detach(queue: &File) -> io::Result<()> {
     let mut request = ifreq("", libc::IFF_DETACH_QUEUE)?;
     // SAFETY: TUNSETQUEUE reads and writes one `struct ifreq`, which `request` is and outlives the call.
-    check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) })
+    Errno::result(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) })?;
+    Ok(())
 }
 
 /// A request with a name and flags.
@@ -118,14 +125,6 @@ fn ifreq(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
         ifr_name,
         ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags },
     })
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

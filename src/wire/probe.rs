@@ -140,13 +140,21 @@ impl Flags {
     pub const CUT: Self = Self(2);
     /// Part of a trace that somebody follows.
     pub const TRACE: Self = Self(4);
+    /// Of a request: a second, short answer shall come past the tunnel. Of an answer: it is that one.
+    pub const PAST: Self = Self(8);
     /// It takes a way that is being proven, and says nothing about that of other packets.
-    pub const PROVING: Self = Self(8);
+    pub const PROVING: Self = Self(16);
 
     /// Both.
     #[must_use]
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// The first without the second.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// Whether all of `other` are set.
@@ -165,8 +173,8 @@ pub enum Via {
     Unknown = 0,
     /// The device of this program's own data plane.
     Tunnel = 1,
-    /// The kernel's VXLAN device.
-    KernelVxlan = 2,
+    /// The kernel's tunnel device, VXLAN or IPIP.
+    KernelTunnel = 2,
     /// The underlay itself.
     Underlay = 3,
     /// Another device.
@@ -177,7 +185,7 @@ impl Via {
     const ALL: [Self; 5] = [
         Self::Unknown,
         Self::Tunnel,
-        Self::KernelVxlan,
+        Self::KernelTunnel,
         Self::Underlay,
         Self::Other,
     ];
@@ -194,7 +202,7 @@ impl Via {
         match self {
             Self::Unknown => "unknown",
             Self::Tunnel => "tunnel",
-            Self::KernelVxlan => "kernel-vxlan",
+            Self::KernelTunnel => "kernel-tunnel",
             Self::Underlay => "underlay",
             Self::Other => "other",
         }

@@ -25,9 +25,6 @@ use crate::etcd::{Etcd, PREFIX};
 
 pub(crate) const LODEN: &str = env!("CARGO_BIN_EXE_loden");
 
-/// The variable that names an original daemon to share a network with.
-pub(crate) const FLANNEL: &str = "LODEN_TEST_FLANNELD";
-
 /// What flannel 0.28 writes for a node of its udp backend.
 pub(crate) const GOLDEN_VALUE: &str = r#"{"PublicIP":"198.51.100.77","PublicIPv6":null}"#;
 
@@ -189,16 +186,6 @@ impl Cluster {
     pub(crate) fn start(&self, node: u8, args: &[&str]) -> Daemon {
         let daemon = self.spawn(node, args);
         daemon.wait_for_log("written: ready");
-        daemon
-    }
-
-    /// Likewise for another program with the same command line, which writes `subnet.env` anew.
-    pub(crate) fn start_program(&self, node: u8, program: &Path, args: &[&str]) -> Daemon {
-        let daemon = self.spawn_command(
-            node,
-            self.program(node, program, &[&["-iface", "eth0"], args].concat()),
-        );
-        daemon.wait_until("subnet.env", || self.env_file(node).exists());
         daemon
     }
 

@@ -26,7 +26,9 @@ pub(crate) const LODEN: &str = env!("CARGO_BIN_EXE_loden");
 /// Only a failing test waits this long. Twice what the daemon lets pass before it looks again by itself.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
-pub(crate) const CONFIG: &str = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"udp"}}"#;
+/// Its own subnets leave room for those that tests give to others.
+pub(crate) const CONFIG: &str =
+    r#"{"Network":"198.18.0.0/16","SubnetMin":"198.18.128.0","Backend":{"Type":"udp"}}"#;
 
 /// A namespace and a directory for one daemon's files.
 pub(crate) struct Node {

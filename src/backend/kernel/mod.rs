@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 use crate::iface::{Reach, Snapshot};
 
 pub use objects::{
-    Edit, Forward, Known, Link, LinkChange, Neighbour, NewVxlan, PROBE_MARK, PROBE_PRIORITY,
-    PROBE_TABLE, PROTOCOL_BOOT, PROTOCOL_LODEN, Route, VxlanLink,
+    Edit, Forward, IpipLink, Known, Link, LinkChange, Neighbour, NewTunnel, PROBE_MARK,
+    PROBE_PRIORITY, PROBE_TABLE, PROTOCOL_BOOT, PROTOCOL_LODEN, Route, TunnelLink, VxlanLink,
 };
 
 /// What backends need of the kernel. Everything happens in the network namespace in which the value was made.
@@ -41,13 +41,16 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses to say.
     fn links(&self) -> impl Future<Output = Result<Vec<Link>, KernelError>> + Send;
 
-    /// Makes a VXLAN device, which is down.
+    /// Makes a tunnel device, which is down.
     ///
     /// # Errors
     ///
-    /// The kernel has no VXLAN ([`KernelError::is_unsupported`]), or refuses, for instance because there is a
-    /// link of that name, or another with that VNI and port.
-    fn add_vxlan(&self, device: &NewVxlan) -> impl Future<Output = Result<(), KernelError>> + Send;
+    /// The kernel has no such tunnels ([`KernelError::is_unsupported`]), or refuses, for instance because there is a
+    /// link of that name, or another that would receive the same packets.
+    fn add_tunnel(
+        &self,
+        device: &NewTunnel,
+    ) -> impl Future<Output = Result<(), KernelError>> + Send;
 
     /// Removes a link. Succeeds if it is not there.
     ///

@@ -1,7 +1,7 @@
 //! Owns what the kernel's network configuration consists of, as far as backends use it. Plain values.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
@@ -44,8 +44,28 @@ pub struct Link {
     pub tx_dropped: u64,
     /// Its MAC address, if it has one.
     pub mac: Option<Mac>,
+    /// What it is as a tunnel, if it is one that backends use.
+    pub tunnel: Option<TunnelLink>,
+}
+
+impl Link {
     /// What it is as a VXLAN device, if it is one.
-    pub vxlan: Option<VxlanLink>,
+    #[must_use]
+    pub const fn vxlan(&self) -> Option<&VxlanLink> {
+        match &self.tunnel {
+            Some(TunnelLink::Vxlan(vxlan)) => Some(vxlan),
+            Some(TunnelLink::Ipip(_)) | None => None,
+        }
+    }
+}
+
+/// The attributes of a tunnel device that decide what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelLink {
+    /// Ethernet in VXLAN.
+    Vxlan(VxlanLink),
+    /// IPv4 in IPv4.
+    Ipip(IpipLink),
 }
 
 /// The attributes of a VXLAN device that decide what it does.
@@ -67,17 +87,28 @@ pub struct VxlanLink {
     pub extras: bool,
 }
 
-/// A VXLAN device to make.
+/// The attributes of an IPIP device that decide what it does. It sends to the next router of each route, and receives
+/// from everybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IpipLink {
+    /// The address it sends from and receives on.
+    pub local: Option<Ipv4Addr>,
+    /// It has something that is never asked for: a remote, a link of its own, a TTL, TOS or mark that is not the inner
+    /// packet's, a "don't fragment" of its own, another protocol inside, metadata from elsewhere, or UDP around it.
+    pub extras: bool,
+}
+
+/// A tunnel device to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewVxlan {
+pub struct NewTunnel {
     /// Its name.
     pub name: String,
-    /// Its MAC address.
-    pub mac: Mac,
+    /// Its MAC address, for a device that has one.
+    pub mac: Option<Mac>,
     /// Its MTU.
     pub mtu: Mtu,
     /// Everything else. `extras` is false.
-    pub vxlan: VxlanLink,
+    pub tunnel: TunnelLink,
 }
 
 /// What to change about a link; `None` leaves it as it is.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::backend::ends::search;
+use crate::backend::kernel::TunnelLink;
 use crate::iface::{Address, DefaultRoute, Link, Selector, Snapshot, Wanted};
 use crate::lease::LeaseExtension;
 
@@ -147,8 +148,21 @@ fn host_gw_behind_nat_is_refused_with_both_addresses() {
     let Plan::Vxlan(vxlan) = plan(V4, r#"{"Type":"vxlan"}"#, &nat).unwrap() else {
         panic!("not vxlan")
     };
-    let local = vxlan.devices(None)[0].vxlan.local;
-    assert_eq!(local, Some("192.0.2.1".parse().unwrap()));
+    let TunnelLink::Vxlan(device) = vxlan.devices(None)[0].tunnel else {
+        panic!("not vxlan")
+    };
+    assert_eq!(device.local, Some("192.0.2.1".parse().unwrap()));
+    let Plan::Ipip(ipip) = plan(V4, r#"{"Type":"ipip"}"#, &nat).unwrap() else {
+        panic!("not ipip")
+    };
+    let TunnelLink::Ipip(device) = ipip.device(None).tunnel else {
+        panic!("not ipip")
+    };
+    assert_eq!(device.local, Some("192.0.2.1".parse().unwrap()));
+    assert_eq!(
+        ipip.attrs().to_json(),
+        r#"{"PublicIP":"203.0.113.7","PublicIPv6":null,"BackendType":"ipip"}"#
+    );
     assert_eq!(vxlan.attrs().public_ip, nat.public_ip);
 }
 
@@ -195,9 +209,51 @@ fn leases_that_lack_something_are_refused_by_what_they_lack() {
             r#"{"PublicIP":"192.0.2.2","BackendType":"host-gw"}"#,
             "uses the host-gw backend",
         ),
+        (
+            r#"{"PublicIP":"192.0.2.2","BackendType":"ipip"}"#,
+            "what the kernel has for it stays",
+        ),
         (r#"{"PublicIP":"192.0.2.2"}"#, "uses the udp backend"),
+        (r#"{"PublicIP":"192.0.2.2"}"#, "there is no way to it"),
     ] {
         let why = why(attrs);
         assert!(why.contains(named), "{attrs}: {why}");
     }
+}
+
+#[test]
+fn leases_of_another_backend_are_told_and_get_no_route_of_ours() {
+    let own = "198.18.1.0-24".parse().unwrap();
+    let lease = |backend: &str| {
+        let attrs = format!(r#"{{"PublicIP":"192.0.2.2","BackendType":"{backend}"}}"#);
+        Lease {
+            subnets: "198.18.2.0-24".parse().unwrap(),
+            attrs: LeaseAttrs::parse(attrs.as_bytes()).unwrap(),
+            expires: None,
+            extension: LeaseExtension::default(),
+        }
+    };
+    let told = |ours: &str, theirs: &str| {
+        let text = format!(r#"{{"Type":"{ours}"}}"#);
+        let plan = plan(V4, &text, &wanted(None)).unwrap();
+        let leases = [lease(theirs)];
+        let (_, refused) = plan.desired(&config(V4, &text), &own, leases.iter());
+        let (routes, _) = plan.routes(leases.iter());
+        (refused.first().map(|it| it.why.clone()), routes.len())
+    };
+    let (why, routes) = told("udp", "vxlan");
+    let why = why.unwrap();
+    assert!(
+        why.contains("it uses the vxlan backend and this node udp: there is no way to it"),
+        "{why}"
+    );
+    assert_eq!(routes, 0);
+    assert_eq!(told("udp", ""), (None, 1));
+    for theirs in ["udp", "vxlan", ""] {
+        assert_eq!(told("alloc", theirs), (None, 0));
+    }
+    let (why, _) = told("extension", "ipip");
+    assert!(why.unwrap().contains("there is no way to it"));
+    let (why, _) = told("ipip", "host-gw");
+    assert!(why.unwrap().contains("what the kernel has for it stays"));
 }

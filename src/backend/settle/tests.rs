@@ -10,7 +10,9 @@ use super::*;
 use crate::addr::{Mac, Mtu};
 use crate::backend::ends::Ends;
 use crate::backend::fake::{FakeKernel, State};
-use crate::backend::kernel::{Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route};
+use crate::backend::kernel::{
+    Forward, IpipLink, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route, TunnelLink,
+};
 use crate::backend::plan::Plan;
 use crate::config::NetworkConfig;
 use crate::iface::Choice;
@@ -28,14 +30,17 @@ fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
+/// Dual-stack, but for the backend that carries IPv4 only.
 fn config(backend: &str) -> NetworkConfig {
-    let text = format!(
-        r#"{{"Network":"198.18.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{backend}}}"#
-    );
+    let v6 = match backend.contains("ipip") {
+        true => "",
+        false => r#""EnableIPv6":true,"IPv6Network":"fd00:1::/48","#,
+    };
+    let text = format!(r#"{{"Network":"198.18.0.0/16",{v6}"Backend":{backend}}}"#);
     NetworkConfig::parse(text.as_bytes()).unwrap()
 }
 
-fn ends() -> Ends {
+fn ends(config: &NetworkConfig) -> Ends {
     let choice = |ip: &str| Choice {
         index: EXTERNAL,
         name: "eth0".to_owned(),
@@ -44,7 +49,10 @@ fn ends() -> Ends {
         public: ip.parse().unwrap(),
         reason: String::new(),
     };
-    Ends::both(choice("192.0.2.1"), choice("2001:db8::1"))
+    match config.ipv6 {
+        Some(_) => Ends::both(choice("192.0.2.1"), choice("2001:db8::1")),
+        None => Ends::one(choice("192.0.2.1")),
+    }
 }
 
 /// Node `n` of the network: its lease as flannel writes it, dual-stack.
@@ -92,7 +100,7 @@ fn up(state: &mut State) {
         makes_ipv6_addresses: true,
         tx_dropped: 0,
         mac: None,
-        vxlan: None,
+        tunnel: None,
     });
     state.routes.retain(|route| route.protocol != 2);
     for dst in ["192.0.2.0/24", "2001:db8::/64"] {
@@ -113,7 +121,7 @@ fn route(dst: &str, link: u32, gateway: Option<&str>, protocol: u8) -> Route {
 
 fn desired(backend: &str, leases: &[Lease]) -> Desired {
     let config = config(backend);
-    let plan = Plan::new(&config, ends()).unwrap();
+    let plan = Plan::new(&config, ends(&config)).unwrap();
     let own: Subnets = OWN.parse().unwrap();
     let (mut desired, refused) = plan.desired(&config, &own, leases.iter());
     assert!(
@@ -142,10 +150,10 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
         net("198.18.0.0/16").contains(ip) || net("fd00:1::/48").contains(ip)
     };
     let mut lines = BTreeSet::new();
-    for link in state.links.iter().filter(|link| link.vxlan.is_some()) {
-        let (mac, vxlan) = (link.mac.unwrap(), link.vxlan.unwrap());
+    for link in state.links.iter().filter(|link| link.tunnel.is_some()) {
+        let (mac, tunnel) = (link.mac, link.tunnel.unwrap());
         lines.insert(format!(
-            "link {} {mac} {} {} {vxlan:?}",
+            "link {} {mac:?} {} {} {tunnel:?}",
             link.name, link.mtu, link.up
         ));
     }
@@ -175,6 +183,8 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
 const VXLAN: &str = r#"{"Type":"vxlan"}"#;
 const DIRECT: &str = r#"{"Type":"vxlan","DirectRouting":true}"#;
 const HOST_GW: &str = r#"{"Type":"host-gw"}"#;
+const IPIP: &str = r#"{"Type":"ipip"}"#;
+const IPIP_DIRECT: &str = r#"{"Type":"ipip","DirectRouting":true}"#;
 
 #[test]
 fn peers_over_vxlan_get_flannels_three_entries_each_and_a_second_look_finds_nothing() {
@@ -241,6 +251,131 @@ fn direct_routing_takes_the_link_where_there_is_one_and_the_tunnel_where_not() {
         "{lines:#?}"
     );
     assert!(lines.contains("forward 02:00:00:00:04:02 192.0.2.2 flannel.1"));
+}
+
+/// What flannel makes: a device for all that comes to the interface's address, and a route through each peer's.
+#[test]
+fn peers_over_ipip_get_flannels_route_each_and_a_second_look_finds_nothing() {
+    let kernel = kernel();
+    let mut far = lease(3, "ipip");
+    far.attrs.public_ip = Some("203.0.113.3".parse().unwrap());
+    let leases = [lease(2, "ipip"), far];
+    let plain = desired(IPIP, &leases);
+    look(&kernel, &plain);
+    let device =
+        "link flannel.ipip None 1480 true Ipip(IpipLink { local: Some(192.0.2.1), extras: false })";
+    let through = |n: u8, by: &str| match n {
+        3 => format!("route 198.18.3.0/24 Some(203.0.113.3) {by} 108"),
+        n => format!("route 198.18.{n}.0/24 Some(192.0.2.{n}) {by} 108"),
+    };
+    assert_eq!(
+        overlay(&kernel).into_iter().collect::<Vec<_>>(),
+        [
+            "addr 198.18.1.0/32 flannel.ipip",
+            device,
+            &through(2, "flannel.ipip true"),
+            &through(3, "flannel.ipip true"),
+        ]
+    );
+    assert_eq!(look(&kernel, &plain).changed, Vec::<String>::new());
+    // On the link by the link, and no further.
+    let report = look(&kernel, &desired(IPIP_DIRECT, &leases));
+    assert_eq!(report.direct, [net("198.18.2.0/24")].into());
+    let lines = overlay(&kernel);
+    assert!(
+        lines.contains(&through(2, "eth0 false"))
+            && lines.contains(&through(3, "flannel.ipip true")),
+        "{lines:#?}"
+    );
+    // The original's form is taken over.
+    let mut original = route("198.18.2.0/24", EXTERNAL, Some("192.0.2.2"), PROTOCOL_BOOT);
+    original.onlink = true;
+    kernel.state().routes.retain(|it| it.net != original.net);
+    kernel.state().routes.push(original);
+    look(&kernel, &desired(IPIP_DIRECT, &leases));
+    assert_eq!(overlay(&kernel), lines);
+    // The peers are gone, and then so is the backend.
+    look(&kernel, &desired(IPIP, &[]));
+    assert_eq!(overlay(&kernel).len(), 2);
+    look(&kernel, &desired(HOST_GW, &[]));
+    assert!(overlay(&kernel).is_empty());
+}
+
+#[test]
+fn ipip_device_is_kept_made_anew_or_left_to_whom_it_belongs() {
+    let foreign = |index, name: &str, ipip| Link {
+        index,
+        name: name.to_owned(),
+        mtu: 1400,
+        tx_queue_len: 1000,
+        up: false,
+        makes_ipv6_addresses: false,
+        tx_dropped: 0,
+        mac: None,
+        tunnel: Some(TunnelLink::Ipip(ipip)),
+    };
+    let local = |ip: &str| IpipLink {
+        local: Some(ip.parse().unwrap()),
+        extras: false,
+    };
+    let any = IpipLink {
+        local: None,
+        extras: false,
+    };
+    let wanted = desired(IPIP, &[lease(2, "ipip")]);
+    // The kernel's own stays, whatever it is used for.
+    let tunl0 = foreign(8, "tunl0", any);
+    let fresh = kernel();
+    fresh.state().links.push(tunl0.clone());
+    look(&fresh, &wanted);
+    assert!(fresh.state().links.contains(&tunl0));
+    let fresh_with = |wanted: &Desired| {
+        let kernel = kernel();
+        look(&kernel, wanted);
+        kernel
+    };
+    for (there, kept) in [
+        (local("192.0.2.1"), true),
+        (local("192.0.2.9"), false),
+        (any, false),
+        (
+            IpipLink {
+                extras: true,
+                ..local("192.0.2.1")
+            },
+            false,
+        ),
+    ] {
+        let kernel = kernel();
+        kernel.state().links.push(foreign(9, "flannel.ipip", there));
+        look(&kernel, &wanted);
+        let is_there = kernel.state().links.iter().any(|link| link.index == 9);
+        assert_eq!(is_there, kept, "{there:?}");
+        assert_eq!(overlay(&kernel), overlay(&fresh_with(&wanted)));
+    }
+    // Ours under another name, and somebody else's.
+    let renamed = kernel();
+    look(&renamed, &wanted);
+    let settled = overlay(&renamed);
+    let rename = |kernel: &FakeKernel| {
+        let mut state = kernel.state();
+        let mut links = state.links.iter_mut();
+        let link = links.find(|link| link.tunnel.is_some()).unwrap();
+        link.name = "tun7".to_owned();
+        link.index
+    };
+    rename(&renamed);
+    look(&renamed, &wanted);
+    assert_eq!(overlay(&renamed), settled);
+    let index = rename(&renamed);
+    renamed.state().addrs.retain(|(at, _)| *at != index);
+    let error = run(settle(&renamed, &wanted)).unwrap_err().to_string();
+    assert!(error.contains("ip link del tun7"), "{error}");
+    let lacking = kernel();
+    lacking.state().no_tunnels = true;
+    let error = run(settle(&lacking, &wanted)).unwrap_err().to_string();
+    assert!(error.contains("modprobe ipip"), "{error}");
+    assert!(overlay(&lacking).is_empty());
 }
 
 #[test]
@@ -420,7 +555,7 @@ fn device_that_cannot_be_had_is_named_with_the_remedy() {
     let desired = desired(VXLAN, &[]);
     let error = |kernel: &FakeKernel| run(settle(kernel, &desired)).unwrap_err().to_string();
     let none = kernel();
-    none.state().no_vxlan = true;
+    none.state().no_tunnels = true;
     assert!(error(&none).contains("modprobe vxlan"));
     assert!(none.state().addrs.is_empty());
 
@@ -447,11 +582,11 @@ fn device_that_cannot_be_had_is_named_with_the_remedy() {
     other.state().links.push(Link {
         index: 9,
         name: "flannel.1".to_owned(),
-        vxlan: None,
+        tunnel: None,
         ..eth0
     });
     assert!(
-        error(&other).contains("not a VXLAN device"),
+        error(&other).contains("is no VXLAN device"),
         "{}",
         error(&other)
     );
@@ -585,7 +720,7 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
     let device = state
         .links
         .iter()
-        .find(|link| link.vxlan.is_some())
+        .find(|link| link.tunnel.is_some())
         .map(|link| link.index);
     match (event, device) {
         (Event::Peers(nodes), _) => *leases = nodes.into_iter().map(|n| lease(n, kind)).collect(),
@@ -614,7 +749,7 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
         (Event::Flush(_), Some(index)) => state.addrs.retain(|(at, _)| *at != index),
         (Event::Rewrite(n), Some(index)) => {
             let link = state.link_mut(index).unwrap();
-            link.mac = Some(mac(8, n));
+            link.mac = link.mac.map(|_| mac(8, n));
             link.mtu = 600 + u32::from(n);
         }
         (Event::StrayForward(n), Some(link)) => {
@@ -642,7 +777,10 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
             for (dst, via) in [
                 (format!("198.18.{n}.0/24"), "192.0.2.9"),
                 (format!("fd00:1:0:{n}::/64"), "2001:db8::9"),
-            ] {
+            ]
+            .into_iter()
+            .take(if kind == "ipip" { 1 } else { 2 })
+            {
                 state.routes.retain(|it| it.net != net(&dst));
                 let wrong = route(&dst, EXTERNAL, Some(via), PROTOCOL_LODEN);
                 state.routes.push(wrong);
@@ -657,7 +795,13 @@ proptest! {
     /// second puts right what a change of the first has taken along.
     #[test]
     fn state_after_any_events_is_that_of_a_fresh_start(
-        backend in prop_oneof![Just((VXLAN, "vxlan")), Just((DIRECT, "vxlan")), Just((HOST_GW, "host-gw"))],
+        backend in prop_oneof![
+            Just((VXLAN, "vxlan")),
+            Just((DIRECT, "vxlan")),
+            Just((HOST_GW, "host-gw")),
+            Just((IPIP, "ipip")),
+            Just((IPIP_DIRECT, "ipip")),
+        ],
         events in proptest::collection::vec(event(), 0..24)
     ) {
         let (backend, kind) = backend;
@@ -670,9 +814,17 @@ proptest! {
                 let _named = run(settle(&used, &desired(backend, &leases)));
             }
         }
-        let stranger = |link: &Link| link.vxlan.is_some() && link.name.starts_with("renamed")
-            && ![mac_of(backend, 0), mac_of(backend, 1)].contains(&link.mac);
-        let strangers = used.state().links.iter().any(stranger);
+        let strangers = {
+            let state = used.state();
+            let has_our_mac = |link: &Link| [mac_of(backend, 0), mac_of(backend, 1)].contains(&link.mac);
+            let has_our_addr = |link: &Link| state.addrs.contains(&(link.index, net("198.18.1.0/32")));
+            let stranger = |link: &Link| link.name.starts_with("renamed") && match link.tunnel {
+                Some(TunnelLink::Vxlan(_)) => !has_our_mac(link),
+                Some(TunnelLink::Ipip(_)) => !has_our_addr(link),
+                None => false,
+            };
+            state.links.iter().any(stranger)
+        };
         prop_assume!(!strangers);
         let wanted = desired(backend, &leases);
         look(&used, &wanted);
@@ -685,10 +837,7 @@ proptest! {
 }
 
 fn mac_of(backend: &str, device: usize) -> Option<Mac> {
-    desired(backend, &[])
-        .devices
-        .get(device)
-        .map(|device| device.mac)
+    desired(backend, &[]).devices.get(device)?.mac
 }
 
 #[test]
@@ -696,7 +845,7 @@ fn adopted_device_of_the_original_keeps_its_address_and_loses_its_stale_entries(
     let kernel = kernel();
     let own: Subnets = OWN.parse().unwrap();
     let config = config(VXLAN);
-    let Plan::Vxlan(mut plan) = Plan::new(&config, ends()).unwrap() else {
+    let Plan::Vxlan(mut plan) = Plan::new(&config, ends(&config)).unwrap() else {
         panic!("not vxlan")
     };
     let link = Link {
@@ -708,7 +857,7 @@ fn adopted_device_of_the_original_keeps_its_address_and_loses_its_stale_entries(
         makes_ipv6_addresses: true,
         tx_dropped: 0,
         mac: Some(mac(5, 5)),
-        vxlan: Some(plan.devices(Some(&own))[0].vxlan),
+        tunnel: Some(plan.devices(Some(&own))[0].tunnel),
     };
     plan.adopt_mac("flannel.1", &link);
     kernel.state().links.push(link);
@@ -747,7 +896,7 @@ fn able(n: u8, public: &str) -> Lease {
 /// What is wanted where peers are reached by the best proven way, with what is proven.
 fn wanted_by_auto(leases: &[Lease], in_user_space: bool, proven: &[&str]) -> Desired {
     let config = config(r#"{"Type":"vxlan","Auto":true}"#);
-    let mut plan = Plan::new(&config, ends()).unwrap();
+    let mut plan = Plan::new(&config, ends(&config)).unwrap();
     if let Plan::Vxlan(vxlan) = &mut plan {
         vxlan.set_past(crate::backend::vxlan::Past {
             probe_port: Some(18285),

@@ -51,6 +51,7 @@ impl Examination {
         }
         let mut evidence = Evidence {
             subnets: patient.peer.subnets,
+            unserved: patient.unserved.clone(),
             way: patient.way.clone(),
             closed_here,
             clashes: patient.clashes.clone(),

@@ -93,6 +93,8 @@ struct Patient {
     /// Where the tunnel's datagrams go.
     endpoint: Option<SocketAddr>,
     transport: Option<String>,
+    /// Why there is none.
+    unserved: Option<String>,
     way: Way,
     clashes: Vec<String>,
 }
@@ -157,6 +159,7 @@ pub(super) async fn begin<S: LeaseStore, K: Kernel>(
             public,
             endpoint: registration.plan.endpoint_of(&lease.attrs),
             transport: session.transport_of(&lease.subnets),
+            unserved: session.why_unserved(&lease.subnets),
             clashes,
             peer,
         });

@@ -31,6 +31,12 @@ impl<'a, K: Kernel> Case<'a, K> {
             _ if !self.is_in_overlay(self.question.to) => self.outside(&leaving).await,
             Way::Device | Way::Past => self.by_kernel(&leaving).await,
             Way::Elsewhere => {
+                let lease = self.lease_of(self.question.to);
+                let why = lease.and_then(|lease| self.session.why_unserved(&lease.subnets));
+                if let Some(why) = why {
+                    let verdict = format!("no way was made to its node: {why}");
+                    return self.end("kernel", verdict);
+                }
                 let meant = if self.has_tunnel() {
                     "reach the tunnel"
                 } else {

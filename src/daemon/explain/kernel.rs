@@ -21,10 +21,8 @@ impl<'a, K: Kernel> Case<'a, K> {
         let session = self.session;
         let name = &leaving.name;
         let Some(transport) = session.transport_of(&lease.subnets) else {
-            return self.end(
-                "kernel",
-                "no way was made to its node: loden status says why, under refused".to_owned(),
-            );
+            let why = session.why_unserved(&lease.subnets).unwrap_or_default();
+            return self.end("kernel", format!("no way was made to its node: {why}"));
         };
         self.transport(&lease, net, leaving.way);
         if !self.forwards() {
@@ -90,12 +88,17 @@ impl<'a, K: Kernel> Case<'a, K> {
     /// What a device of the kernel needs to send on, and where that leads; whether it can.
     async fn behind_device(&mut self, leaving: &Leaving<'a>, public: std::net::IpAddr) -> bool {
         let name = &leaving.name;
-        if leaving
+        let is_vxlan = leaving
             .link
             .as_ref()
-            .is_some_and(|link| link.vxlan.is_some())
-            && !self.forwarded(leaving, public).await
-        {
+            .is_some_and(|link| link.vxlan().is_some());
+        if is_vxlan && !self.forwarded(leaving, public).await {
+            return false;
+        }
+        // The other end of any other device is the router of the route into it.
+        if let Some(end) = leaving.reach.via.filter(|&end| !is_vxlan && end != public) {
+            let verdict = format!("{name} sends it to {end}, and its lease says {public}");
+            self.end("kernel", verdict);
             return false;
         }
         match self.kernel.route_to(public).await {

@@ -283,6 +283,10 @@ impl<K: Kernel> Case<'_, K> {
             let addr = addrs[nth];
             let place = if self.here[nth] {
                 "is on this node".to_owned()
+            } else if let Some(lease) = self.lease_of(addr)
+                && let Some(why) = self.session.why_unserved(&lease.subnets)
+            {
+                format!("is in lease {}, which is not served: {why}", lease.subnets)
             } else if let Some(lease) = self.lease_of(addr) {
                 self.place_of(lease, addr)
             } else if self.is_in_overlay(addr) {

@@ -202,16 +202,17 @@ pub(super) fn cni(checks: &mut Checks, dir: &Path) {
     }
 }
 
-/// Whether the kernel's VXLAN is loaded, built in, or there to be loaded.
-pub(super) fn has_vxlan(root: &Path) -> bool {
-    if root.join("sys/module/vxlan").exists() {
+/// Whether one of the kernel's modules is loaded, built in, or there to be loaded.
+pub(super) fn has_module(root: &Path, module: &str) -> bool {
+    if root.join("sys/module").join(module).exists() {
         return true;
     }
     let release = fs::read_to_string(root.join("proc/sys/kernel/osrelease")).unwrap_or_default();
     let dir = root.join("lib/modules").join(release.trim());
+    let file = format!("/{module}.ko");
     ["modules.builtin", "modules.dep"]
         .iter()
-        .any(|list| fs::read_to_string(dir.join(list)).is_ok_and(|text| text.contains("/vxlan.ko")))
+        .any(|list| fs::read_to_string(dir.join(list)).is_ok_and(|text| text.contains(&file)))
 }
 
 /// Who has a UDP port bound, if it is a process that can be seen: by the inode of its socket (proc(5)).
@@ -326,7 +327,8 @@ mod tests {
     }
 
     #[test]
-    fn vxlan_counts_where_it_is_loaded_built_in_or_a_module() {
+    fn module_counts_where_it_is_loaded_built_in_or_a_file() {
+        let has_vxlan = |root: &Path| has_module(root, "vxlan");
         assert!(!has_vxlan(root(&[]).path()));
         assert!(has_vxlan(root(&[("sys/module/vxlan/refcnt", "0")]).path()));
         let release = ("proc/sys/kernel/osrelease", "6.1.0-x\n");

@@ -12,7 +12,7 @@ use std::path::Path;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::{Options, VxlanPlace, network_config, register};
+use super::{Options, VxlanPlace, network_config, register, traffic};
 use crate::backend::device;
 use crate::backend::ends;
 use crate::backend::kernel::{Kernel, PROTOCOL_LODEN, Route};
@@ -20,7 +20,7 @@ use crate::backend::plan::Plan;
 use crate::backend::preflight;
 use crate::backend::udp;
 use crate::config::{Backend, NetworkConfig};
-use crate::firewall::{Admission, Firewall, Mode};
+use crate::firewall::{Admission, Arrival, Firewall, Mode};
 use crate::iface::{Choice, Snapshot};
 use crate::netlink::Netlink;
 use crate::store::env_file::PreviousEnv;
@@ -179,7 +179,9 @@ async fn network(
     carrier(checks, options, &plan);
     if let Some(port) = plan.port() {
         port_is_free(checks, SocketAddr::new(choice.addr, port), "tunnel");
-        firewall(checks, options, config, &choice, port).await;
+    }
+    if let Some(arrival) = traffic::arrival(&plan) {
+        firewall(checks, options, config, &choice, arrival).await;
     }
     if let Some(port) = options.probes.port.map(NonZero::get) {
         port_is_free(checks, SocketAddr::new(choice.addr, port), "probes");
@@ -195,7 +197,7 @@ async fn leftovers(checks: &mut Checks, kernel: &impl Kernel, snapshot: &Snapsho
         .filter(|link| link.name.starts_with("flannel"))
     {
         let kept = match kernel.link_at(link.index).await {
-            Ok(Some(there)) => there.vxlan.is_some() && device::is_name(&link.name),
+            Ok(Some(there)) => device::is_flannels(&there),
             Ok(None) | Err(_) => false,
         };
         if kept {
@@ -286,12 +288,19 @@ fn carrier(checks: &mut Checks, options: &Options, plan: &Plan) {
     };
     match plan {
         Plan::HostGw(_) | Plan::Outside(_) => {}
+        Plan::Ipip(_) if host::has_module(Path::new("/"), "ipip") => {
+            checks.good("devices", "the kernel has IPIP");
+        }
+        Plan::Ipip(_) => checks.fail(
+            "devices",
+            "the kernel has no IPIP: load it (modprobe ipip), install the kernel's extra modules, or use another backend",
+        ),
         Plan::Udp { .. } => match tun() {
             Ok(_) => checks.good("devices", format!("{TUN} can be opened")),
             Err(error) => checks.fail("devices", told(error)),
         },
         Plan::Vxlan(_) => {
-            let kernel = options.vxlan != VxlanPlace::User && host::has_vxlan(Path::new("/"));
+            let kernel = options.vxlan != VxlanPlace::User && host::has_module(Path::new("/"), "vxlan");
             match (kernel, options.vxlan, tun()) {
                 (true, _, _) => checks.good("devices", "the kernel has VXLAN"),
                 (false, VxlanPlace::Kernel, _) => checks.fail(
@@ -334,7 +343,7 @@ async fn firewall(
     options: &Options,
     config: &NetworkConfig,
     choice: &Choice,
-    port: u16,
+    arrival: Arrival,
 ) {
     let mode = if config.enable_nftables {
         Mode::Nftables
@@ -348,15 +357,15 @@ async fn firewall(
         }
         Err(error) => return checks.warn("firewall", error.to_string()),
     };
-    match firewall.admission(port, &choice.name, choice.addr).await {
-        Ok(Admission::Open) => checks.good("firewall", format!("it admits UDP port {port}")),
+    match firewall.admission(arrival, &choice.name, choice.addr).await {
+        Ok(Admission::Open) => checks.good("firewall", format!("it admits {arrival}")),
         Ok(Admission::Tracked(refusal) | Admission::Established(refusal)) => checks.warn(
             "firewall",
-            format!("it admits UDP port {port} with connection tracking only: {refusal}"),
+            format!("it admits {arrival} with connection tracking only: {refusal}"),
         ),
         Ok(Admission::Closed(refusal)) => checks.fail(
             "firewall",
-            format!("it does not admit the tunnel: accept UDP port {port}: {refusal}"),
+            format!("it does not admit the tunnel: accept {arrival}: {refusal}"),
         ),
         Err(error) => checks.warn("firewall", error.to_string()),
     }

@@ -154,7 +154,7 @@ impl Session {
         let devices = carrier.map_or(&[][..], |carrier| carrier.report.devices.as_slice());
         let ways = Ways {
             tunnel: tunnels.iter().map(|tunnel| tunnel.index).collect(),
-            kernel_vxlan: devices.to_vec(),
+            kernel_tunnel: devices.to_vec(),
             underlay: self.registration.ends.iter().map(|end| end.index).collect(),
             past: carrier.map_or_else(HashSet::new, |carrier| carrier.report.direct.clone()),
         };

@@ -135,7 +135,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         let mut events = self.store.watch();
         let now = Instant::now();
         let (orders, received) = mpsc::unbounded_channel();
-        let commands = extension::Peers::start(&registration);
+        let commands = extension::Peers::start(&registration, &self.options.subnet_file);
         let ways = Ways::start(&registration, &self.probes.directory);
         let mut session = Session {
             peers: LeaseSet::new(registration.lease.subnets, &registration.config),

@@ -51,6 +51,13 @@ impl Session {
         self.refused.iter().chain(looked)
     }
 
+    /// Why nothing is done for a lease, if nothing is.
+    pub(in crate::daemon) fn why_unserved(&self, subnets: &Subnets) -> Option<String> {
+        let mut unserved = self.unserved();
+        let refused = unserved.find(|refused| refused.lease == *subnets)?;
+        Some(refused.why.clone())
+    }
+
     /// How packets reach a peer; none if they do not. Where the families differ, both ways are named.
     pub(in crate::daemon) fn transport_of(&self, subnets: &Subnets) -> Option<String> {
         let carrier = self.carrier.as_ref()?;

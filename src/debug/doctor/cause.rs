@@ -6,6 +6,8 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
+    /// This node makes no way to the peer.
+    NotServed,
     /// The peer's node is not reached at all.
     UnderlayDown,
     /// A host's own firewall drops the tunnel.
@@ -36,7 +38,8 @@ pub enum Cause {
 
 impl Cause {
     /// Every one.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
+        Self::NotServed,
         Self::UnderlayDown,
         Self::FirewallDrop,
         Self::DuplicatePublicIp,
@@ -56,6 +59,7 @@ impl Cause {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::NotServed => "not_served",
             Self::UnderlayDown => "underlay_down",
             Self::FirewallDrop => "firewall_drop",
             Self::DuplicatePublicIp => "duplicate_public_ip",
@@ -76,10 +80,15 @@ impl Cause {
     #[must_use]
     pub const fn remedy(self) -> &'static str {
         match self {
+            Self::NotServed => {
+                "have what is named fit on both nodes: one backend, a complete lease, one link"
+            }
             Self::UnderlayDown => {
                 "check the node, its link and the routes between (ip route get, ping its public IP)"
             }
-            Self::FirewallDrop => "accept the tunnel's UDP port in that host's firewall",
+            Self::FirewallDrop => {
+                "accept the tunnel's UDP port, or IP protocol 4 for ipip, in that host's firewall"
+            }
             Self::DuplicatePublicIp => {
                 "give each node its own --public-ip, or remove the lease of the node that is gone"
             }
@@ -92,7 +101,7 @@ impl Cause {
                 "switch checksum offload off on the underlay devices (ethtool -K DEVICE tx off rx off), or mend the path"
             }
             Self::PortFiltered => {
-                "accept the tunnel's UDP port in whatever filters between the nodes: security groups, switches, bridges"
+                "accept the tunnel's UDP port, or IP protocol 4 for ipip, in whatever filters between the nodes: security groups, switches, bridges"
             }
             Self::MtuBlackHole => {
                 "lower Backend.MTU to what passes, or let the path's ICMP errors through"

@@ -57,6 +57,8 @@ pub struct Said {
 pub struct Evidence {
     /// What it has leased.
     pub subnets: Subnets,
+    /// Why this node makes no way to it, if it makes none.
+    pub unserved: Option<String>,
     /// The kernel's way to its node.
     pub way: Way,
     /// Our own firewall closes the tunnel's port: the rule.
@@ -165,6 +167,9 @@ pub fn diagnose(evidence: &Evidence) -> Vec<Finding> {
     }
     if evidence.is_reached() {
         reached(evidence, &mut find);
+    } else if let Some(why) = &evidence.unserved {
+        // Whatever else is the matter could not be seen.
+        find(Cause::NotServed, why.clone());
     } else if evidence.echoes() {
         echoing(evidence, &mut find);
     } else if evidence.clashes.is_empty() {
@@ -254,7 +259,7 @@ fn reached(evidence: &Evidence, find: &mut impl FnMut(Cause, String)) {
 /// Whether a way leads through a tunnel; none if nothing is known of it.
 #[must_use]
 pub fn is_tunnel(via: &str) -> Option<bool> {
-    let tunnels = [Via::Tunnel.name(), Via::KernelVxlan.name()];
+    let tunnels = [Via::Tunnel.name(), Via::KernelTunnel.name()];
     (via != Via::Unknown.name()).then(|| tunnels.contains(&via))
 }
 

@@ -55,6 +55,7 @@ fn said() -> Said {
 fn healthy() -> Evidence {
     Evidence {
         subnets: "198.18.2.0-24".parse().unwrap(),
+        unserved: None,
         way: Way::Open,
         closed_here: None,
         clashes: Vec::new(),
@@ -112,7 +113,7 @@ fn healthy_peers_have_nothing_whatever_they_run() {
     assert_eq!(causes(&healthy()), []);
     // The kernel's VXLAN on one end, ours on the other.
     let mut mixed = healthy();
-    mixed.overlay.via_there = Some("kernel-vxlan");
+    mixed.overlay.via_there = Some("kernel-tunnel");
     assert_eq!(causes(&mixed), []);
     // An unmodified peer, and one whose firewall closes the probes' port.
     for (overlay, direct) in [(refused(), refused()), (lost(), lost())] {
@@ -194,6 +195,22 @@ fn what_is_wrong_with_a_peer_that_answers_is_named() {
 
 #[test]
 fn silence_is_explained_by_what_is_nearest() {
+    let other = Evidence {
+        unserved: Some("it uses the vxlan backend and this node udp".to_owned()),
+        refused: true,
+        ..silent()
+    };
+    let [finding] = &diagnose(&other)[..] else {
+        panic!("{:?}", diagnose(&other))
+    };
+    assert_eq!(finding.cause, Cause::NotServed);
+    assert!(finding.detail.contains("vxlan backend"), "{finding:?}");
+    // As long as the kernel has a way to it, from before, nothing is the matter.
+    let reached = Evidence {
+        unserved: other.unserved,
+        ..healthy()
+    };
+    assert_eq!(diagnose(&reached), []);
     let closed = Evidence {
         way: Way::Closed("no route".to_owned()),
         closed_here: Some("a rule".to_owned()),

@@ -16,7 +16,7 @@ fn serving<T: Send + 'static>(path: &Path, work: impl FnOnce() -> T + Send + 'st
         let work = tokio::task::spawn_blocking(work);
         let answering = async {
             while let Some(one) = requests.recv().await {
-                drop(one.answer.send(Answer::Document(json!({ "answer": 42 }))));
+                drop(one.answer.send(Answer::document(&json!({ "answer": 42 }))));
             }
             std::future::pending::<()>().await;
         };
@@ -142,7 +142,7 @@ fn clients_that_all_wait_for_an_answer_are_not_sent_away_for_a_new_one() {
         assert!(refused.is_err(), "{refused:?}");
         for one in held {
             one.answer
-                .send(Answer::Document(json!({ "answer": 42 })))
+                .send(Answer::document(&json!({ "answer": 42 })))
                 .unwrap();
         }
         for one in waiting {

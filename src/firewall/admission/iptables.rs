@@ -1,6 +1,6 @@
 //! Owns reading `iptables -t filter -S` as conditions on the probe. Never judges a whole ruleset.
 
-use super::{Condition, Direction, Probe, Rule, Ruleset, Verdict, any, holds, in_range, words};
+use super::{Condition, Direction, Probe, Rule, Ruleset, Verdict, any, holds, words};
 
 /// The ruleset with the built-in chain of `direction` as its base.
 pub(super) fn read(
@@ -62,13 +62,17 @@ fn read_rule(line: &str, words: &[&str], direction: Direction, probe: Probe<'_>)
             break;
         }
         let mut value = || words.next().unwrap_or_default();
-        let list = |text: &str| any(text.split(',').map(|one| in_range(one, ':', probe.port)));
+        let arrival = probe.arrival;
+        let list = |text: &str| any(text.split(',').map(|one| arrival.is_in_range(one, ':')));
         let condition = match option {
             "-m" | "--comment" => {
                 value();
                 continue;
             }
-            "-p" => Condition::known(matches!(value(), "udp" | "17" | "all")),
+            "-p" => {
+                let protocol = value();
+                Condition::known(protocol == "all" || arrival.is_protocol(protocol))
+            }
             "-i" | "-o" => {
                 let ours = (option == "-i") == (direction == Direction::Input);
                 Condition::known(is_interface(value(), probe.interface) && ours)

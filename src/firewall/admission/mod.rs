@@ -68,11 +68,47 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// The datagram that is followed, without its state.
+/// How what peers send arrives at this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// In UDP datagrams to this port.
+    Udp(u16),
+    /// In IPv4 packets of protocol 4 (RFC 2003). What `/etc/protocols` calls `ipip` is another.
+    Ipip,
+}
+
+impl Arrival {
+    /// Whether a listing means its protocol by this word.
+    fn is_protocol(self, word: &str) -> bool {
+        match self {
+            Self::Udp(_) => matches!(word, "udp" | "17"),
+            Self::Ipip => matches!(word, "ipencap" | "ipv4" | "4"),
+        }
+    }
+
+    /// Whether a range of ports holds its port; `None` if it is not numeric.
+    fn is_in_range(self, range: &str, separator: char) -> Option<bool> {
+        match self {
+            Self::Udp(port) => in_range(range, separator, port),
+            Self::Ipip => Some(false),
+        }
+    }
+}
+
+impl fmt::Display for Arrival {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Udp(port) => write!(f, "UDP port {port}"),
+            Self::Ipip => f.write_str("IP protocol 4 (IP in IP)"),
+        }
+    }
+}
+
+/// The packet that is followed, without its state.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Probe<'a> {
-    /// The tunnel's port.
-    pub(super) port: u16,
+    /// What it is.
+    pub(super) arrival: Arrival,
     /// The external interface.
     pub(super) interface: &'a str,
     /// The node's address, which also stands for those of its peers.

@@ -1,6 +1,6 @@
 //! Owns reading `nft list ruleset` as conditions on the probe. Never judges a whole ruleset.
 
-use super::{Condition, Direction, Probe, Rule, Ruleset, Verdict, any, holds, in_range, words};
+use super::{Arrival, Condition, Direction, Probe, Rule, Ruleset, Verdict, any, holds, words};
 
 /// The tables that see the probe, with their base chains of `direction`. `without_compat` leaves out those
 /// that iptables made.
@@ -167,16 +167,20 @@ fn read_condition<'a, 'b>(
         ["l4proto", values @ ..]
         | ["ip", "protocol", values @ ..]
         | ["ip6", "nexthdr", values @ ..] => {
-            matching(values, |one| Some(matches!(one, "udp" | "17")))
+            matching(values, |one| Some(probe.arrival.is_protocol(one)))
         }
         ["nfproto", values @ ..] => {
             matching(values, |one| Some((one == "ipv4") == probe.addr.is_ipv4()))
         }
+        // What it has no ports for, it is not, whatever the comparison.
+        ["udp" | "th", _, values @ ..] if probe.arrival == Arrival::Ipip => {
+            (Some(Condition::Unmet), operand(values).2)
+        }
         ["udp" | "th", "dport", values @ ..] => {
-            matching(values, |one| in_range(one, '-', probe.port))
+            matching(values, |one| probe.arrival.is_in_range(one, '-'))
         }
         ["udp" | "th", "sport", values @ ..] => {
-            let (condition, rest) = matching(values, |one| in_range(one, '-', probe.port));
+            let (condition, rest) = matching(values, |one| probe.arrival.is_in_range(one, '-'));
             (condition.map(Condition::about_source_port), rest)
         }
         [family @ ("ip" | "ip6"), "saddr" | "daddr", values @ ..] => {

@@ -3,7 +3,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::*;
 
 const PROBE: Probe<'_> = Probe {
-    port: 8285,
+    arrival: Arrival::Udp(8285),
     interface: "eth0",
     addr: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 10)),
 };
@@ -172,6 +172,46 @@ fn every_table_must_let_it_through() {
         panic!("the second table drops");
     };
     assert_eq!(refusal.chain, "ip b in");
+}
+
+#[test]
+fn ip_in_ip_is_admitted_by_its_protocol_and_by_nothing_about_ports() {
+    let probe = Probe {
+        arrival: Arrival::Ipip,
+        ..PROBE
+    };
+    let by_iptables = |rule: &str| {
+        let rules = format!("-P INPUT DROP\n{ESTABLISHED}-A INPUT {rule}\n");
+        judge(probe, None, &[("iptables", rules)])
+    };
+    let by_nft = |rule: &str| {
+        let listing = format!(
+            "table inet f {{\n\tchain i {{\n\t\ttype filter hook input priority filter; policy drop;\n\
+             \t\tct state established accept\n\t\t{rule}\n\t}}\n}}\n"
+        );
+        judge(probe, Some(&listing), &[])
+    };
+    let open = [
+        by_iptables("-p ipencap -j ACCEPT"),
+        by_iptables("-p 4 -s 192.0.2.0/24 -j ACCEPT"),
+        by_iptables("! -p udp -j ACCEPT"),
+        by_nft("ip protocol ipencap accept"),
+        by_nft("meta l4proto { udp, ipencap } accept"),
+        by_nft("meta l4proto 4 ip saddr 192.0.2.0/24 accept"),
+    ];
+    assert_eq!(open, [const { Admission::Open }; 6]);
+    for refused in [
+        // Another protocol, by the name that everybody expects.
+        by_iptables("-p ipip -j ACCEPT"),
+        by_iptables("-p udp -j ACCEPT"),
+        by_nft("udp dport 8285 accept"),
+        by_nft("udp dport != 53 accept"),
+        by_nft("meta l4proto ipip accept"),
+    ] {
+        assert!(matches!(refused, Admission::Established(_)), "{refused:?}");
+    }
+    let refusal = judge(probe, None, &[("iptables", "-P INPUT DROP\n".to_owned())]);
+    assert!(matches!(refusal, Admission::Closed(_)), "{refusal:?}");
 }
 
 proptest::proptest! {

@@ -18,6 +18,10 @@ const SLOT_LEN: usize = 1 << 16;
 /// compete for one cache set.
 const SLOT_STRIDE: usize = SLOT_LEN + 17 * 64;
 
+/// About as many bytes as one call brings, where entries are large: what was received is still in the cache when it
+/// is handed on, and the slots behind it need no memory.
+const BURST_BYTES: usize = 8 << 16;
+
 /// What is known of one received entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
@@ -42,7 +46,7 @@ pub struct RecvBatch {
     headers: Vec<libc::mmsghdr>,
     received: Vec<Received>,
     /// How many entries the next call asks for: grows while calls come back full, so that an idle socket's
-    /// single packets do not pay for preparing them all.
+    /// single packets do not pay for preparing them all, up to [`BURST_BYTES`].
     ask: usize,
 }
 
@@ -123,8 +127,17 @@ impl RecvBatch {
         } else {
             ask * 2
         }
+        .min(self.fitting())
         .clamp(Self::MIN_ASK.min(self.headers.len()), self.headers.len());
         Ok((count, drained))
+    }
+
+    /// How many entries as large as the last ones make [`BURST_BYTES`].
+    fn fitting(&self) -> usize {
+        let bytes: usize = self.received.iter().map(|received| received.len).sum();
+        (self.received.len() * BURST_BYTES)
+            .checked_div(bytes)
+            .unwrap_or(usize::MAX)
     }
 
     /// The entries of the last [`RecvBatch::receive`]: what is known of each, and its bytes.
