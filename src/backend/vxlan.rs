@@ -5,21 +5,20 @@
 //! Each family of the overlay crosses the same family of the underlay, through a device of its own, as the
 //! original has it.
 
-use std::net::{IpAddr, SocketAddr};
+mod user;
+
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use super::abilities::Abilities;
-use super::data_plane::DataPlane;
 use super::desired::{Device, Direct, Peer, Way};
 use super::device::{NAME_V4, NAME_V6};
 use super::ends::Ends;
 use super::kernel::{Link, TunnelLink, VxlanLink};
 use super::plan::PlanError;
-use super::{reconcile, udp};
-use crate::addr::{Mac, Mtu, Vni};
-use crate::config::{NetworkConfig, Object, SourceCheck, SourcePort, VxlanBackend};
-use crate::datapath::{self, Encapsulation, PeerRoute};
+use crate::addr::{Mac, Mtu};
+use crate::config::{Object, SourceCheck, SourcePort, VxlanBackend};
 use crate::iface::{Choice, Family};
 use crate::lease::{BackendData, Lease, LeaseAttrs, Subnets};
 
@@ -200,32 +199,6 @@ impl Vxlan {
         }
     }
 
-    /// Has our own data plane do what the kernel's devices would, because of `why`.
-    ///
-    /// # Errors
-    ///
-    /// The configuration asks for what only the kernel can do.
-    pub fn move_to_user_space(&mut self, why: String) -> Result<(), PlanError> {
-        if self.backend.gbp {
-            return Err(PlanError::NeedsKernel { key: "GBP", why });
-        }
-        self.in_user_space = Some(why);
-        Ok(())
-    }
-
-    /// The configuration asks for plain routes to peers on a link, which our own data plane does without: it
-    /// reaches every peer through the tunnel.
-    #[must_use]
-    pub const fn leaves_direct_routing(&self) -> bool {
-        self.backend.direct_routing && self.in_user_space.is_some()
-    }
-
-    /// Why our own data plane carries the packets; `None` where the kernel does.
-    #[must_use]
-    pub fn in_user_space(&self) -> Option<&str> {
-        self.in_user_space.as_deref()
-    }
-
     /// Takes over from the plan before who carries the packets.
     pub fn keep_place_of(&mut self, before: &Self) {
         self.in_user_space.clone_from(&before.in_user_space);
@@ -294,84 +267,6 @@ impl Vxlan {
             .probe_port
             .ok_or("it answers no probes (--probe-port)")?;
         Ok(Some(port))
-    }
-
-    /// Which ports datagrams are sent from, where that is ours to say.
-    pub const fn source_port_mut(&mut self) -> Option<&mut SourcePort> {
-        match self.in_user_space {
-            Some(_) => Some(&mut self.source_port),
-            None => None,
-        }
-    }
-
-    /// The tunnels of our own data plane, one in the place of each device; none where the kernel carries the
-    /// packets.
-    #[must_use]
-    pub fn data_planes(&self, config: &NetworkConfig, subnets: &Subnets) -> Vec<DataPlane> {
-        let tunnel = |(family, device): &(Family, NewDevice)| {
-            let choice = self
-                .ends
-                .iter()
-                .find(|choice| Family::of(choice.addr) == *family)?;
-            let of_family = |net: &IpNet| Family::of(net.addr()) == *family;
-            let mut local = udp::local(subnets, choice);
-            local.nets.retain(of_family);
-            let networks: Vec<IpNet> = udp::networks(config)
-                .into_iter()
-                .filter(of_family)
-                .collect();
-            Some(DataPlane {
-                encapsulation: Encapsulation::Vxlan {
-                    vni: Vni::new(self.backend.vni)?,
-                    mac: device.mac,
-                },
-                bind: self.endpoint(choice.addr),
-                mtu: device.mtu,
-                // Our own data plane knows no "off": a peer is recognised by something.
-                source_check: match self.backend.source_check {
-                    Some(SourceCheck::Strict) => datapath::SourceCheck::Strict,
-                    Some(SourceCheck::Loose) | None => datapath::SourceCheck::Loose,
-                },
-                source_port: udp::source_port(self.source_port),
-                device: reconcile::Desired {
-                    mtu: device.mtu,
-                    tx_queue_len: udp::TX_QUEUE_LEN,
-                    mac: None,
-                    learning: None,
-                    addrs: local
-                        .nets
-                        .iter()
-                        .map(|net| IpNet::from(net.network()))
-                        .collect(),
-                    networks: networks.clone(),
-                    routed: networks,
-                },
-                local,
-            })
-        };
-        match self.in_user_space {
-            Some(_) => self.devices.iter().filter_map(tunnel).collect(),
-            None => Vec::new(),
-        }
-    }
-
-    /// A peer's way, as our own data plane goes it. Whoever terminates VXLAN combines the ECN fields as RFC 6040 says:
-    /// the kernel's device (`vxlan_ecn_decapsulate` in drivers/net/vxlan) as our own data plane does.
-    #[must_use]
-    pub fn route(&self, peer: &Peer) -> Option<PeerRoute> {
-        let Way::Vxlan { mac, .. } = peer.way else {
-            return None;
-        };
-        Some(PeerRoute {
-            net: peer.net,
-            addr: self.endpoint(peer.public),
-            mac: Some(mac),
-            ecn: true,
-        })
-    }
-
-    fn endpoint(&self, ip: IpAddr) -> SocketAddr {
-        udp::endpoint(ip, self.backend.port, self.ends.primary().index)
     }
 
     /// The devices, with addresses of these subnets. Before a lease is there, the addresses are unspecified.

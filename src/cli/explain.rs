@@ -5,7 +5,8 @@ use std::io::{self, Write as _};
 use clap::Args;
 use serde_json::Value;
 
-use super::status::{Page, SocketArgs, list, plain};
+use super::page::{Page, list, plain};
+use super::status::SocketArgs;
 use crate::debug::end::End;
 use crate::debug::socket::{self, Request};
 use crate::iface::Family;

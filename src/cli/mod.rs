@@ -11,6 +11,7 @@ mod explain;
 mod go_flags;
 mod install_conf;
 pub mod lab;
+mod page;
 mod status;
 mod top;
 

@@ -9,13 +9,8 @@ use clap::Args;
 use serde_json::Value;
 
 use super::daemon::{SUBNET_FILE, socket_path};
-use crate::debug::socket::{self, Request};
-
-/// Columns of the output, where the longest word allows.
-const WIDTH: usize = 100;
-
-/// Column at which a section's text begins.
-const INDENT: usize = 12;
+use super::page::{Page, list, plain};
+use crate::debug::socket::{self, Request, clean};
 
 /// Flags of `loden status`.
 #[derive(Debug, Args)]
@@ -378,31 +373,8 @@ fn drops(page: &mut Page, drops: &Value) {
     }
 }
 
-pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
-}
-
 fn count(value: &Value) -> u64 {
     value.as_u64().unwrap_or(0)
-}
-
-/// A value as words: texts without quotes, lists with commas, nothing for null.
-pub(super) fn plain(value: &Value) -> String {
-    match value {
-        Value::Null => String::new(),
-        Value::String(text) => clean(text),
-        Value::Array(items) => {
-            let items: Vec<String> = items.iter().map(plain).collect();
-            items.join(", ")
-        }
-        other @ (Value::Bool(_) | Value::Number(_) | Value::Object(_)) => other.to_string(),
-    }
-}
-
-/// Names in the answer come from files that others write: nothing in them reaches the terminal as a command.
-pub(super) fn clean(text: &str) -> String {
-    let safe = |c: char| if c.is_control() { '\u{fffd}' } else { c };
-    text.chars().map(safe).collect()
 }
 
 fn duration(seconds: u64) -> String {
@@ -415,56 +387,10 @@ fn duration(seconds: u64) -> String {
     }
 }
 
-/// Text that is laid out line by line.
-#[derive(Default)]
-pub(super) struct Page {
-    pub(super) text: String,
-}
-
-impl Page {
-    /// A title and its text, wrapped at [`WIDTH`] behind the title.
-    pub(super) fn section(&mut self, title: &str, text: &str) {
-        let mut line = format!("{title:INDENT$}");
-        let mut empty = true;
-        for word in text.split_whitespace() {
-            if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
-                self.line(&line);
-                line = " ".repeat(INDENT);
-                empty = true;
-            }
-            if !empty {
-                line.push(' ');
-            }
-            line.push_str(word);
-            empty = false;
-        }
-        self.line(&line);
-    }
-
-    /// A row of the tables: two wide columns and four of numbers.
-    fn row(&mut self, cells: [&str; 6]) {
-        let [name, second, numbers @ ..] = cells;
-        let mut line = format!("{name:20} {second:>23}");
-        for number in numbers {
-            // Writing to a string cannot fail.
-            let _infallible = write!(line, " {number:>13}");
-        }
-        self.line(&line);
-    }
-
-    pub(super) fn line(&mut self, line: &str) {
-        self.text.push_str(line.trim_end());
-        self.text.push('\n');
-    }
-
-    pub(super) fn blank(&mut self) {
-        self.text.push('\n');
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::page::WIDTH;
     use serde_json::json;
 
     fn answer() -> Value {

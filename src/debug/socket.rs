@@ -1,13 +1,14 @@
 //! Owns the status socket: one line of JSON in, one line of JSON out. Never answers anybody but root and the
 //! daemon's own user, and never waits for a client longer than [`PATIENCE`].
 
+mod client;
+
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream as BlockingStream;
@@ -15,9 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{MsgFlags, recv};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -28,6 +27,8 @@ use super::stream;
 use crate::datapath::tap::Capture;
 use crate::iface::Family;
 use crate::sys::heap;
+
+pub use client::{ask, clean, open};
 
 /// The longest path a socket may have: `sun_path` of unix(7), less the final zero.
 pub const MAX_PATH: usize = 107;
@@ -43,9 +44,6 @@ const EXPLAINING: Duration = Duration::from_secs(7);
 
 /// The longest request read, in bytes.
 const MAX_REQUEST: u64 = 4096;
-
-/// The longest answer a client reads: 5000 peers at about 400 bytes, with room to spare.
-const MAX_ANSWER: usize = 16 << 20;
 
 /// An answer of more bytes than this was made of so much memory that it is worth giving back.
 const LARGE: usize = 1 << 20;
@@ -380,79 +378,6 @@ impl Answer {
         Self {
             line: format!("{}\n", serde_json::json!({ "error": text })),
             capture: None,
-        }
-    }
-}
-
-/// Asks the daemon at `path`.
-///
-/// # Errors
-///
-/// [`SocketError`]; also if the daemon answers with an error.
-pub fn ask(path: &Path, request: &Request) -> Result<Value, SocketError> {
-    open(path, request).map(|(answer, _)| answer)
-}
-
-/// Asks the daemon at `path`, and keeps the connection for what follows the answer.
-///
-/// # Errors
-///
-/// [`SocketError`]; also if the daemon answers with an error.
-pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), SocketError> {
-    check_path(path)?;
-    let failed = |action| {
-        move |source| SocketError::Io {
-            path: path.to_owned(),
-            action,
-            source,
-        }
-    };
-    let bad = |reason: String| SocketError::BadAnswer {
-        path: path.to_owned(),
-        reason,
-    };
-    let mut stream = BlockingStream::connect(path).map_err(|source| SocketError::NoDaemon {
-        path: path.to_owned(),
-        source,
-    })?;
-    // The daemon's own patience, and as much again for what it does in between.
-    let patience = Some(PATIENCE + request.patience());
-    stream
-        .set_read_timeout(patience)
-        .and_then(|()| stream.set_write_timeout(patience))
-        .map_err(failed("limit the wait for it"))?;
-    let mut line = serde_json::to_string(request).map_err(|e| bad(e.to_string()))?;
-    line.push('\n');
-    stream
-        .write_all(line.as_bytes())
-        .map_err(failed("send the request"))?;
-    let answer = read_line(&mut stream).map_err(failed("read the answer"))?;
-    let answer: Value = serde_json::from_str(&answer).map_err(|e| {
-        bad(if answer.is_empty() {
-            "it hung up: only root and its own user are answered, a few at a time".to_owned()
-        } else {
-            e.to_string()
-        })
-    })?;
-    match answer.get("error").and_then(Value::as_str) {
-        Some(error) => Err(SocketError::Refused(error.to_owned())),
-        None => Ok((answer, stream)),
-    }
-}
-
-/// Reads up to the first line's end and not a byte further: what follows may not be text.
-fn read_line(stream: &mut BlockingStream) -> io::Result<String> {
-    let (mut line, mut buffer) = (Vec::new(), [0; 1 << 14]);
-    loop {
-        let count = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK)?;
-        let seen = buffer.get(..count).unwrap_or_default();
-        let end = seen.iter().position(|&byte| byte == b'\n');
-        let wanted = buffer.get_mut(..end.map_or(count, |end| end + 1));
-        let wanted = wanted.unwrap_or_default();
-        stream.read_exact(wanted)?;
-        line.extend_from_slice(wanted);
-        if count == 0 || end.is_some() || line.len() > MAX_ANSWER {
-            return String::from_utf8(line).map_err(io::Error::other);
         }
     }
 }

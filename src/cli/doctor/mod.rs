@@ -13,9 +13,10 @@ use anyhow::bail;
 use clap::Args;
 use serde_json::Value;
 
-use crate::cli::status::{Page, SocketArgs, clean, list, plain};
+use crate::cli::page::{Page, list, plain};
+use crate::cli::status::SocketArgs;
 use crate::daemon::preflight::{self, Grade};
-use crate::debug::socket::{self, Request};
+use crate::debug::socket::{self, Request, clean};
 
 /// Flags of `loden doctor`.
 #[derive(Debug, Args)]

@@ -2,6 +2,9 @@ use std::os::unix::net::UnixListener as BlockingListener;
 
 use serde_json::json;
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream as BlockingStream;
+
 use super::*;
 
 /// Serves `{"answer": 42}` at `path` while `work` runs beside it.

@@ -9,6 +9,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Paragraph, Row, Table};
 
 use super::rates::{Direction, Peer, Rates};
+use crate::debug::socket::clean;
 
 /// Workers with rows of their own.
 const MAX_WORKERS: usize = 4;
@@ -374,12 +375,6 @@ pub fn short(value: f64) -> String {
         scaled /= 1000.0;
     }
     String::new()
-}
-
-/// Names come from files that others write: nothing in them reaches the terminal as a command.
-fn clean(text: &str) -> String {
-    let safe = |c: char| if c.is_control() { '\u{fffd}' } else { c };
-    text.chars().map(safe).collect()
 }
 
 #[cfg(test)]
