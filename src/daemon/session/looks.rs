@@ -1,5 +1,6 @@
 //! Owns when a session looks at what carries its packets, and what follows from what it finds.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::{RESYNC, Session};
@@ -39,6 +40,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 session.tell_senders();
                 session.tell_past();
                 session.look_at_checksums();
+                session.tell_watches();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -89,6 +91,7 @@ impl Session {
         self.tell_senders();
         self.tell_past();
         self.look_at_checksums();
+        self.tell_watches();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
@@ -154,6 +157,7 @@ impl Session {
             tunnel: tunnels.iter().map(|tunnel| tunnel.index).collect(),
             kernel_tunnel: devices.to_vec(),
             underlay: self.registration.ends.iter().map(|end| end.index).collect(),
+            past: carrier.map_or_else(HashSet::new, |carrier| carrier.report.direct.clone()),
         };
         let mtu = self.registration.plan.mtu();
         self.directory.set_ways(ways, mtu.get());
