@@ -1,11 +1,6 @@
 //! The best way that is proven to every peer: nodes on one link, a node behind a router, one that carries VXLAN in user
 //! space, one that says nothing of itself, and a firewall that comes and goes. Looks through iproute2. Needs root.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot prepare itself must fail"
-)]
-
 #[path = "common/cluster.rs"]
 mod cluster;
 mod common;
@@ -33,42 +28,13 @@ fn await_way(cluster: &Cluster, n: u8, peer: &str, wanted: &str) {
     cluster.wait_until(&what, || way(cluster, n, peer).0 == wanted);
 }
 
-/// Moves node 3 behind a router.
-fn route_node_3(cluster: &Cluster) {
-    let underlay = Member::Underlay;
-    let router = cluster.lab.netns(underlay);
-    router
-        .set_sysctls(&[
-            ("ipv4/ip_forward", "1"),
-            ("ipv4/conf/all/send_redirects", "0"),
-            ("ipv4/conf/br0/send_redirects", "0"),
-        ])
-        .unwrap();
-    cluster.ip(underlay, "addr add 192.0.2.254/24 dev br0", 0);
-    cluster.ip(underlay, "addr add 198.51.100.254/24 dev br0", 0);
-    for n in [1, 2, 4] {
-        cluster.ip(
-            Member::Node(n),
-            "route add 198.51.100.0/24 via 192.0.2.254",
-            n,
-        );
-    }
-    cluster.ip(Member::Node(3), "-4 addr flush dev eth0", 3);
-    cluster.ip(Member::Node(3), "addr add 198.51.100.3/24 dev eth0", 3);
-    cluster.ip(
-        Member::Node(3),
-        "route add 192.0.2.0/24 via 198.51.100.254",
-        3,
-    );
-}
-
 /// A lease as an unmodified flannel writes it.
 const UNMODIFIED: &str = r#"{"PublicIP":"192.0.2.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
 
 #[test]
 fn every_peer_is_reached_by_the_best_way_that_is_proven_and_no_longer() {
     let mut cluster = Cluster::idle(4, V4, AUTO);
-    route_node_3(&cluster);
+    cluster.route_node_3();
     for n in [1, 2, 3] {
         cluster.start(n);
     }

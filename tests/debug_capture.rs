@@ -6,27 +6,22 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+#[path = "common/captured.rs"]
+mod captured;
 mod common;
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Command, Stdio};
 
-use common::{LODEN, lab, pings, spec};
-use loden::lab::{Backend, Engine, Interrupt, Lab, Member, Spec, Wire, wait};
+use captured::{LIMIT, Running, await_that, capture, hex, packets_so_far, tshark};
+use common::{lab, pings, spec};
+use loden::lab::{Backend, Engine, Lab, Member, Spec, Wire};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
-
-const LIMIT: Duration = Duration::from_secs(20);
-
-fn await_that(what: &str, mut done: impl FnMut() -> bool) {
-    let done = || Ok(done().then_some(()));
-    wait::until(what, LIMIT, &Interrupt::default(), done).unwrap();
-}
 
 /// Two nodes with a pod each, and a place for files.
 struct Cluster {
@@ -36,10 +31,14 @@ struct Cluster {
 
 impl Cluster {
     fn new(engine: Engine, wire: Wire) -> Self {
+        Self::of(Backend::Udp, engine, wire)
+    }
+
+    fn of(backend: Backend, engine: Engine, wire: Wire) -> Self {
         let spec = Spec {
             engine: Some(engine),
             wire,
-            ..spec(2, Backend::Udp)
+            ..spec(2, backend)
         };
         let mut lab = lab(spec);
         lab.await_connected().unwrap();
@@ -68,113 +67,12 @@ impl Cluster {
     }
 
     fn capture(&self, node: u8, args: &[&str]) -> Command {
-        let mut command = Command::new(LODEN);
-        command
-            .arg("capture")
-            .arg("--socket")
-            .arg(self.lab.status_socket(node))
-            .args(args);
-        command
+        capture(&self.lab.status_socket(node), args)
     }
 
-    /// A capture into a file, begun: something that only this capture waits for was seen by it.
     fn begin(&self, node: u8, name: &str, args: &[&str]) -> Running {
-        let path = self.path(name);
-        let child = self
-            .capture(node, args)
-            .arg("-w")
-            .arg(&path)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        // The file is created when the daemon has begun.
-        await_that("the capture's file", || path.exists());
-        Running { child, path }
+        Running::begin(&self.lab.status_socket(node), self.path(name), args)
     }
-}
-
-/// A `loden capture` that writes a file.
-struct Running {
-    child: Child,
-    path: PathBuf,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Already reaped, if the test went well.
-        let _gone = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
-
-impl Running {
-    /// Waits until tshark finds `count` packets that match, then ends the capture as a user does.
-    fn end(self, what: &str, count: usize) -> PathBuf {
-        await_that(what, || {
-            self.path.metadata().unwrap().len() > 0
-                && packets_so_far(&self.path, what).is_some_and(|n| n >= count)
-        });
-        let pid = i32::try_from(self.child.id()).unwrap();
-        kill(Pid::from_raw(pid), Signal::SIGINT).unwrap();
-        self.finish()
-    }
-
-    fn finish(mut self) -> PathBuf {
-        let mut errors = String::new();
-        let mut stderr = self.child.stderr.take().unwrap();
-        stderr.read_to_string(&mut errors).unwrap();
-        assert!(self.child.wait().unwrap().success(), "{errors}");
-        assert!(errors.contains("packets captured"), "{errors}");
-        assert!(!errors.contains("lost"), "{errors}");
-        self.path.clone()
-    }
-}
-
-/// How many packets of a file that is still being written match.
-fn packets_so_far(path: &Path, filter: &str) -> Option<usize> {
-    let output = Command::new("tshark")
-        .args([
-            "-n",
-            "-Y",
-            filter,
-            "-T",
-            "fields",
-            "-e",
-            "frame.number",
-            "-r",
-        ])
-        .arg(path)
-        .output()
-        .unwrap();
-    Some(String::from_utf8(output.stdout).ok()?.lines().count())
-}
-
-/// One line of fields per packet, as tshark reads a file; it must have nothing to complain about.
-fn tshark(path: &Path, args: &[&str], fields: &[&str]) -> Vec<Vec<String>> {
-    let mut command = Command::new("tshark");
-    // No configuration of whoever runs this, and no name service.
-    command.env("HOME", "/nonexistent").args(["-n", "-r"]);
-    command.arg(path).args(args).args(["-T", "fields"]);
-    for field in fields {
-        command.args(["-e", field]);
-    }
-    let output = command.output().unwrap();
-    let complaints: Vec<String> = String::from_utf8(output.stderr)
-        .unwrap()
-        .lines()
-        // It does not like root, which these tests need.
-        .filter(|line| !line.starts_with("Running as user"))
-        .map(str::to_owned)
-        .collect();
-    assert_eq!(complaints, Vec::<String>::new());
-    assert!(output.status.success());
-    let text = String::from_utf8(output.stdout).unwrap();
-    let line = |line: &str| line.split('\t').map(str::to_owned).collect();
-    text.lines().map(line).collect()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Datagrams from pod 1 to pod 2 of lengths that tell them apart, and one of the answers.
@@ -279,7 +177,7 @@ fn fields_are_what_was_sent_by_the_portable_engine() {
     fields_are_what_was_sent(Engine::Portable);
 }
 
-/// What tells one datagram on the wire from another.
+/// What tells one datagram on the wire from another: of an outer and an inner header where there are two.
 const OUTER: [&str; 11] = [
     "ip.src",
     "ip.dst",
@@ -294,32 +192,42 @@ const OUTER: [&str; 11] = [
     "data.data",
 ];
 
-/// Of fields that both headers have, the outer one's value comes first; identification and TTL of the outer
-/// header are the kernel's and not compared.
-fn wire_view(path: &Path) -> BTreeSet<Vec<String>> {
+/// What stands between them in VXLAN. A wire has an Ethernet header in front that a file of ours has not.
+const VXLAN: [&str; 5] = ["vxlan.flags", "vxlan.vni", "eth.dst", "eth.src", "eth.type"];
+
+/// The datagrams to `port` of a file as tshark reads them. Of fields that both headers have, the outer one's value comes
+/// first; identification and TTL of the outer header are the kernel's and not compared.
+fn wire_view(path: &Path, port: u16) -> BTreeSet<Vec<String>> {
     let lua = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/loden.lua");
     let lua = format!("lua_script:{}", lua.display());
-    let args = ["-X", &lua, "-Y", "udp.port == 8285 && udp.port == 4002"];
+    let filter = format!("udp.port == {port} && udp.port == 4002");
+    let (args, fields) = if port == 8285 {
+        (["-X", &lua, "-Y", &filter], OUTER.to_vec())
+    } else {
+        let decode = ["-d", "udp.port==8472,vxlan", "-Y", &filter];
+        (decode, [&OUTER[..], &VXLAN].concat())
+    };
     let inner_only = |(field, value): (&&str, String)| match *field {
         "ip.id" | "ip.ttl" => value.split(',').nth(1).unwrap().to_owned(),
+        _ if field.starts_with("eth.") => value.rsplit(',').next().unwrap().to_owned(),
         _ => value,
     };
-    tshark(path, &args, &OUTER)
+    tshark(path, &args, &fields)
         .into_iter()
-        .map(|packet| OUTER.iter().zip(packet).map(inner_only).collect())
+        .map(|packet| fields.iter().zip(packet).map(inner_only).collect())
         .collect()
 }
 
-#[test]
-fn outer_headers_are_those_on_the_wire() {
-    let cluster = Cluster::new(Engine::Mmsg, Wire::PacketNoGro);
+fn outer_headers_are_those_on_the_wire(backend: Backend, port: u16) {
+    let cluster = Cluster::of(backend, Engine::Mmsg, Wire::PacketNoGro);
     let wire = cluster.path("wire.pcap");
+    let datagrams = format!("udp.port == {port}");
     let mut tcpdump = Command::new("tcpdump");
     let tcpdump = cluster.lab.netns(Member::Node(2)).spawn(
         tcpdump
             .args(["-i", "eth0", "-U", "--immediate-mode", "-w"])
             .arg(&wire)
-            .arg("udp port 8285")
+            .arg(format!("udp port {port}"))
             .stderr(Stdio::null()),
     );
     let mut tcpdump = tcpdump.unwrap();
@@ -331,9 +239,9 @@ fn outer_headers_are_those_on_the_wire() {
         cluster.begin(node, &name, &["port 4002", "--outer"])
     });
     let sent = exchange(&cluster, 10);
-    let lua_free = "udp.port == 8285";
     await_that("the wire's packets", || {
-        packets_so_far(&wire, lua_free).is_some_and(|count| count > sent.len())
+        // The last one.
+        packets_so_far(&wire, "frame contains \"answer\"") == Some(1)
     });
     kill(
         Pid::from_raw(i32::try_from(tcpdump.id()).unwrap()),
@@ -341,14 +249,14 @@ fn outer_headers_are_those_on_the_wire() {
     )
     .unwrap();
     tcpdump.wait().unwrap();
-    let on_the_wire = wire_view(&wire);
+    let on_the_wire = wire_view(&wire, port);
     assert_eq!(on_the_wire.len(), sent.len() + 1);
     for (node, running) in (1..).zip(ours) {
-        let path = running.end(lua_free, sent.len() + 1);
+        let path = running.end(&datagrams, sent.len() + 1);
         // What a node received went through its daemon, which took one from the inner TTL.
         let sender = format!("192.0.2.{node},");
         let ttl = OUTER.iter().position(|field| *field == "ip.ttl").unwrap();
-        let seen: BTreeSet<Vec<String>> = wire_view(&path)
+        let seen: BTreeSet<Vec<String>> = wire_view(&path, port)
             .into_iter()
             .map(|mut packet| {
                 if !packet[0].starts_with(&sender) {
@@ -360,6 +268,16 @@ fn outer_headers_are_those_on_the_wire() {
             .collect();
         assert_eq!(seen, on_the_wire, "node {node}");
     }
+}
+
+#[test]
+fn outer_headers_of_plain_datagrams_are_those_on_the_wire() {
+    outer_headers_are_those_on_the_wire(Backend::Udp, 8285);
+}
+
+#[test]
+fn outer_headers_of_vxlan_in_user_space_are_those_on_the_wire() {
+    outer_headers_are_those_on_the_wire(Backend::UserVxlan, 8472);
 }
 
 #[test]
@@ -520,10 +438,13 @@ fn pipe_count_limits_and_text_work_as_documented() {
     });
     assert!(capture.wait().unwrap().success());
     let output = reader.wait_with_output().unwrap();
-    // Requests and answers are told by different workers, and only what is fetched together is in order of time.
-    let mut types: Vec<_> = output.stdout.split(|&byte| byte == b'\n').collect();
-    types.sort_unstable();
-    assert_eq!(types, [&b""[..], b"0", b"0", b"8", b"8"]);
+    // One ping at a time, each answered before the next, by different workers. It may begin with an answer.
+    let output = String::from_utf8(output.stdout).unwrap();
+    let types: Vec<&str> = output.lines().collect();
+    assert!(
+        types == ["8", "0", "8", "0"] || types == ["0", "8", "0", "8"],
+        "{types:?}"
+    );
 
     // Text, ended by its duration; a filter that matches nothing prints nothing.
     let text = |args: &[&str]| {
@@ -561,9 +482,18 @@ fn pipe_count_limits_and_text_work_as_documented() {
         child: running,
         path: cluster.path("ring1"),
     };
-    running.end("tcp.flags.fin == 1", 1);
-    for file in ["ring0", "ring1"] {
-        let path = cluster.path(file);
+    // Which file is the last depends on how often TCP sent what.
+    let files = ["ring0", "ring1"].map(|file| cluster.path(file));
+    await_that("the connection's end", || {
+        let mut ends = files
+            .iter()
+            .map(|path| packets_so_far(path, "tcp.flags.fin == 1"));
+        ends.any(|count| count.is_some_and(|count| count > 0))
+    });
+    let (_, said) = running.interrupt();
+    assert!(!said.contains("lost"), "{said}");
+    for path in files {
+        let file = path.display();
         let len = path.metadata().unwrap().len();
         assert!((1..(1 << 20) + (1 << 17)).contains(&len), "{file}: {len}");
         assert!(!tshark(&path, &[], &["frame.number"]).is_empty());

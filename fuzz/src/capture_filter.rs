@@ -2,7 +2,7 @@
 
 use loden::datapath::DropReason;
 use loden::datapath::tap::filter::{Facts, Filter};
-use loden::datapath::tap::{Direction, Record, Verdict};
+use loden::datapath::tap::{Direction, Record, Transport, Verdict};
 
 /// Parses the first line of `data` as a filter and matches it against the rest as a packet.
 ///
@@ -28,6 +28,8 @@ pub fn run(data: &[u8]) {
         local_port: 0,
         tos: 0,
         worker: 0,
+        transport: Transport::Udp,
+        inner_at: 0,
         packets: 1,
         len: u32::try_from(packet.len()).unwrap_or(u32::MAX),
     };

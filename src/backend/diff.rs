@@ -1,7 +1,7 @@
 //! Owns the difference between what the kernel should hold for the peers and what it does hold. Pure and
 //! level-triggered: the same difference serves the start, every change and every look.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -46,6 +46,8 @@ pub struct Difference {
     pub refused: Vec<Refused>,
     /// The subnets that are reached by a route through their node.
     pub direct: HashSet<IpNet>,
+    /// The links that those routes lead by.
+    pub direct_links: BTreeSet<u32>,
     /// Who may send through the devices; none as long as not all peers are known.
     pub senders: Option<Senders>,
     /// Peers whose way past the tunnel can be probed.
@@ -81,6 +83,7 @@ pub fn difference(desired: &Desired, observed: &Observed) -> Difference {
         steps,
         refused: resolved.refused,
         direct: resolved.direct,
+        direct_links: resolved.direct_links,
         candidates: resolved.candidates,
         distant: resolved.distant,
     }
@@ -155,6 +158,7 @@ struct Resolved {
     route_steps: Vec<Step>,
     refused: Vec<Refused>,
     direct: HashSet<IpNet>,
+    direct_links: BTreeSet<u32>,
     candidates: Vec<Candidate>,
     distant: HashSet<IpNet>,
 }
@@ -246,6 +250,7 @@ impl Resolved {
             self.neighbours.insert((link, ip), (neighbour, lease));
         } else if tunnel.is_none() {
             self.direct.insert(net);
+            self.direct_links.insert(link);
         }
         self.routes.insert(net);
         self.route_steps.extend(edits.into_iter().map(|edit| Step {

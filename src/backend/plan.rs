@@ -188,6 +188,17 @@ impl Plan {
         }
     }
 
+    /// Whether there may be peers that are reached by a route through them, past any tunnel.
+    #[must_use]
+    pub const fn goes_past(&self) -> bool {
+        match self {
+            Self::HostGw(_) => true,
+            Self::Vxlan(vxlan) => vxlan.goes_past(),
+            Self::Ipip(ipip) => ipip.direct_routing(),
+            Self::Udp { .. } | Self::Outside(_) => false,
+        }
+    }
+
     /// The backends that leave the packets to others.
     #[must_use]
     pub const fn outside(&self) -> Option<&Outside> {

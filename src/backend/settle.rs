@@ -1,7 +1,7 @@
 //! Owns one look at the kernel: what is there is compared with what should be, and made so. Never decides what
 //! should be, and never gives up on all peers because of one.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use ipnet::IpNet;
 
@@ -24,6 +24,8 @@ pub struct Report {
     pub refused: Vec<Refused>,
     /// The subnets that are reached by a route through their node.
     pub direct: HashSet<IpNet>,
+    /// The links that those routes lead by.
+    pub direct_links: BTreeSet<u32>,
     /// Who may send through the devices; none as long as not all peers are known.
     pub senders: Option<Senders>,
     /// Peers whose way past the tunnel can be probed.
@@ -87,6 +89,7 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
     let difference = difference(desired, &observed);
     report.refused = difference.refused;
     report.direct = difference.direct;
+    report.direct_links = difference.direct_links;
     report.senders = difference.senders;
     report.candidates = difference.candidates;
     report.distant = difference.distant;

@@ -239,6 +239,12 @@ impl Vxlan {
         self.backend.auto
     }
 
+    /// Whether there may be peers that are reached by a route through them.
+    #[must_use]
+    pub const fn goes_past(&self) -> bool {
+        self.backend.auto || (self.backend.direct_routing && self.in_user_space.is_none())
+    }
+
     /// Says what this node can do past the tunnel.
     pub fn set_past(&mut self, past: Past) {
         self.past = past;

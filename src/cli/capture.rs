@@ -1,12 +1,12 @@
 //! Owns `loden capture`: asks the daemon for packets and writes them as text or pcapng. Never decides what
 //! became of a packet: the daemon's workers say so.
 
+mod sink;
+
 use std::collections::HashMap;
-use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{self, BufWriter, Stdout, Write};
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write as _};
+use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -18,12 +18,15 @@ use serde_json::Value;
 
 use super::status::SocketArgs;
 use crate::addr::Mac;
-use crate::datapath::tap::filter::{Facts, Filter};
-use crate::datapath::tap::{Direction, Lost, MAX_SNAP_LEN, Record};
-use crate::debug::pcapng::{self, Origin, Outcome};
+use crate::datapath::tap::filter::Filter;
+use crate::datapath::tap::{Lost, MAX_SNAP_LEN};
+use crate::debug::order::Held;
+use crate::debug::pcapng::Origin;
 use crate::debug::socket::{self, Request};
 use crate::debug::stream;
+use crate::debug::watch::scene::Place;
 use crate::shutdown::Shutdown;
+use sink::Sink;
 
 /// Flags of `loden capture`.
 #[derive(Debug, Args)]
@@ -31,7 +34,8 @@ use crate::shutdown::Shutdown;
 EXPRESSION is a subset of tcpdump's, over inner packets, and words of its own:
   [src|dst] host A | [src|dst] net P | [tcp|udp] [src|dst] port N | portrange A-B
   ip ip6 tcp udp icmp icmp6 | proto N | less N | greater N
-  peer A | encap | decap | sent | delivered | answered | dropped | reason NAME
+  peer A | encap | decap | reason NAME
+  sent | delivered | answered | dropped, and where the kernel carries packets handed | arrived
 joined with and, or, not and parentheses.
 
 Examples:
@@ -123,14 +127,20 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
         filter: filter.clone(),
         snap_len: args.snaplen,
         segments: args.segments || args.outer,
+        outer: args.outer,
     };
     let (answer, stream) = socket::open(&path, &request)?;
+    let differ = "the daemon's answer names no address: daemon and client differ in version";
     let origin = Origin {
-        ends: serde_json::from_value(answer["ends"].clone())
-            .context("the daemon's answer names no address: daemon and client differ in version")?,
+        ends: serde_json::from_value(answer["ends"].clone()).context(differ)?,
+        watched: serde_json::from_value(answer["watched"].clone()).context(differ)?,
         macs: macs(&answer["macs"]),
         filter,
     };
+    if let Some(sight) = sight(&origin.watched, &answer["unwatched"]) {
+        // A closed standard error leaves nowhere to say so.
+        let _said = writeln!(io::stderr(), "{sight}");
+    }
     let mut sink = Sink::open(args, origin)?;
     stream.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -152,6 +162,22 @@ pub(super) fn run(args: &CaptureArgs) -> anyhow::Result<()> {
         bail!("the daemon ended the capture: it stopped, or opened its data plane again");
     }
     Ok(())
+}
+
+/// What is seen otherwise than by workers, or not at all; none where workers see everything.
+fn sight(watched: &[Place], unwatched: &Value) -> Option<String> {
+    if let Some(why) = unwatched.as_str() {
+        return Some(format!(
+            "packets that the kernel carries are not shown: {why}"
+        ));
+    }
+    let devices: Vec<&str> = watched.iter().map(|place| place.device.as_str()).collect();
+    (!devices.is_empty()).then(|| {
+        format!(
+            "reading packet sockets on {}: the kernel carries packets there, and does not say what it drops",
+            devices.join(" and ")
+        )
+    })
 }
 
 /// MAC addresses of peers; what is none is left out.
@@ -177,241 +203,54 @@ async fn read(
     let mut stream = UnixStream::from_std(stream)?;
     let limit = args.duration.map(Duration::from_secs);
     let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
-    let mut bytes = Vec::new();
+    let (mut bytes, mut held) = (Vec::new(), Held::default());
     let mut end = End {
         lost: Lost::default(),
         hung_up: false,
     };
-    loop {
+    let mut over = false;
+    while !over {
+        let mut settled = u64::MAX;
         tokio::select! {
             frame = stream::next_frame(&mut stream, &mut bytes) => {
-                let Some(lost) = frame.context("reading from the daemon")? else {
-                    end.hung_up = true;
-                    return Ok(end);
-                };
-                end.lost = lost;
-            }
-            () = sleep_until(limit.unwrap_or_else(Instant::now)), if limit.is_some() => return Ok(end),
-            _ = shutdown.requested() => return Ok(end),
-        }
-        let mut records = Vec::new();
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let (record, copied, after) = Record::decode(rest)?;
-            records.push((record, copied));
-            rest = after;
-        }
-        // Workers are independent: each one's records are in order, all together are not.
-        records.sort_by_key(|(record, _)| record.time_ns);
-        for (record, copied) in records {
-            if args.count.is_some_and(|count| sink.written >= count) {
-                break;
-            }
-            match sink.packet(&record, copied) {
-                // Whoever reads has seen enough.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(end),
-                result => result.context("writing the capture")?,
-            }
-        }
-        match sink.flush() {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(end),
-            result => result.context("writing the capture")?,
-        }
-        if args.count.is_some_and(|count| sink.written >= count) {
-            return Ok(end);
-        }
-    }
-}
-
-/// Where packets go.
-struct Sink {
-    written: u64,
-    to: To,
-}
-
-enum To {
-    Lines(BufWriter<Stdout>),
-    Pipe(Box<pcapng::File<BufWriter<Stdout>>>),
-    Files(Box<Files>),
-}
-
-impl Sink {
-    fn open(args: &CaptureArgs, origin: Origin) -> anyhow::Result<Self> {
-        let to = match &args.write {
-            None => To::Lines(BufWriter::new(io::stdout())),
-            Some(path) if path == Path::new("-") => {
-                if args.file_size.is_some() {
-                    bail!("--file-size needs --write with a file's name");
+                match frame.context("reading from the daemon")? {
+                    Some(told) => (end.lost, settled) = (told.lost, told.settled),
+                    None => end.hung_up = true,
                 }
-                let stdout = BufWriter::new(io::stdout());
-                To::Pipe(Box::new(pcapng::File::begin(stdout, &origin, args.outer)?))
             }
-            Some(path) => To::Files(Box::new(Files::create(path, args, origin)?)),
-        };
-        Ok(Self { written: 0, to })
-    }
-
-    fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<()> {
-        match &mut self.to {
-            To::Lines(out) => writeln!(out, "{}", line(record, bytes))?,
-            To::Pipe(file) => {
-                file.packet(record, bytes)?;
-            }
-            To::Files(files) => files.packet(record, bytes)?,
+            () = sleep_until(limit.unwrap_or_else(Instant::now)), if limit.is_some() => over = true,
+            _ = shutdown.requested() => over = true,
         }
-        self.written += 1;
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match &mut self.to {
-            To::Lines(out) => out.flush(),
-            To::Pipe(file) => file.flush(),
-            To::Files(files) => files.flush(),
+        over |= end.hung_up;
+        if !over {
+            held.add(&bytes)?;
         }
-    }
-
-    fn end(self, lost: Lost) -> io::Result<()> {
-        let ended = match self.to {
-            To::Lines(mut out) => out.flush(),
-            To::Pipe(file) => file.end(lost).map(drop),
-            To::Files(files) => files.end(lost),
-        };
-        match ended {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result,
+        let is_full = |sink: &Sink| args.count.is_some_and(|count| sink.written >= count);
+        let written = held
+            .release(settled, |record, copied| {
+                if is_full(sink) {
+                    return Ok(());
+                }
+                sink.packet(record, copied)
+            })
+            .and_then(|()| sink.flush());
+        match written {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => over = true,
+            written => written.context("writing the capture")?,
         }
+        over |= is_full(sink);
     }
-}
-
-/// One file, or several that follow each other.
-struct Files {
-    path: PathBuf,
-    origin: Origin,
-    outer: bool,
-    /// Bytes after which the next file begins.
-    limit: Option<u64>,
-    keep: Option<u32>,
-    /// Number of the file being written.
-    number: u32,
-    len: u64,
-    /// None only between two files.
-    file: Option<pcapng::File<BufWriter<File>>>,
-}
-
-impl Files {
-    fn create(path: &Path, args: &CaptureArgs, origin: Origin) -> anyhow::Result<Self> {
-        let mut files = Self {
-            path: path.to_owned(),
-            origin,
-            outer: args.outer,
-            limit: args.file_size.map(|mib| mib << 20),
-            keep: args.files,
-            number: 0,
-            len: 0,
-            file: None,
-        };
-        files.begin()?;
-        Ok(files)
-    }
-
-    /// The current file's name: with a number where there may be several, as tcpdump has it.
-    fn name(&self) -> PathBuf {
-        if self.limit.is_none() {
-            return self.path.clone();
-        }
-        let mut name = self.path.clone().into_os_string();
-        name.push(self.number.to_string());
-        name.into()
-    }
-
-    fn begin(&mut self) -> io::Result<()> {
-        let name = self.name();
-        let file = File::create(&name).map_err(|error| {
-            let text = format!("cannot create {}: {error}", name.display());
-            io::Error::new(error.kind(), text)
-        })?;
-        let writer = BufWriter::new(file);
-        self.file = Some(pcapng::File::begin(writer, &self.origin, self.outer)?);
-        self.len = 0;
-        Ok(())
-    }
-
-    fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<()> {
-        if self.limit.is_some_and(|limit| self.len >= limit) {
-            if let Some(file) = self.file.take() {
-                file.end(Lost::default())?;
-            }
-            self.number += 1;
-            if self.keep.is_some_and(|keep| self.number >= keep) {
-                self.number = 0;
-            }
-            self.begin()?;
-        }
-        if let Some(file) = &mut self.file {
-            self.len += file.packet(record, bytes)? as u64;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.as_mut().map_or(Ok(()), pcapng::File::flush)
-    }
-
-    fn end(mut self, lost: Lost) -> io::Result<()> {
-        match self.file.take() {
-            Some(file) => file.end(lost).map(drop),
-            None => Ok(()),
-        }
-    }
-}
-
-/// One packet as a line of text.
-fn line(record: &Record, bytes: &[u8]) -> String {
-    let (seconds, nanos) = (
-        record.time_ns / 1_000_000_000,
-        record.time_ns % 1_000_000_000,
-    );
-    let direction = match record.direction {
-        Direction::Encap => "encap",
-        Direction::Decap => "decap",
-    };
-    let mut line = format!(
-        "{:02}:{:02}:{:02}.{:06} {direction} ",
-        seconds / 3600 % 24,
-        seconds / 60 % 60,
-        seconds % 60,
-        nanos / 1000
-    );
-    let facts = Facts::of(record, bytes);
-    let protocol = match facts.protocol() {
-        Some(1) => "icmp".to_owned(),
-        Some(6) => "tcp".to_owned(),
-        Some(17) => "udp".to_owned(),
-        Some(58) => "icmp6".to_owned(),
-        Some(other) => format!("proto {other}"),
-        None => "no IP packet".to_owned(),
-    };
-    if let Some((src, dst)) = facts.addrs() {
-        let (src, dst) = match facts.ports() {
-            Some((from, to)) => (
-                SocketAddr::new(src, from).to_string(),
-                SocketAddr::new(dst, to).to_string(),
-            ),
-            None => (src.to_string(), dst.to_string()),
-        };
-        // Writing to a string cannot fail.
-        let _infallible = write!(line, "{src} > {dst} ");
-    }
-    let _infallible = write!(line, "{protocol} {} bytes: {}", record.len, Outcome(record));
-    line
+    Ok(end)
 }
 
 #[cfg(test)]
 mod tests {
     use clap::Parser;
 
+    use super::sink::line;
     use super::*;
+    use crate::datapath::tap::{Direction, Record, Transport};
 
     #[derive(Parser)]
     struct Line {
@@ -448,6 +287,8 @@ mod tests {
             local_port: 1,
             tos: 0,
             worker: 1,
+            transport: Transport::Udp,
+            inner_at: 0,
             packets: 3,
             len: 29,
         };

@@ -126,7 +126,15 @@ async fn tell<S: LeaseStore, K: Kernel>(
             filter,
             snap_len,
             segments,
-        } => Told::Now(capture(session, &filter, snap_len, segments)?),
+            outer,
+        } => {
+            let wanted = Wanted {
+                filter: filter.parse::<Filter>().map_err(|e| e.to_string())?,
+                snap_len: snap_len.min(MAX_SNAP_LEN),
+                segments,
+            };
+            Told::Now(capture(session, &wanted, outer)?)
+        }
         Request::Doctor { peer, mesh } => {
             let examination = doctor::begin(daemon, session, held, peer, mesh).await?;
             Told::Later(Box::pin(async move {
@@ -147,30 +155,13 @@ async fn tell<S: LeaseStore, K: Kernel>(
     })
 }
 
-/// Begins a capture on the data plane that is open now; it ends with it.
-fn capture(
-    session: &Session,
-    filter: &str,
-    snap_len: usize,
-    segments: bool,
-) -> Result<Answer, String> {
-    let plan = &session.registration.plan;
+/// Begins a capture of whatever carries the packets: on our data plane, which it ends with, and on what the kernel
+/// carries.
+fn capture(session: &Session, wanted: &Wanted, outer: bool) -> Result<Answer, String> {
     let carrier = session.carrier.as_ref().ok_or_else(|| {
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so there is nothing to capture: {why}")
     })?;
-    if carrier.tunnels.is_empty() {
-        return Err(format!(
-            "the kernel carries the packets of the {} backend: capture on its devices, with tcpdump",
-            plan.name()
-        ));
-    }
-    let filter = filter.parse::<Filter>().map_err(|e| e.to_string())?;
-    let wanted = Wanted {
-        filter,
-        snap_len: snap_len.min(MAX_SNAP_LEN),
-        segments,
-    };
     let mut all: Option<Capture> = None;
     let mut ends = Vec::new();
     for tunnel in &carrier.tunnels {
@@ -182,11 +173,29 @@ fn capture(
         }
         ends.push(End::of(&tunnel.device, tunnel.bind, tunnel.encapsulation));
     }
-    let capture = all.ok_or("there is nothing to capture on")?;
+    let (mut watched, mut unwatched) = (Vec::new(), None);
+    match (session.watch(wanted.clone(), outer), &mut all) {
+        (None, _) => {}
+        (Some(Ok((capture, places))), all) => {
+            watched = places;
+            match all {
+                Some(all) => all.join_beside(capture),
+                None => *all = Some(capture),
+            }
+        }
+        (Some(Err(why)), Some(_)) => unwatched = Some(why.to_string()),
+        (Some(Err(why)), None) => return Err(why.to_string()),
+    }
+    let capture = all.ok_or_else(|| {
+        let plan = session.registration.plan.name();
+        format!("the {plan} backend leaves the packets to others: capture with tcpdump")
+    })?;
     let macs = carrier.routes().iter();
     let macs = macs.filter_map(|route| Some((route.addr.ip(), route.mac?.to_string())));
     let origin = serde_json::json!({
         "ends": ends,
+        "watched": watched,
+        "unwatched": unwatched,
         "macs": macs.collect::<BTreeMap<_, _>>(),
     });
     Ok(Answer::capture(&origin, capture))

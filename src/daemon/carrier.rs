@@ -143,6 +143,11 @@ impl Carrier {
         &self.wanted.desired.devices
     }
 
+    /// What the kernel should hold for the peers.
+    pub(super) const fn desired(&self) -> &Desired {
+        &self.wanted.desired
+    }
+
     /// The numbers of the devices.
     pub(super) fn devices(&self) -> impl Iterator<Item = u32> {
         let tunnels = self.tunnels.iter().map(|tunnel| tunnel.index);

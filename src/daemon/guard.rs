@@ -73,12 +73,13 @@ impl Guard {
         }
     }
 
-    /// Says who the peers are now.
-    pub(super) fn want(&self, senders: &desired::Senders) {
+    /// Says who the peers are now, and which devices there are.
+    pub(super) fn want(&self, senders: &desired::Senders, devices: &[u32]) {
         if let Self::Kept(check) = self {
             check.want(Senders {
                 outer: senders.outer.clone(),
                 inner: senders.inner.clone(),
+                devices: devices.to_vec(),
             });
         }
     }

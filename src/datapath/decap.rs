@@ -69,7 +69,10 @@ impl Decap {
     ) -> Progress {
         counts.read_calls += 1;
         let drained = match self.receive.receive(cx.socket.fd()) {
-            Ok((_, drained)) => drained,
+            Ok((_, drained)) => {
+                cx.tap.stamp();
+                drained
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Progress::Drained,
             // An ICMP answer to something sent earlier, or a signal: nothing was received.
             Err(_) => {

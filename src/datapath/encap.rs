@@ -96,6 +96,7 @@ impl Encap {
                 // A device never gives an empty packet; only something that ended does.
                 Ok(0) => progress = Progress::Gone,
                 Ok(len) => {
+                    cx.tap.stamp();
                     bytes += len;
                     self.packet(cx, outbox, counts, slot, len);
                     // A lone packet does not wait for the look whether another follows.

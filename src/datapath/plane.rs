@@ -15,9 +15,9 @@ use super::shared::{Shared, TABLE_TAKE_BOUNDS, Withdrawable, WorkerCounts};
 use super::stats::Counts;
 use super::status::{self, Status};
 use super::table::{Clock, Table};
-use super::tap::Taps;
+use super::tap::{Taps, Transport};
 use super::worker::Worker;
-use super::{EngineKind, Event, OpenError, PeerRoute, Settings, SourcePort};
+use super::{Encapsulation, EngineKind, Event, OpenError, PeerRoute, Settings, SourcePort};
 use crate::route::Publisher;
 use crate::sys::simd;
 use crate::telemetry::histogram::Histogram;
@@ -310,6 +310,10 @@ impl Shared {
         send: Vec<crate::underlay::UnderlaySocket>,
         workers: usize,
     ) -> Self {
+        let transport = match settings.encapsulation {
+            Encapsulation::Plain => Transport::Udp,
+            Encapsulation::Vxlan { .. } => Transport::Vxlan,
+        };
         Self {
             settings,
             clock: Clock::start(),
@@ -322,7 +326,7 @@ impl Shared {
             udp_gso_withdrawals: AtomicU64::new(0),
             counts: (0..workers).map(|_| WorkerCounts::default()).collect(),
             table_takes: Histogram::new(TABLE_TAKE_BOUNDS),
-            taps: Arc::new(Taps::new(workers)),
+            taps: Arc::new(Taps::new(workers, transport)),
             answers_as_self: AtomicBool::new(false),
             device_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),

@@ -224,6 +224,7 @@ impl Worker {
                 socket_ready = progress == Progress::More;
                 published.decap.publish(&decap_counts);
             }
+            tap.end();
         }
     }
 }

@@ -3,7 +3,9 @@
 
 pub mod doctor;
 pub mod end;
+pub mod order;
 pub mod pcapng;
 pub mod socket;
 pub mod stream;
 pub mod top;
+pub mod watch;

@@ -1,5 +1,7 @@
-//! Owns captures as pcapng files (draft-ietf-opsawg-pcapng): one interface per direction, the verdict as the
-//! packet's comment. Never opens a file.
+//! Owns captures as pcapng files (draft-ietf-opsawg-pcapng): one interface per direction, of the workers and of each
+//! packet socket, and the verdict as the packet's comment. Never opens a file.
+
+mod outer;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -8,7 +10,7 @@ use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use etherparse::{IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, UdpHeader};
+use etherparse::IpNumber;
 use pcap_file::pcapng::PcapNgWriter;
 use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPacketOption};
 use pcap_file::pcapng::blocks::interface_description::{
@@ -24,18 +26,16 @@ use serde::{Deserialize, Serialize};
 use crate::addr::{Mac, Vni};
 use crate::datapath::Encapsulation;
 use crate::datapath::tap::{Direction, Lost, Record, Verdict};
-use crate::wire::ip;
+use crate::debug::watch::scene::{Kind, Place};
 use crate::wire::ipv4::Ipv4;
 use crate::wire::ipv6::{self, Ipv6};
-use crate::wire::vxlan::{self, Vxlan};
+use outer::outer_headers;
 
 /// `if_tsresol`: 10⁻⁹ s.
 const NANOSECONDS: u8 = 9;
 /// `epb_flags`: the packet came in, or went out (section 4.3).
 const INBOUND: u32 = 1;
 const OUTBOUND: u32 = 2;
-/// Time to live of the outer headers that are written; the kernel's is not seen.
-const OUTER_TTL: u8 = 64;
 
 /// One data plane's end of the tunnel.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -74,6 +74,8 @@ impl End {
 pub struct Origin {
     /// One for each family of the underlay that has one.
     pub ends: Vec<End>,
+    /// The links where packet sockets are read.
+    pub watched: Vec<Place>,
     /// MAC addresses of peers by their outer addresses, where VXLAN is spoken.
     pub macs: HashMap<IpAddr, Mac>,
     /// The filter, as given.
@@ -86,7 +88,8 @@ pub struct File<W: Write> {
     origin: Origin,
     outer: bool,
     packet: Vec<u8>,
-    written: [u64; 2],
+    /// Packets written, per interface.
+    written: Vec<u64>,
     last_ns: u64,
 }
 
@@ -109,15 +112,9 @@ impl<W: Write> File<W> {
             ..SectionHeaderBlock::default()
         };
         let mut writer = PcapNgWriter::with_section_header(writer, section).map_err(io)?;
-        for (name, what) in [
-            ("encap", "from pods to peers"),
-            ("decap", "from peers to pods"),
-        ] {
-            let ends = origin
-                .ends
-                .iter()
-                .map(|end| format!("{} {what}, tunnel at {}", end.device, end.bind));
-            let description = ends.collect::<Vec<_>>().join("; ");
+        let interfaces = interfaces(origin);
+        let written = vec![0; interfaces.len()];
+        for (name, description) in interfaces {
             let mut options = vec![
                 InterfaceDescriptionOption::IfName(name.into()),
                 InterfaceDescriptionOption::IfDescription(description.into()),
@@ -135,12 +132,14 @@ impl<W: Write> File<W> {
             };
             writer.write_pcapng_block(interface).map_err(io)?;
         }
+        // Whoever reads a pipe sees at once that it is one of these.
+        writer.get_mut().flush()?;
         Ok(Self {
             writer,
             origin: origin.clone(),
             outer,
             packet: Vec::new(),
-            written: [0; 2],
+            written,
             last_ns: 0,
         })
     }
@@ -152,26 +151,25 @@ impl<W: Write> File<W> {
     pub fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<usize> {
         self.packet.clear();
         let outer_len = match (self.outer, record.outer) {
-            (true, Some(outer)) => {
+            (true, Some(outer)) if !record.transport.is_kernels() => {
                 outer_headers(record, &self.origin, outer, bytes, &mut self.packet)
             }
-            _ => 0,
+            _ => usize::from(record.inner_at),
         };
         self.packet.extend_from_slice(bytes);
         if let Some(inner) = self.packet.get_mut(outer_len..) {
             set_length(record, inner);
         }
-        let (interface_id, flags) = match record.direction {
-            Direction::Encap => (0, OUTBOUND),
-            Direction::Decap => (1, INBOUND),
+        let flags = match record.direction {
+            Direction::Encap => OUTBOUND,
+            Direction::Decap => INBOUND,
         };
-        if let Some(written) = self.written.get_mut(interface_id) {
-            *written += 1;
-        }
+        let (interface_id, written) = self.interface(record);
+        *written += 1;
         self.last_ns = record.time_ns;
         let original_len = record.len as usize + outer_len;
         let block = EnhancedPacketBlock {
-            interface_id: u32::from(interface_id == 1),
+            interface_id,
             timestamp: Duration::from_nanos(record.time_ns),
             original_len: u32::try_from(original_len).unwrap_or(u32::MAX),
             data: Cow::Borrowed(&self.packet),
@@ -181,6 +179,20 @@ impl<W: Write> File<W> {
             ],
         };
         self.writer.write_pcapng_block(block).map_err(io)
+    }
+
+    /// A record's interface, and how many packets it has. One of a link that the file does not know is put with the
+    /// workers'.
+    fn interface(&mut self, record: &Record) -> (u32, &mut u64) {
+        let of_workers = workers(&self.origin);
+        let pair = match record.transport.is_kernels() {
+            true => of_workers + usize::from(record.worker),
+            false => 0,
+        };
+        let id = 2 * pair + usize::from(record.direction == Direction::Decap);
+        let id = if id < self.written.len() { id } else { id % 2 };
+        let fits = u32::try_from(id).unwrap_or(0);
+        (fits, &mut self.written[id])
     }
 
     /// Hands on what was written so far.
@@ -196,7 +208,7 @@ impl<W: Write> File<W> {
     /// # Errors
     /// The writer's.
     pub fn end(mut self, lost: Lost) -> io::Result<W> {
-        for (interface_id, written) in (0_u32..).zip(self.written) {
+        for (interface_id, written) in (0_u32..).zip(std::mem::take(&mut self.written)) {
             let block = InterfaceStatisticsBlock {
                 interface_id,
                 // High half first; the library writes one number in the file's byte order.
@@ -216,6 +228,46 @@ impl<W: Write> File<W> {
         writer.flush()?;
         Ok(writer)
     }
+}
+
+/// Whether there are interfaces of workers, one in each direction, in front of the links'.
+const fn workers(origin: &Origin) -> usize {
+    if origin.ends.is_empty() && !origin.watched.is_empty() {
+        0
+    } else {
+        1
+    }
+}
+
+/// The names of a file's interfaces, and what is seen there: encap and decap in turn.
+fn interfaces(origin: &Origin) -> Vec<(String, String)> {
+    let directions = [
+        ("encap", "from pods to peers"),
+        ("decap", "from peers to pods"),
+    ];
+    let mut interfaces = Vec::new();
+    if workers(origin) > 0 {
+        interfaces.extend(directions.map(|(name, what)| {
+            let ends = origin.ends.iter();
+            let ends = ends.map(|end| format!("{} {what}, tunnel at {}", end.device, end.bind));
+            (name.to_owned(), ends.collect::<Vec<_>>().join("; "))
+        }));
+    }
+    for place in &origin.watched {
+        let (Place { device, kind, .. }, by) = (place, place.transport().name());
+        interfaces.extend(directions.map(|(name, what)| {
+            let what = match kind {
+                Kind::Inner(_) => format!("packets {what} that the kernel carries by {by}"),
+                Kind::Outer(_) => format!("packets {what} in those that the kernel's {by} sends"),
+                Kind::Past { .. } => format!("packets {what} that the kernel routes"),
+            };
+            (
+                format!("{name} {device}"),
+                format!("packet socket on {device}: {what}"),
+            )
+        }));
+    }
+    interfaces
 }
 
 /// Losses are counted for both directions together; they are told once, with the first.
@@ -258,107 +310,6 @@ fn set_length(record: &Record, packet: &mut [u8]) {
     }
 }
 
-/// Appends the outer headers of a datagram as they are on the wire, but for what the kernel chooses: the
-/// identification and the time to live. Returns their length.
-fn outer_headers(
-    record: &Record,
-    origin: &Origin,
-    outer: SocketAddr,
-    inner: &[u8],
-    out: &mut Vec<u8>,
-) -> usize {
-    let mut ends = origin.ends.iter();
-    let Some(end) = ends.find(|end| end.bind.is_ipv4() == outer.is_ipv4()) else {
-        return 0;
-    };
-    let own = SocketAddr::new(end.bind.ip(), record.local_port);
-    let vxlan = vxlan_header(record, origin, end, outer.ip(), inner);
-    let (from, to) = match record.direction {
-        Direction::Encap => (own, outer),
-        Direction::Decap => (outer, own),
-    };
-    let payload_len = u16::try_from(record.len as usize + vxlan.len())
-        .unwrap_or(u16::MAX)
-        .min(u16::MAX - 8 - 20);
-    let mut udp = UdpHeader {
-        source_port: from.port(),
-        destination_port: to.port(),
-        length: payload_len + 8,
-        checksum: 0,
-    };
-    let begin = out.len();
-    match (from.ip(), to.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => {
-            let mut ip = Ipv4Header {
-                total_len: udp.length + 20,
-                dont_fragment: true,
-                time_to_live: OUTER_TTL,
-                protocol: IpNumber::UDP,
-                source: from.octets(),
-                destination: to.octets(),
-                dscp: etherparse::IpDscp::try_new(record.tos >> 2).unwrap_or_default(),
-                ecn: etherparse::IpEcn::try_new(record.tos & 3).unwrap_or_default(),
-                ..Ipv4Header::default()
-            };
-            ip.header_checksum = ip.calc_header_checksum();
-            out.extend_from_slice(&ip.to_bytes());
-        }
-        (IpAddr::V6(from), IpAddr::V6(to)) => {
-            let ip = Ipv6Header {
-                traffic_class: record.tos,
-                flow_label: Ipv6FlowLabel::default(),
-                payload_length: udp.length,
-                next_header: IpNumber::UDP,
-                hop_limit: OUTER_TTL,
-                source: from.octets(),
-                destination: to.octets(),
-            };
-            // IPv6 knows no absent checksum. Of a packet that was cut short nobody can know it.
-            let payload = [&vxlan, inner].concat();
-            if let Ok(checksum) = udp.calc_checksum_ipv6(&ip, &payload) {
-                udp.checksum = checksum;
-            }
-            out.extend_from_slice(&ip.to_bytes());
-        }
-        _ => return 0,
-    }
-    out.extend_from_slice(&udp.to_bytes());
-    out.extend_from_slice(&vxlan);
-    out.len() - begin
-}
-
-/// The headers that stand between UDP's and the packet; none where VXLAN is not spoken. The MAC address of a peer
-/// that is not known is all zeros.
-fn vxlan_header(
-    record: &Record,
-    origin: &Origin,
-    end: &End,
-    outer: IpAddr,
-    inner: &[u8],
-) -> Vec<u8> {
-    let (Some((vni, own)), Ok(version)) = (end.vxlan(), ip::version(inner)) else {
-        return Vec::new();
-    };
-    let peer = origin.macs.get(&outer).copied();
-    let (to, from) = match record.direction {
-        Direction::Encap => (peer, Some(own)),
-        Direction::Decap => (Some(own), peer),
-    };
-    let mut bytes = vec![0; vxlan::HEADER_LEN];
-    Vxlan::new_unchecked(bytes.as_mut_slice()).write(
-        vni,
-        to.unwrap_or(own),
-        from.unwrap_or(own),
-        version,
-    );
-    for (mac, at) in [(to, 8), (from, 14)] {
-        if let (None, Some(place)) = (mac, bytes.get_mut(at..at + 6)) {
-            place.fill(0);
-        }
-    }
-    bytes
-}
-
 /// What became of a packet, in words.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome<'a>(pub &'a Record);
@@ -377,16 +328,27 @@ impl fmt::Display for Outcome<'_> {
             Verdict::Delivered => f.write_str("delivered")?,
             Verdict::Answered(reason) => write!(f, "answered: {}", reason.name())?,
             Verdict::Dropped(reason) => write!(f, "dropped: {}", reason.name())?,
+            Verdict::Handed => f.write_str("handed to the kernel")?,
+            Verdict::Arrived => f.write_str("arrived by the kernel")?,
         }
-        match (outer, self.0.direction) {
-            (Some(outer), Direction::Encap) => write!(f, ", to {outer} over udp")?,
-            (Some(outer), Direction::Decap) => write!(f, ", from {outer} over udp")?,
-            (None, _) => {}
+        let transport = self.0.transport.name();
+        if let Some(outer) = outer {
+            f.write_str(match self.0.direction {
+                Direction::Encap => ", to ",
+                Direction::Decap => ", from ",
+            })?;
+            match outer.port() {
+                // Without a tunnel there are no ports.
+                0 => write!(f, "{} over {transport}", outer.ip())?,
+                _ => write!(f, "{outer} over {transport}")?,
+            }
         }
         if packets > 1 {
             write!(f, ", {packets} packets")?;
         }
-        write!(f, ", worker {}", self.0.worker)?;
+        if !self.0.transport.is_kernels() {
+            write!(f, ", worker {}", self.0.worker)?;
+        }
         if let Verdict::Answered(reason) | Verdict::Dropped(reason) = verdict {
             write!(f, "; {}", reason.remedy())?;
         }

@@ -70,6 +70,9 @@ pub enum Request {
         snap_len: usize,
         /// Superpackets as segments.
         segments: bool,
+        /// Where the kernel wraps packets, the datagrams that carry them.
+        #[serde(default)]
+        outer: bool,
     },
     /// What would become of a packet.
     Explain {

@@ -8,7 +8,8 @@
 //! | 0..4 | length of the records in this frame |
 //! | 4..12 | records lost since the beginning |
 //! | 12..20 | inner packets that those stood for |
-//! | 20.. | whole records ([`crate::datapath::tap::record`]) |
+//! | 20..28 | nanoseconds since 1970: all records up to then are in this frame or were in earlier ones |
+//! | 28.. | whole records ([`crate::datapath::tap::record`]) |
 
 use std::io;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::datapath::tap::{Capture, Lost, MAX_SNAP_LEN};
+use crate::datapath::tap::{self, Capture, Lost, MAX_SNAP_LEN};
 
 /// How often the rings are emptied.
 const EVERY: Duration = Duration::from_millis(10);
@@ -27,7 +28,7 @@ const FRAME_LEN: usize = 1 << 20;
 /// The longest frame a client reads: every worker may exceed its share by one record.
 const MAX_FRAME_LEN: usize = 2 * FRAME_LEN + 64 * MAX_SNAP_LEN;
 
-const PREFIX_LEN: usize = 20;
+const PREFIX_LEN: usize = 28;
 
 /// Sends what is captured until the client hangs up or the data plane is closed.
 ///
@@ -42,6 +43,8 @@ pub(super) async fn serve(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut frame = Vec::new();
     let mut told = Lost::default();
+    // Up to when the client knows to have everything, and up to when it has something.
+    let (mut settled, mut newest) = (0, 0);
     let mut ignored = [0; 64];
     loop {
         tokio::select! {
@@ -52,12 +55,21 @@ pub(super) async fn serve(
         loop {
             // Asked first: what the workers wrote before their end is still in the rings.
             let over = capture.is_over();
+            let until = capture.settled();
             frame.clear();
             frame.resize(PREFIX_LEN, 0);
-            capture.take(&mut frame, FRAME_LEN);
+            let emptied = capture.take(&mut frame, FRAME_LEN);
             let lost = capture.lost();
             let records = frame.len() - PREFIX_LEN;
-            if records == 0 && lost == told {
+            if records > 0 {
+                newest = tap::now_ns();
+            }
+            // What is held there waits for this.
+            let awaited = settled < newest;
+            if emptied {
+                settled = until.max(settled);
+            }
+            if records == 0 && lost == told && !awaited {
                 if over {
                     return Ok(());
                 }
@@ -68,12 +80,22 @@ pub(super) async fn serve(
             frame[0..4].copy_from_slice(&len.to_le_bytes());
             frame[4..12].copy_from_slice(&lost.records.to_le_bytes());
             frame[12..20].copy_from_slice(&lost.packets.to_le_bytes());
+            frame[20..28].copy_from_slice(&settled.to_le_bytes());
             to.write_all(&frame).await?;
             if records < FRAME_LEN / 2 {
                 break;
             }
         }
     }
+}
+
+/// What a frame says beside its records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// What was lost since the beginning.
+    pub lost: Lost,
+    /// All records up to then, in nanoseconds since 1970, have come.
+    pub settled: u64,
 }
 
 /// Reads the next frame's records into `records`; `None` when the daemon hung up between frames.
@@ -83,7 +105,7 @@ pub(super) async fn serve(
 pub async fn next_frame(
     from: &mut (impl AsyncRead + Unpin),
     records: &mut Vec<u8>,
-) -> io::Result<Option<Lost>> {
+) -> io::Result<Option<Told>> {
     let mut prefix = [0; PREFIX_LEN];
     let first = from.read(&mut prefix).await?;
     if first == 0 {
@@ -101,9 +123,12 @@ pub async fn next_frame(
     records.resize(len, 0);
     from.read_exact(records).await?;
     let count = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| prefix[at + i]));
-    Ok(Some(Lost {
-        records: count(4),
-        packets: count(12),
+    Ok(Some(Told {
+        lost: Lost {
+            records: count(4),
+            packets: count(12),
+        },
+        settled: count(20),
     }))
 }
 
@@ -111,24 +136,28 @@ pub async fn next_frame(
 mod tests {
     use super::*;
 
-    fn read(bytes: &[u8]) -> io::Result<Option<(Lost, Vec<u8>)>> {
+    fn read(bytes: &[u8]) -> io::Result<Option<(Told, Vec<u8>)>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
         let mut records = Vec::new();
-        let lost = runtime.block_on(next_frame(&mut &*bytes, &mut records))?;
-        Ok(lost.map(|lost| (lost, records)))
+        let told = runtime.block_on(next_frame(&mut &*bytes, &mut records))?;
+        Ok(told.map(|told| (told, records)))
     }
 
     #[test]
     fn frames_are_read_whole_or_refused() {
         let mut frame = vec![3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+        frame.extend(4_u64.to_le_bytes());
         frame.extend(b"abc");
-        let lost = Lost {
-            records: 1,
-            packets: 2,
+        let told = Told {
+            lost: Lost {
+                records: 1,
+                packets: 2,
+            },
+            settled: 4,
         };
-        assert_eq!(read(&frame).unwrap(), Some((lost, b"abc".to_vec())));
+        assert_eq!(read(&frame).unwrap(), Some((told, b"abc".to_vec())));
         assert_eq!(read(&[]).unwrap(), None);
         for len in 1..frame.len() {
             assert!(read(&frame[..len]).is_err(), "{len} bytes");

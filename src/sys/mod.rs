@@ -7,6 +7,7 @@ pub mod fd;
 pub mod heap;
 pub mod iov;
 pub mod mmsg;
+pub mod packet;
 pub mod simd;
 pub mod socket;
 pub mod tun;

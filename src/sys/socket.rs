@@ -52,6 +52,12 @@ int_options! {
     IPV6_RECVPKTINFO = libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO;
     /// Send UDP over IPv4 without a checksum (socket(7)).
     SO_NO_CHECK = libc::SOL_SOCKET, libc::SO_NO_CHECK;
+    /// Say how long a frame was and where its headers begin (packet(7)).
+    PACKET_AUXDATA = libc::SOL_PACKET, libc::PACKET_AUXDATA;
+    /// Put a vnet header in front of each frame (include/uapi/linux/if_packet.h).
+    PACKET_VNET_HDR = libc::SOL_PACKET, libc::PACKET_VNET_HDR;
+    /// Say when each packet passed (socket(7)).
+    SO_TIMESTAMPNS = libc::SOL_SOCKET, libc::SO_TIMESTAMPNS;
     /// Receive buffer beyond `rmem_max` (needs `CAP_NET_ADMIN`).
     SO_RCVBUFFORCE = libc::SOL_SOCKET, libc::SO_RCVBUFFORCE;
     /// Send buffer beyond `wmem_max` (needs `CAP_NET_ADMIN`).

@@ -201,6 +201,36 @@ impl Cluster {
         self.lab.run(member, program, &args).unwrap()
     }
 
+    /// Moves node 3 behind a router.
+    pub(crate) fn route_node_3(&self) {
+        let nodes = u8::try_from(self.daemons.len()).unwrap();
+        let underlay = Member::Underlay;
+        let router = self.lab.netns(underlay);
+        router
+            .set_sysctls(&[
+                ("ipv4/ip_forward", "1"),
+                ("ipv4/conf/all/send_redirects", "0"),
+                ("ipv4/conf/br0/send_redirects", "0"),
+            ])
+            .unwrap();
+        self.ip(underlay, "addr add 192.0.2.254/24 dev br0", 0);
+        self.ip(underlay, "addr add 198.51.100.254/24 dev br0", 0);
+        for n in (1..=nodes).filter(|&n| n != 3) {
+            self.ip(
+                Member::Node(n),
+                "route add 198.51.100.0/24 via 192.0.2.254",
+                n,
+            );
+        }
+        self.ip(Member::Node(3), "-4 addr flush dev eth0", 3);
+        self.ip(Member::Node(3), "addr add 198.51.100.3/24 dev eth0", 3);
+        self.ip(
+            Member::Node(3),
+            "route add 192.0.2.0/24 via 198.51.100.254",
+            3,
+        );
+    }
+
     /// What `ip` or `bridge` shows; empty if there is nothing to show.
     pub(crate) fn shown(&self, n: u8, program: &str, args: &str) -> Vec<String> {
         let args: Vec<&str> = args.split(' ').collect();

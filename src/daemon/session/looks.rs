@@ -40,6 +40,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 session.tell_senders();
                 session.tell_past();
                 session.look_at_checksums();
+                session.tell_watches();
                 self.reopened += 1;
             }
             Err(error) => session.close(&error.to_string()),
@@ -90,6 +91,7 @@ impl Session {
         self.tell_senders();
         self.tell_past();
         self.look_at_checksums();
+        self.tell_watches();
         self.look_at = Instant::now() + RESYNC;
         self.counts.looks += 1;
         self.incomplete = None;
@@ -121,12 +123,11 @@ impl Session {
 
     /// Has the source check know the peers as the last look found them.
     pub(super) fn tell_senders(&self) {
-        let senders = self
-            .carrier
-            .as_ref()
-            .and_then(|carrier| carrier.report.senders.as_ref());
-        if let Some(senders) = senders {
-            self.guard.want(senders);
+        let report = self.carrier.as_ref().map(|carrier| &carrier.report);
+        if let Some(report) = report
+            && let Some(senders) = &report.senders
+        {
+            self.guard.want(senders, &report.devices);
         }
     }
 

@@ -5,6 +5,7 @@ mod follow;
 mod looks;
 mod peers;
 mod told;
+mod watches;
 
 use std::future::pending;
 use std::sync::Arc;
@@ -39,6 +40,7 @@ use crate::lease::{LeaseSet, Subnets};
 use crate::probe::Directory;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
+use watches::Watches;
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.
 const FIRST_PEERS: Duration = Duration::from_secs(1);
@@ -101,6 +103,8 @@ pub(super) struct Session {
     pub(super) checksums: Checksums,
     /// Peers that are reached past the tunnel, and those that may be.
     pub(super) ways: Ways,
+    /// Captures of what the kernel carries.
+    pub(super) watches: Watches,
     /// Orders to the keeper of the lease.
     orders: mpsc::UnboundedSender<Order>,
     /// When to look after the blackhole route.
@@ -161,6 +165,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             commands,
             checksums: Checksums::default(),
             ways,
+            watches: Watches::default(),
             orders,
             blackhole_at: self.options.traffic.blackhole.then_some(now),
             counts: Counts {

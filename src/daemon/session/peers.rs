@@ -86,6 +86,7 @@ impl Session {
                 self.look_soon();
             }
         }
+        self.tell_watches();
         self.publication.published(begun, Instant::now());
     }
 

@@ -144,6 +144,7 @@ impl Portable {
                     break;
                 }
             }
+            path.tap.end();
             published.encap.publish(&path.encap);
             published.decap.publish(&path.decap);
         }

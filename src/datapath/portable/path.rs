@@ -69,6 +69,7 @@ impl<'a> Path<'a> {
             Ok(len) => len,
             Err(error) => return after_tun_read(&error),
         };
+        self.tap.stamp();
         counts.read += 1;
         counts.read_bytes += len as u64;
         let packet = packet.get_mut(..len).unwrap_or_default();
@@ -120,6 +121,7 @@ impl<'a> Path<'a> {
             // An ICMP answer to something sent earlier: told once, nothing was received.
             Err(_) => return Progress::More,
         };
+        self.tap.stamp();
         counts.read += 1;
         let (from, header_len) = (Some(source), self.encapsulation.header_len());
         let datagram = self.buffer.get_mut(..len).unwrap_or_default();

@@ -2,14 +2,19 @@
 //! what a reader does not fetch in time is lost and counted.
 //!
 //! Off, a tap costs a worker one relaxed load per burst and a look at its own memory per packet. On, the
-//! worker reads the clock, looks at the packet's headers for the filter, and copies what matches into a ring of
+//! worker reads the clock after each read, looks at the packet's headers for the filter, and copies what matches into a ring of
 //! its own ([`rtrb`], single producer, single consumer, wait-free).
+//!
+//! Rings are independent, so a reader sees records in no order of time. It can put them in order: a worker says when
+//! a burst begins that all it will note is newer than now, and after it that it notes nothing at present. So a reader
+//! that emptied all rings knows up to when it has seen everything ([`Capture::settled`]).
 //!
 //! A capture begins by putting its rings into the workers' boxes and raising the generation; each worker takes
 //! its ring out at its next burst. It ends when its reader is dropped, which the workers notice at their next
 //! burst.
 
 pub mod filter;
+mod reader;
 pub mod record;
 pub mod run;
 
@@ -19,12 +24,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rtrb::{Consumer, Producer, RingBuffer};
+use rtrb::{Producer, RingBuffer};
 
 use super::DropReason;
 use filter::{Facts, Filter};
+use reader::LostCounts;
+pub use reader::{Capture, Lost};
 use record::HEADER_LEN;
-pub use record::{Direction, Record, RecordError, Verdict};
+pub use record::{Direction, Record, RecordError, Transport, Verdict};
 
 /// Bytes a ring holds; resident only as far as used. At 1 Gb/s, whole packets, that is 30 ms.
 pub const RING_LEN: usize = 4 << 20;
@@ -33,7 +40,7 @@ pub const MAX_CAPTURES: usize = 4;
 /// The most that is copied of one packet: all of it.
 pub const MAX_SNAP_LEN: usize = 1 << 16;
 /// Copied in any case while the filter looks: the longest headers, IPv6 with extensions and TCP's ports.
-const LOOK_LEN: usize = 256;
+pub(crate) const LOOK_LEN: usize = 256;
 
 /// What a capture wants.
 #[derive(Clone, Debug)]
@@ -51,20 +58,13 @@ pub struct Wanted {
 #[error("{MAX_CAPTURES} captures run already: end one of them first")]
 pub struct TooMany;
 
-/// What did not fit a ring.
-#[derive(Debug, Default)]
-struct LostCounts {
-    records: AtomicU64,
-    packets: AtomicU64,
-}
+/// What a worker that notes nothing at present says instead of a time.
+const AT_REST: u64 = u64::MAX;
 
-/// What a reader was too slow for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Lost {
-    /// Records.
-    pub records: u64,
-    /// The inner packets they stood for.
-    pub packets: u64,
+/// The time, in nanoseconds since 1970.
+pub(crate) fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// A worker's end of one capture.
@@ -75,6 +75,13 @@ struct Source {
     lost: Arc<LostCounts>,
 }
 
+impl Source {
+    fn lose(&self, records: u64, packets: u64) {
+        self.lost.records.fetch_add(records, Ordering::Relaxed);
+        self.lost.packets.fetch_add(packets, Ordering::Relaxed);
+    }
+}
+
 /// The place where captures reach the workers of one data plane.
 #[derive(Debug)]
 pub struct Taps {
@@ -82,17 +89,30 @@ pub struct Taps {
     generation: AtomicU64,
     /// One per worker.
     boxes: Vec<Mutex<Vec<Source>>>,
+    /// What each worker carries.
+    transports: Vec<Transport>,
+    /// One per worker: what it notes from now on is not older than this.
+    floors: Arc<[AtomicU64]>,
     running: Arc<AtomicUsize>,
 }
 
 impl Taps {
-    /// For so many workers.
+    /// For so many workers, which all carry packets in one way.
     #[must_use]
-    pub fn new(workers: usize) -> Self {
+    pub fn new(workers: usize, transport: Transport) -> Self {
+        Self::beside(vec![transport; workers], Arc::default())
+    }
+
+    /// For one worker each that carries packets in these ways. `running` counts captures, also those of others.
+    #[must_use]
+    pub fn beside(transports: Vec<Transport>, running: Arc<AtomicUsize>) -> Self {
+        let floors = transports.iter().map(|_| AtomicU64::new(AT_REST));
         Self {
             generation: AtomicU64::new(0),
-            boxes: (0..workers).map(|_| Mutex::default()).collect(),
-            running: Arc::default(),
+            boxes: transports.iter().map(|_| Mutex::default()).collect(),
+            floors: floors.collect(),
+            transports,
+            running,
         }
     }
 
@@ -125,80 +145,12 @@ impl Taps {
         }
         self.generation.fetch_add(1, Ordering::Release);
         Ok(Capture {
+            lasting: rings.len(),
             rings,
+            floors: vec![Arc::clone(&self.floors)],
             lost: vec![lost],
             running: vec![Arc::clone(running)],
         })
-    }
-}
-
-/// The reading end of a capture. Dropping it ends the capture.
-#[derive(Debug)]
-pub struct Capture {
-    rings: Vec<Consumer<u8>>,
-    lost: Vec<Arc<LostCounts>>,
-    running: Vec<Arc<AtomicUsize>>,
-}
-
-impl Capture {
-    /// Takes another data plane's in: one reader for both.
-    pub fn join(&mut self, mut other: Self) {
-        self.rings.append(&mut other.rings);
-        self.lost.append(&mut other.lost);
-        self.running.append(&mut other.running);
-    }
-
-    /// Appends whole records to `out`, about `limit` bytes at most, of every worker its share.
-    pub fn take(&mut self, out: &mut Vec<u8>, limit: usize) {
-        let share = limit / self.rings.len().max(1);
-        for ring in &mut self.rings {
-            let end = out.len() + share;
-            while out.len() < end {
-                let mut header = [0; HEADER_LEN];
-                if ring.pop_entire_slice(&mut header).is_err() {
-                    break;
-                }
-                // A record is published as a whole, so all of it is there.
-                let at = out.len();
-                out.extend_from_slice(&header);
-                out.resize(at + record::total_len(&header), 0);
-                let rest = out.get_mut(at + HEADER_LEN..).unwrap_or_default();
-                if ring.pop_entire_slice(rest).is_err() {
-                    out.truncate(at);
-                    break;
-                }
-            }
-        }
-    }
-
-    /// What was lost since the beginning.
-    #[must_use]
-    pub fn lost(&self) -> Lost {
-        let sum = |count: fn(&LostCounts) -> &AtomicU64| {
-            let counts = self
-                .lost
-                .iter()
-                .map(|lost| count(lost).load(Ordering::Relaxed));
-            counts.sum()
-        };
-        Lost {
-            records: sum(|lost| &lost.records),
-            packets: sum(|lost| &lost.packets),
-        }
-    }
-
-    /// The data plane was closed: after what is left in the rings there will be nothing more.
-    #[must_use]
-    pub fn is_over(&self) -> bool {
-        self.rings.iter().all(Consumer::is_abandoned)
-    }
-}
-
-impl Drop for Capture {
-    fn drop(&mut self) {
-        for running in &self.running {
-            running.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 }
 
@@ -245,13 +197,25 @@ impl Seen {
     }
 }
 
+/// What is particular about bytes that are shown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cut {
+    /// Bytes of outer headers in front of the inner packet.
+    pub inner_at: u8,
+    /// Length of the inner packet, if there are not all of its bytes.
+    pub len: Option<usize>,
+}
+
 /// One worker's tap.
 #[derive(Debug)]
 pub struct Tap {
     taps: Arc<Taps>,
     worker: usize,
+    transport: Transport,
     generation: Cell<u64>,
     on: Cell<bool>,
+    /// What is noted has this time.
+    time_ns: Cell<u64>,
     sources: RefCell<Vec<Source>>,
     scratch: RefCell<Vec<u8>>,
 }
@@ -263,8 +227,14 @@ impl Tap {
         Self {
             taps: Arc::clone(taps),
             worker,
+            transport: taps
+                .transports
+                .get(worker)
+                .copied()
+                .unwrap_or(Transport::Udp),
             generation: Cell::new(0),
             on: Cell::new(false),
+            time_ns: Cell::new(0),
             sources: RefCell::default(),
             scratch: RefCell::default(),
         }
@@ -275,12 +245,54 @@ impl Tap {
     pub fn begin(&self) {
         let generation = self.taps.generation.load(Ordering::Relaxed);
         if self.on.get() || generation != self.generation.get() {
-            self.refresh(generation);
+            self.refresh(generation, now_ns);
+        }
+    }
+
+    /// The same, for whoever is told of packets later: none that it notes is older than this.
+    pub fn begin_at(&self, floor_ns: u64) {
+        let generation = self.taps.generation.load(Ordering::Relaxed);
+        self.refresh(generation, || floor_ns);
+    }
+
+    /// What is noted from now on has this time.
+    pub fn set_time(&self, time_ns: u64) {
+        self.time_ns.set(time_ns);
+    }
+
+    /// Counts packets that never came here.
+    pub fn lose(&self, count: u64) {
+        for source in self.sources.borrow().iter() {
+            source.lose(count, count);
+        }
+    }
+
+    /// Called after a packet was read and before anything becomes of it: what is noted from now on has this time, so
+    /// that no answer is older than what it answers.
+    #[inline]
+    pub fn stamp(&self) {
+        if self.on.get() {
+            self.time_ns.set(now_ns());
+        }
+    }
+
+    /// Called after a burst, before the worker may sleep.
+    #[inline]
+    pub fn end(&self) {
+        if self.on.get() {
+            self.floor(AT_REST);
+        }
+    }
+
+    /// What is noted from now on is not older than this.
+    fn floor(&self, time_ns: u64) {
+        if let Some(floor) = self.taps.floors.get(self.worker) {
+            floor.store(time_ns, Ordering::SeqCst);
         }
     }
 
     #[cold]
-    fn refresh(&self, generation: u64) {
+    fn refresh(&self, generation: u64, floor_ns: impl FnOnce() -> u64) {
         let mut sources = self.sources.borrow_mut();
         sources.retain(|source| !source.ring.is_abandoned());
         // Never waits for whoever begins a capture: the next burst will do.
@@ -293,6 +305,10 @@ impl Tap {
         self.on.set(!sources.is_empty());
         if sources.is_empty() {
             self.scratch.take();
+            self.floor(AT_REST);
+        } else {
+            self.floor(floor_ns());
+            self.stamp();
         }
     }
 
@@ -309,14 +325,23 @@ impl Tap {
     where
         I: IntoIterator<Item = &'b [u8]>,
     {
+        self.note_cut(form, Cut::default(), what);
+    }
+
+    /// Notes one packet of which more, or less, is given than itself.
+    #[inline]
+    pub fn note_cut<'b, I>(&self, form: Form, cut: Cut, what: impl FnOnce() -> (Seen, I))
+    where
+        I: IntoIterator<Item = &'b [u8]>,
+    {
         if self.on.get() {
             let (seen, parts) = what();
-            self.record(form, &seen, parts.into_iter());
+            self.record(form, cut, &seen, parts.into_iter());
         }
     }
 
     #[cold]
-    fn record<'b>(&self, form: Form, seen: &Seen, parts: impl Iterator<Item = &'b [u8]>) {
+    fn record<'b>(&self, form: Form, cut: Cut, seen: &Seen, parts: impl Iterator<Item = &'b [u8]>) {
         let mut sources = self.sources.borrow_mut();
         let takes = |source: &Source| match form {
             Form::Any => true,
@@ -329,6 +354,8 @@ impl Tap {
             .map(|source| source.wanted.snap_len.max(LOOK_LEN))
             .max();
         let Some(snap_len) = snap_len else { return };
+        let inner_at = usize::from(cut.inner_at);
+        let snap_len = snap_len + inner_at;
         let mut bytes = self.scratch.borrow_mut();
         bytes.clear();
         bytes.resize(HEADER_LEN, 0);
@@ -339,36 +366,39 @@ impl Tap {
             len += part.len();
         }
         let fit = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let record = Record {
-            time_ns: since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
+            time_ns: self.time_ns.get(),
             direction: seen.direction,
             verdict: seen.verdict,
             outer: seen.outer,
             local_port: seen.local_port,
             tos: seen.tos,
             worker: u8::try_from(self.worker).unwrap_or(u8::MAX),
+            transport: self.transport,
+            inner_at: cut.inner_at,
             packets: fit(seen.packets),
-            len: fit(len as u64),
+            len: fit(cut.len.unwrap_or(len) as u64),
         };
         let facts = Facts::of(&record, bytes.get(HEADER_LEN..).unwrap_or_default());
         for source in sources.iter_mut().filter(|source| takes(source)) {
             if !source.wanted.filter.matches(&facts) {
                 continue;
             }
-            let copied = (bytes.len() - HEADER_LEN).min(source.wanted.snap_len);
+            let copied = (bytes.len() - HEADER_LEN).min(source.wanted.snap_len + inner_at);
             if let Some(header) = bytes.get_mut(..HEADER_LEN) {
                 header.copy_from_slice(&record.encode(copied));
             }
             let whole = bytes.get(..HEADER_LEN + copied).unwrap_or_default();
             if source.ring.push_entire_slice(whole).is_err() {
-                source.lost.records.fetch_add(1, Ordering::Relaxed);
-                source
-                    .lost
-                    .packets
-                    .fetch_add(seen.packets, Ordering::Relaxed);
+                source.lose(1, seen.packets);
             }
         }
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        self.floor(AT_REST);
     }
 }
 

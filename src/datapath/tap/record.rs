@@ -7,10 +7,10 @@
 //! | bytes | what |
 //! |---|---|
 //! | 0..4 | length of the record, header included |
-//! | 4..8 | length of the inner packet |
+//! | 4..8 | length of the inner packet, without headers in front of it |
 //! | 8..16 | nanoseconds since 1970 |
 //! | 16 | direction: 0 encap, 1 decap |
-//! | 17 | verdict: 0 sent, 1 fragmented, 2 delivered, 3 answered, 4 dropped |
+//! | 17 | verdict: 0 sent, 1 fragmented, 2 delivered, 3 answered, 4 dropped, 5 handed, 6 arrived |
 //! | 18 | the drop reason's number, for answered and dropped |
 //! | 19 | outer TOS byte |
 //! | 20..24 | inner packets it stands for |
@@ -18,7 +18,8 @@
 //! | 26..28 | the other end's outer port |
 //! | 28 | the other end's family: 0 none, 4, 6 |
 //! | 29 | worker |
-//! | 30..32 | 0 |
+//! | 30 | transport: 0 UDP, 1 VXLAN, 2 the kernel's VXLAN, 3 its IPIP, 4 a route |
+//! | 31 | bytes of outer headers in front of the inner packet |
 //! | 32..48 | the other end's address |
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -50,12 +51,53 @@ pub enum Verdict {
     Answered(DropReason),
     /// It ended here.
     Dropped(DropReason),
+    /// Given to the kernel, which carries it further; what it does with it is not seen.
+    Handed,
+    /// It came from the kernel, on its way to a pod of this node; whether it gets there is not seen.
+    Arrived,
+}
+
+/// How a packet crosses the underlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// As raw IP in UDP, by our own data plane.
+    Udp,
+    /// In VXLAN, by our own data plane.
+    Vxlan,
+    /// In VXLAN, by the kernel.
+    KernelVxlan,
+    /// In IPIP, by the kernel.
+    Ipip,
+    /// As it is, by the kernel's routes.
+    Route,
+}
+
+impl Transport {
+    /// Its name, as in `loden status`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Vxlan | Self::KernelVxlan => "vxlan",
+            Self::Ipip => "ipip",
+            Self::Route => "route",
+        }
+    }
+
+    /// Whether the kernel carries the packets, so that a packet socket and no worker has seen them.
+    #[must_use]
+    pub const fn is_kernels(self) -> bool {
+        match self {
+            Self::Udp | Self::Vxlan => false,
+            Self::KernelVxlan | Self::Ipip | Self::Route => true,
+        }
+    }
 }
 
 /// What is known of one packet, or of one superpacket, beside its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Nanoseconds since 1970, when the verdict was known.
+    /// Nanoseconds since 1970, when it was read and before anything became of it.
     pub time_ns: u64,
     /// Where it was seen.
     pub direction: Direction,
@@ -67,8 +109,12 @@ pub struct Record {
     pub local_port: u16,
     /// The outer TOS byte.
     pub tos: u8,
-    /// The worker that saw it.
+    /// The worker that saw it, or the packet socket, of those that the capture has.
     pub worker: u8,
+    /// How it crosses the underlay.
+    pub transport: Transport,
+    /// Bytes of outer headers that were copied in front of it.
+    pub inner_at: u8,
     /// Inner packets it stands for: more than one for a superpacket.
     pub packets: u32,
     /// Length of the inner packet in bytes, of which fewer may have been copied.
@@ -98,6 +144,8 @@ impl Record {
             Verdict::Delivered => (2, 0),
             Verdict::Answered(reason) => (3, reason as u8),
             Verdict::Dropped(reason) => (4, reason as u8),
+            Verdict::Handed => (5, 0),
+            Verdict::Arrived => (6, 0),
         };
         let (family, port, addr) = match self.outer {
             None => (0, 0, [0; 16]),
@@ -120,6 +168,14 @@ impl Record {
         bytes[26..28].copy_from_slice(&port.to_le_bytes());
         bytes[28] = family;
         bytes[29] = self.worker;
+        bytes[30] = match self.transport {
+            Transport::Udp => 0,
+            Transport::Vxlan => 1,
+            Transport::KernelVxlan => 2,
+            Transport::Ipip => 3,
+            Transport::Route => 4,
+        };
+        bytes[31] = self.inner_at;
         bytes[32..48].copy_from_slice(&addr);
         bytes
     }
@@ -147,6 +203,8 @@ impl Record {
             2 => Verdict::Delivered,
             3 => Verdict::Answered(reason()?),
             4 => Verdict::Dropped(reason()?),
+            5 => Verdict::Handed,
+            6 => Verdict::Arrived,
             _ => return Err(RecordError::Unknown("verdict")),
         };
         let addr: [u8; 16] = std::array::from_fn(|i| header[32 + i]);
@@ -170,6 +228,15 @@ impl Record {
             local_port: half(24),
             tos: header[19],
             worker: header[29],
+            transport: match header[30] {
+                0 => Transport::Udp,
+                1 => Transport::Vxlan,
+                2 => Transport::KernelVxlan,
+                3 => Transport::Ipip,
+                4 => Transport::Route,
+                _ => return Err(RecordError::Unknown("transport")),
+            },
+            inner_at: header[31],
             packets: word(20),
             len: word(4),
         };
@@ -191,7 +258,21 @@ mod tests {
     fn every_field_survives_the_way_to_the_reader() {
         let v4 = "192.0.2.7:8285".parse().unwrap();
         let v6 = "[2001:db8::7]:1".parse().unwrap();
-        let verdicts = [Verdict::Sent, Verdict::Fragmented, Verdict::Delivered]
+        let transports = [
+            Transport::Udp,
+            Transport::Vxlan,
+            Transport::KernelVxlan,
+            Transport::Ipip,
+            Transport::Route,
+        ];
+        let plain = [
+            Verdict::Sent,
+            Verdict::Fragmented,
+            Verdict::Delivered,
+            Verdict::Handed,
+            Verdict::Arrived,
+        ];
+        let verdicts = plain
             .into_iter()
             .chain(DropReason::ALL.iter().map(|&r| Verdict::Answered(r)))
             .chain(DropReason::ALL.iter().map(|&r| Verdict::Dropped(r)));
@@ -206,6 +287,8 @@ mod tests {
                         local_port: 40_000 + u16::from(n),
                         tos: n,
                         worker: n,
+                        transport: transports[usize::from(n) % 5],
+                        inner_at: n,
                         packets: 1 << (n % 16),
                         len: 70_000,
                     };
@@ -228,6 +311,8 @@ mod tests {
             local_port: 0,
             tos: 0,
             worker: 0,
+            transport: Transport::Udp,
+            inner_at: 0,
             packets: 1,
             len: 1,
         };
@@ -243,6 +328,7 @@ mod tests {
             (17, "verdict"),
             (18, "drop reason"),
             (28, "address family"),
+            (30, "transport"),
         ] {
             let mut bad = good;
             bad[at] = 0xff;

@@ -38,7 +38,7 @@ fn drain(capture: &mut Capture) -> Vec<(Record, Vec<u8>)> {
 
 #[test]
 fn capture_begins_and_ends_at_a_burst_and_sees_every_byte_between() {
-    let taps = Arc::new(Taps::new(1));
+    let taps = Arc::new(Taps::new(1, Transport::Udp));
     let tap = Tap::new(&taps, 0);
     tap.begin();
     assert!(!tap.is_on());
@@ -59,7 +59,7 @@ fn capture_begins_and_ends_at_a_burst_and_sees_every_byte_between() {
 
 #[test]
 fn every_capture_has_its_own_filter_form_and_snap_length() {
-    let taps = Arc::new(Taps::new(1));
+    let taps = Arc::new(Taps::new(1, Transport::Udp));
     let tap = Tap::new(&taps, 0);
     let mut whole = taps.capture(wanted("encap")).unwrap();
     let mut none = taps.capture(wanted("decap")).unwrap();
@@ -93,7 +93,7 @@ fn every_capture_has_its_own_filter_form_and_snap_length() {
 
 #[test]
 fn what_does_not_fit_is_counted_and_nothing_is_torn() {
-    let taps = Arc::new(Taps::new(1));
+    let taps = Arc::new(Taps::new(1, Transport::Udp));
     let tap = Tap::new(&taps, 0);
     let mut capture = taps.capture(wanted("")).unwrap();
     tap.begin();
@@ -114,7 +114,7 @@ fn what_does_not_fit_is_counted_and_nothing_is_torn() {
 
 #[test]
 fn captures_are_limited_and_idle_workers_do_not_hoard_ended_ones() {
-    let taps = Arc::new(Taps::new(2));
+    let taps = Arc::new(Taps::new(2, Transport::Udp));
     let all: Vec<_> = (0..MAX_CAPTURES)
         .map(|_| taps.capture(wanted("")).unwrap())
         .collect();
@@ -129,7 +129,7 @@ fn captures_are_limited_and_idle_workers_do_not_hoard_ended_ones() {
 
 #[test]
 fn capture_is_over_when_every_worker_is_gone() {
-    let taps = Arc::new(Taps::new(2));
+    let taps = Arc::new(Taps::new(2, Transport::Udp));
     let (first, second) = (Tap::new(&taps, 0), Tap::new(&taps, 1));
     let mut capture = taps.capture(wanted("")).unwrap();
     first.begin();
@@ -144,7 +144,7 @@ fn capture_is_over_when_every_worker_is_gone() {
 
 #[test]
 fn another_thread_reads_while_the_worker_writes() {
-    let taps = Arc::new(Taps::new(1));
+    let taps = Arc::new(Taps::new(1, Transport::Udp));
     let tap = Tap::new(&taps, 0);
     let mut capture = taps.capture(wanted("")).unwrap();
     let count = 20_000_u64;
@@ -170,4 +170,72 @@ fn another_thread_reads_while_the_worker_writes() {
     drop(tap);
     drop(taps);
     reader.join().unwrap();
+}
+
+#[test]
+fn nothing_that_comes_after_is_older_than_what_was_said_to_be_settled() {
+    const EACH: u64 = 20_000;
+    let taps = Arc::new(Taps::new(2, Transport::Udp));
+    let mut capture = taps.capture(wanted("")).unwrap();
+    let workers: Vec<_> = (0..2)
+        .map(|worker| {
+            let taps = Arc::clone(&taps);
+            std::thread::spawn(move || {
+                let tap = Tap::new(&taps, worker);
+                drop(taps);
+                for _ in 0..EACH {
+                    tap.begin();
+                    tap.stamp();
+                    // As a worker that the scheduler takes away between reading and telling.
+                    std::thread::yield_now();
+                    note(&tap, Form::Any, b"packet", 1);
+                    tap.end();
+                }
+            })
+        })
+        .collect();
+    drop(taps);
+    let (mut settled, mut seen, mut over) = (0, 0, false);
+    while !over {
+        over = capture.is_over();
+        let until = capture.settled();
+        let mut bytes = Vec::new();
+        let emptied = capture.take(&mut bytes, 1 << 24);
+        assert!(emptied);
+        let mut rest = bytes.as_slice();
+        while let Ok((record, _, after)) = Record::decode(rest) {
+            assert!(record.time_ns >= settled, "{} {settled}", record.time_ns);
+            (rest, seen) = (after, seen + 1);
+        }
+        settled = until;
+    }
+    for worker in workers {
+        worker.join().unwrap();
+    }
+    assert_eq!(seen + capture.lost().records, 2 * EACH);
+}
+
+#[test]
+fn worker_in_a_burst_keeps_its_time_from_being_settled_and_one_at_rest_does_not() {
+    let taps = Arc::new(Taps::new(2, Transport::Udp));
+    let (busy, idle) = (Tap::new(&taps, 0), Tap::new(&taps, 1));
+    let capture = taps.capture(wanted("")).unwrap();
+    for tap in [&busy, &idle] {
+        tap.begin();
+    }
+    idle.end();
+    let begun = capture.settled();
+    assert_eq!(capture.settled(), begun, "a burst is under way");
+    busy.end();
+    assert!(capture.settled() >= begun);
+    let before = capture.settled();
+    busy.begin();
+    assert!(capture.settled() >= before);
+    drop(busy);
+    let floors = capture.floors.iter().flat_map(|floors| floors.iter());
+    assert!(
+        floors
+            .map(|floor| floor.load(Ordering::SeqCst))
+            .all(|floor| floor == AT_REST)
+    );
 }

@@ -2,6 +2,7 @@ use etherparse::{EtherType, Ethernet2Header, IpHeaders, PacketBuilder, UdpHeader
 use pcap_file::pcapng::{Block, PcapNgReader};
 
 use super::*;
+use crate::datapath::tap::Transport;
 
 const VNI: u32 = 0x0012_3456;
 
@@ -23,6 +24,8 @@ fn record(direction: Direction, outer: &str) -> Record {
         local_port: 40_000,
         tos: 0,
         worker: 0,
+        transport: Transport::Udp,
+        inner_at: 0,
         packets: 1,
         len: u32::try_from(packet().len()).unwrap(),
     }
@@ -61,6 +64,7 @@ fn vxlan_datagrams_are_whole_and_of_the_family_that_the_peer_has() {
             .map(|addr| (addr.parse::<SocketAddr>().unwrap().ip(), peer))
             .collect(),
         filter: String::new(),
+        watched: Vec::new(),
     };
     for outer in peers {
         for (direction, to, from) in [(Direction::Encap, peer, own), (Direction::Decap, own, peer)]
@@ -105,4 +109,63 @@ fn plain_datagrams_hold_the_packet_alone() {
     };
     let bytes = written(&record(Direction::Encap, "192.0.2.2:8285"), &origin);
     assert_eq!(bytes[28..], packet());
+}
+
+#[test]
+fn interfaces_of_packet_sockets_come_after_those_of_workers_if_there_are_any() {
+    let place = Place {
+        device: "eth0".to_owned(),
+        index: 7,
+        kind: Kind::Past {
+            networks: Vec::new(),
+        },
+    };
+    let bind = "192.0.2.1:8285".parse().unwrap();
+    let end = End::of("flannel0", bind, Encapsulation::Plain);
+    for (ends, names) in [
+        (vec![], &["encap eth0", "decap eth0"][..]),
+        (vec![end], &["encap", "decap", "encap eth0", "decap eth0"]),
+    ] {
+        let origin = Origin {
+            ends,
+            watched: vec![place.clone()],
+            ..Origin::default()
+        };
+        let mut file = File::begin(Vec::new(), &origin, true).unwrap();
+        let routed = Record {
+            transport: Transport::Route,
+            verdict: Verdict::Arrived,
+            ..record(Direction::Decap, "192.0.2.2:0")
+        };
+        let unknown = Record {
+            worker: 9,
+            ..routed
+        };
+        for record in [routed, unknown] {
+            file.packet(&record, &packet()).unwrap();
+        }
+        let bytes = file.end(Lost::default()).unwrap();
+        let mut reader = PcapNgReader::new(bytes.as_slice()).unwrap();
+        let mut packets = Vec::new();
+        while let Some(block) = reader.next_block() {
+            if let Block::EnhancedPacket(block) = block.unwrap() {
+                packets.push((block.interface_id, block.data.into_owned()));
+            }
+        }
+        let found: Vec<String> = reader
+            .interfaces()
+            .iter()
+            .flat_map(|interface| &interface.options)
+            .filter_map(|option| {
+                if let InterfaceDescriptionOption::IfName(name) = option {
+                    return Some(name.to_string());
+                }
+                None
+            })
+            .collect();
+        assert_eq!(found, names);
+        // What went past the tunnel has no outer headers.
+        let last = u32::try_from(names.len() - 1).unwrap();
+        assert_eq!(packets, [(last, packet()), (1, packet())]);
+    }
 }

@@ -9,6 +9,7 @@ mod errors;
 mod receive;
 mod send;
 
+pub(super) use abi::{CONTROL_LEN, Control, ControlMessages, NAME_LEN, Name, empty_header};
 pub use errors::{QueuedError, take_error};
 pub use receive::{Received, RecvBatch};
 pub use send::{Entry, SendBatch, Sending};

@@ -10,7 +10,7 @@
 //! | `less N`, `greater N` | inner packets of at most or at least N bytes |
 //! | `peer A` | the other end's outer address |
 //! | `encap`, `decap` | the direction |
-//! | `sent`, `delivered`, `answered`, `dropped` | the verdict |
+//! | `sent`, `delivered`, `answered`, `dropped`, `handed`, `arrived` | the verdict |
 //! | `reason NAME` | answered or dropped for this reason, by its name in `loden status` |
 //!
 //! They are joined with `and` (`&&`), `or` (`||`), `not` (`!`) and parentheses. As in pcap-filter(7), `and` and
@@ -70,6 +70,8 @@ enum Primitive {
     Delivered,
     Answered,
     Dropped,
+    Handed,
+    Arrived,
     Reason(DropReason),
 }
 
@@ -98,7 +100,7 @@ pub struct Facts<'a> {
 }
 
 impl<'a> Facts<'a> {
-    /// Of a packet of which `bytes` were copied.
+    /// Of a packet of which `bytes` were copied, with what stands in front of it.
     #[must_use]
     pub fn of(record: &'a Record, bytes: &[u8]) -> Self {
         let mut facts = Self {
@@ -107,7 +109,8 @@ impl<'a> Facts<'a> {
             protocol: None,
             ports: None,
         };
-        let Ok((ip, _)) = LaxIpSlice::from_slice(bytes) else {
+        let inner = bytes.get(usize::from(record.inner_at)..);
+        let Ok((ip, _)) = LaxIpSlice::from_slice(inner.unwrap_or_default()) else {
             return facts;
         };
         facts.addrs = Some((ip.source_addr(), ip.destination_addr()));
@@ -165,6 +168,8 @@ impl<'a> Facts<'a> {
             Primitive::Delivered => verdict == Verdict::Delivered,
             Primitive::Answered => matches!(verdict, Verdict::Answered(_)),
             Primitive::Dropped => matches!(verdict, Verdict::Dropped(_)),
+            Primitive::Handed => verdict == Verdict::Handed,
+            Primitive::Arrived => verdict == Verdict::Arrived,
             Primitive::Reason(wanted) => {
                 matches!(verdict, Verdict::Answered(reason) | Verdict::Dropped(reason) if reason == wanted)
             }
@@ -221,6 +226,8 @@ impl fmt::Display for Primitive {
             Self::Delivered => f.write_str("delivered"),
             Self::Answered => f.write_str("answered"),
             Self::Dropped => f.write_str("dropped"),
+            Self::Handed => f.write_str("handed"),
+            Self::Arrived => f.write_str("arrived"),
             Self::Reason(reason) => write!(f, "reason {}", reason.name()),
         }
     }

@@ -214,6 +214,8 @@ impl<'a> Parser<'a> {
             "sent" => Primitive::Sent,
             "delivered" => Primitive::Delivered,
             "answered" => Primitive::Answered,
+            "handed" => Primitive::Handed,
+            "arrived" => Primitive::Arrived,
             "dropped" => Primitive::Dropped,
             "proto" => Primitive::Protocol(self.number("a protocol's number")?),
             "less" => Primitive::Less(self.number("a length in bytes")?),

@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 use etherparse::PacketBuilder;
 use proptest::prelude::*;
 
+use super::super::record::Transport;
 use super::*;
 
 fn record(direction: Direction, verdict: Verdict, len: usize) -> Record {
@@ -15,6 +16,8 @@ fn record(direction: Direction, verdict: Verdict, len: usize) -> Record {
         local_port: 1,
         tos: 0,
         worker: 0,
+        transport: Transport::Udp,
+        inner_at: 0,
         packets: 1,
         len: u32::try_from(len).unwrap(),
     }
