@@ -320,6 +320,171 @@ fn underlay_that_changes_its_mtu_changes_the_devices_and_what_pods_are_told() {
     cluster.await_ping(1, "198.18.2.2");
 }
 
+/// All that a node has for the overlay, whoever carries its packets; its own devices' MAC addresses, which are kept for
+/// as long as the devices are there, by name.
+fn picture(cluster: &Cluster, n: u8) -> Vec<String> {
+    let mut lines = cluster.state(n);
+    for device in ["flannel.1", "flannel-v6.1"] {
+        if !cluster
+            .shown(n, "ip", &format!("-o link show {device}"))
+            .is_empty()
+        {
+            let mac = cluster.mac(n, device);
+            lines = lines
+                .iter()
+                .map(|line| line.replace(&mac, device))
+                .collect();
+        }
+    }
+    for device in ["flannel0", "flannel1"] {
+        let addrs = cluster.shown(n, "ip", &format!("-o addr show dev {device}"));
+        let words = addrs.iter().map(|line| line.split_whitespace().skip(1));
+        lines.extend(words.map(|it| it.take(3).collect::<Vec<_>>().join(" ")));
+        for family in ["-4", "-6"] {
+            lines.extend(cluster.shown(n, "ip", &format!("{family} route show dev {device}")));
+        }
+        let link = cluster
+            .shown(n, "ip", &format!("-o link show {device}"))
+            .join(" ");
+        lines.extend(
+            link.split_once("mtu ")
+                .map(|(_, rest)| format!("{device} {}", &rest[..4])),
+        );
+    }
+    let status = cluster.status(n);
+    for peer in status["peers"].as_array().cloned().unwrap_or_default() {
+        let facts = ["subnets", "public", "endpoint", "transport"].map(|key| peer[key].to_string());
+        lines.push(facts.join(" "));
+    }
+    lines
+}
+
+#[test]
+fn what_is_there_after_many_events_is_what_a_fresh_start_makes() {
+    for (backend, flags) in [(VXLAN, &[][..]), (HOST_GW, &[]), (VXLAN, &["--vxlan=user"])] {
+        let mut cluster = Cluster::idle(2, DUAL, backend);
+        for n in [1, 2] {
+            cluster.start_with(n, flags);
+        }
+        let underlay = |n: u8| loden::lab::plan::underlay_v6(n);
+        let key = |n: u8| format!("198.18.{n}.0-24&fd00:18:0:{n}::-64");
+        // Node `n` with a device of its own, somewhere.
+        let put = |cluster: &Cluster, n: u8, place: u8, mac: u8| {
+            let data =
+                |family: u8| format!(r#"{{"VNI":1,"VtepMAC":"02:00:00:00:0{family}:{mac:02x}"}}"#);
+            let (kind, data) = match backend == HOST_GW {
+                true => ("host-gw", String::new()),
+                false => {
+                    let both = (data(4), data(6));
+                    (
+                        "vxlan",
+                        format!(r#","BackendData":{},"BackendV6Data":{}"#, both.0, both.1),
+                    )
+                }
+            };
+            let lease = format!(
+                r#"{{"PublicIP":"192.0.2.{place}","PublicIPv6":"{}","BackendType":"{kind}"{data}}}"#,
+                underlay(place)
+            );
+            cluster.put(&key(n), &lease);
+        };
+        let await_peers = |cluster: &Cluster, wanted: &[(u8, u8)]| {
+            let mut all: Vec<String> = vec!["192.0.2.2".to_owned()];
+            all.extend(wanted.iter().map(|(_, place)| format!("192.0.2.{place}")));
+            let nets: Vec<String> = wanted
+                .iter()
+                .map(|(n, _)| format!("198.18.{n}.0/24"))
+                .collect();
+            cluster.wait_until("exactly these peers", || {
+                let peers = cluster.status(1)["peers"]
+                    .as_array()
+                    .cloned()
+                    .unwrap_or_default();
+                let mut places: Vec<String> = peers
+                    .iter()
+                    .map(|it| it["public"].as_str().unwrap_or_default().to_owned())
+                    .collect();
+                places.sort();
+                all.sort();
+                let carried = |net: &String| {
+                    flags.contains(&"--vxlan=user")
+                        || cluster.state(1).iter().any(|it| it.starts_with(net))
+                };
+                places == all && nets.iter().all(carried)
+            });
+        };
+        cluster.await_ping(1, "198.18.2.2");
+        cluster.await_ping(2, "fd00:18:0:1::2");
+        for (n, place) in [(7, 70), (8, 80), (9, 90)] {
+            put(&cluster, n, place, n);
+        }
+        await_peers(&cluster, &[(7, 70), (8, 80), (9, 90)]);
+
+        // Killed while peers change: one goes, one comes, one is another node with the same subnet.
+        cluster.end(1, Signal::SIGKILL);
+        cluster.delete(&key(7));
+        put(&cluster, 10, 100, 10);
+        put(&cluster, 9, 91, 11);
+        cluster.start_with(1, flags);
+        await_peers(&cluster, &[(8, 80), (9, 91), (10, 100)]);
+
+        // While it runs.
+        put(&cluster, 8, 80, 12);
+        put(&cluster, 9, 92, 13);
+        cluster.delete(&key(10));
+        cluster.ip(Member::Node(1), "link set eth0 mtu 1400", 1);
+        do_to_node_1(
+            &cluster,
+            "ip link set eth0 down; ip link set eth0 up; ip -6 addr add UNDERLAY6/64 dev eth0 nodad",
+        );
+        // Of another length, since a second address of one length goes with the first.
+        cluster.ip(Member::Node(1), "addr add 192.0.2.77/25 dev eth0", 1);
+        cluster.ip(Member::Node(1), "addr del 192.0.2.1/24 dev eth0", 1);
+        do_to_node_1(
+            &cluster,
+            "ip route flush proto 108; ip -6 route flush proto 108",
+        );
+        do_to_node_1(
+            &cluster,
+            "bridge fdb flush dev flannel.1; ip link del flannel-v6.1",
+        );
+        await_peers(&cluster, &[(8, 80), (9, 92)]);
+        cluster.wait_until("the lease at the new address", || {
+            cluster.lease(1).contains("192.0.2.77")
+        });
+        let mtu = ["1400", "1350", "1330"];
+        cluster.wait_until("the new MTU", || {
+            let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap_or_default();
+            mtu.iter()
+                .any(|mtu| env.contains(&format!("FLANNEL_MTU={mtu}\n")))
+        });
+        cluster.await_ping(1, "198.18.2.2");
+        cluster.await_ping(2, "fd00:18:0:1::2");
+        cluster.await_ping(1, "fd00:18:0:2::2");
+
+        // The same from nothing.
+        let mut before = picture(&cluster, 1);
+        cluster.wait_until("rest", || {
+            let now = picture(&cluster, 1);
+            std::mem::replace(&mut before, now.clone()) == now
+        });
+        cluster.end(1, Signal::SIGTERM);
+        cluster
+            .lab
+            .run(Member::Node(1), LODEN, &["cleanup"])
+            .unwrap();
+        assert!(
+            !cluster
+                .state(1)
+                .iter()
+                .any(|line| line.contains("198.18.8.0"))
+        );
+        cluster.start_with(1, flags);
+        let what = format!("state of a fresh start that is {before:#?}");
+        cluster.wait_until(&what, || picture(&cluster, 1) == before);
+    }
+}
+
 #[test]
 fn peers_that_change_leave_no_trace_of_what_they_were() {
     let mut cluster = Cluster::idle(1, V4, VXLAN);

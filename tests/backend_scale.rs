@@ -62,7 +62,7 @@ fn desired(backend: &str, choice: &Choice) -> Desired {
 }
 
 /// The source check takes them all.
-async fn check_senders(senders: &loden::backend::desired::Senders) -> Duration {
+async fn check_senders(senders: &loden::backend::desired::Senders, devices: &[u32]) -> Duration {
     let programs = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(Into::into);
     let tunnel = Tunnel {
         vni: 1,
@@ -75,6 +75,7 @@ async fn check_senders(senders: &loden::backend::desired::Senders) -> Duration {
     check.want(Senders {
         outer: senders.outer.clone(),
         inner: senders.inner.clone(),
+        devices: devices.to_vec(),
     });
     // Answered after what was wanted before is done.
     let mut status = check.status().await;
@@ -135,7 +136,7 @@ fn five_thousand_peers_are_programmed_and_found_in_place() {
             if let Some(senders) = &report.senders
                 && backend == "vxlan"
             {
-                checked = check_senders(senders).await;
+                checked = check_senders(senders, &report.devices).await;
             }
             let mut looks = Vec::new();
             for _ in 0..5 {

@@ -157,6 +157,22 @@ fn what_no_peer_may_send_is_dropped_before_or_after_it_is_unwrapped_and_counted(
         "delete element inet loden-vxlan-1 outer-v4 { 192.0.2.3 }",
     );
     cluster.await_ping(3, "198.18.1.2");
+
+    // A device that is made anew is checked as the one before.
+    cluster.ip(Member::Node(1), "link del flannel.1", 1);
+    cluster.wait_until("the check of the new device", || {
+        let [_, before] = drops(&cluster);
+        forger.send(NODE_2, 1, macs[1], [198, 18, 2, 2], b"to the new device");
+        drops(&cluster)[1] > before
+    });
+    forger.send(NODE_2, 1, macs[0], [198, 18, 2, 2], b"before");
+    let _until_then = forger.arrived(b"before");
+    attack(b"honest still");
+    assert_eq!(forger.arrived(b"honest still"), [b"honest still"]);
+    // Where the kernel can, other packets of the node do not come by.
+    let chain = cluster.shown(1, "nft", "list chain inet loden-vxlan-1 inner");
+    assert!(chain.join(" ").contains("hook ingress"), "{chain:#?}");
+    cluster.await_ping(3, "198.18.1.2");
     let [unknown, spoofed] = drops(&cluster);
 
     // A peer that goes may send no longer; one that comes may.

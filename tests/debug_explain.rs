@@ -165,6 +165,17 @@ fn packet_to_a_peer_is_sent_there_and_delivered_there() {
     comes_true(&lab, 2, &there, || {
         send(&lab, Member::Pod(1, 1), a.into(), b.into())
     });
+    // A pod that is gone: its neighbours find out, and then we know.
+    let gone = Ipv4Addr::from(u32::from(b) + 70);
+    let silent = wait::until("silence", LIMIT, &Interrupt::default(), || {
+        send(&lab, Member::Pod(1, 1), a.into(), gone.into());
+        let said = explain(&lab, 2, a, gone, &[]);
+        let verdict = said["verdict"].as_str().unwrap();
+        Ok(verdict
+            .contains(&format!("where {gone} does not answer"))
+            .then_some(()))
+    });
+    silent.unwrap();
     // From where the packet neither begins nor ends.
     assert_eq!(
         explain(&lab, 1, b, Ipv4Addr::new(203, 0, 113, 1), &[])["outcome"],

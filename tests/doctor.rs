@@ -6,6 +6,8 @@
 )]
 
 mod common;
+#[path = "common/relay.rs"]
+mod relay;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,6 +18,7 @@ use std::time::Duration;
 use common::{LODEN, lab, spec};
 use loden::lab::process::Tracked;
 use loden::lab::{Backend, Interrupt, Lab, Member, Spec, Wire, wait};
+use relay::{Fault, Relay};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -244,6 +247,81 @@ fn wrong_checksums_are_named() {
     run(&lab, 1, "ethtool -K eth0 tx off");
     on_the_way(&lab, 2, "udp dport 8285 udp checksum set 0x1234");
     names(&lab, 1, "checksum_corruption", "wrong checksum");
+}
+
+/// Leads what node 2 gets through a wire with a fault.
+fn faulty_wire(lab: &Lab, fault: Fault) -> Relay {
+    // What a device would still compute, nobody on that wire does.
+    for node in [1, 2, 3] {
+        run(lab, node, "ethtool -K eth0 tx off");
+    }
+    for line in [
+        "link add r0 type veth peer name r1",
+        "link set r0 master br0 up",
+        "link set r1 up",
+        "link set n2 nomaster",
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        lab.run(Member::Underlay, "ip", &words).unwrap();
+    }
+    Relay::start(&lab.netns(Member::Underlay), ["r1", "n2"], 8285, fault)
+}
+
+fn healed_wire(lab: &Lab, wire: Relay) {
+    drop(wire);
+    for line in ["link del r0", "link set n2 master br0"] {
+        let words: Vec<&str> = line.split(' ').collect();
+        lab.run(Member::Underlay, "ip", &words).unwrap();
+    }
+}
+
+#[test]
+fn bits_that_flip_on_the_wire_are_named_also_when_only_some_do() {
+    let lab = up(3, Backend::Udp);
+    let wire = faulty_wire(&lab, Fault::Corrupt(3));
+    names(&lab, 1, "checksum_corruption", "its kernel dropped ");
+    // From the other end it is our own kernel that sees them.
+    let (answer, _) = doctor(&lab, 2, &["--peer", "192.0.2.1"]);
+    assert_eq!(
+        causes(&answer),
+        BTreeSet::from(["checksum_corruption".to_owned()]),
+        "{answer:#}"
+    );
+    healed_wire(&lab, wire);
+    let wire = faulty_wire(&lab, Fault::Corrupt(1));
+    names(
+        &lab,
+        1,
+        "checksum_corruption",
+        "datagrams for a wrong checksum",
+    );
+    healed_wire(&lab, wire);
+    wait::until("health", LIMIT, &Interrupt::default(), || {
+        Ok(doctor(&lab, 1, &[]).1.then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn packets_that_overtake_each_other_are_counted_and_no_fault() {
+    let lab = up(3, Backend::Udp);
+    let _wire = faulty_wire(&lab, Fault::Reorder(3));
+    let (answer, ok) = doctor(&lab, 1, &["--peer", "192.0.2.2"]);
+    assert!(ok, "{answer:#}");
+    let reordered = &answer["peers"][0]["overlay"]["reordered"];
+    assert!(reordered.as_u64() > Some(0), "{answer:#}");
+    let (straight, _) = doctor(&lab, 1, &["--peer", "192.0.2.3"]);
+    assert_eq!(
+        straight["peers"][0]["overlay"]["reordered"], 0,
+        "{straight:#}"
+    );
+    let mut command = Command::new(LODEN);
+    command
+        .args(["doctor", "--peer", "192.0.2.2", "--socket"])
+        .arg(lab.status_socket(1));
+    let text = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(text.contains(" reordered"), "{text}");
 }
 
 #[test]

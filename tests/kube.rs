@@ -270,12 +270,17 @@ fn the_manifest_grants_what_is_needed_and_nothing_else() {
             .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect()
     };
-    let of_nodes = ["nodes [] [] [get list watch]", "nodes/status [] [] [patch]"];
-    assert_eq!(rights("kube-flannel"), of_nodes);
-    assert_eq!(rights("kube-system"), of_nodes);
+    let everywhere = [
+        "nodes [] [] [get list watch]",
+        "pods [] [] [get]",
+        "nodes/status [] [] [patch]",
+    ];
+    assert_eq!(rights("kube-flannel"), everywhere);
+    assert_eq!(rights("kube-system"), everywhere);
+    let [nodes, pods, status] = everywhere;
     assert_eq!(
         rights("default"),
-        ["events [] [] [create]", of_nodes[0], of_nodes[1]]
+        ["events [] [] [create]", nodes, pods, status]
     );
 
     // Not only what the server says of it, but what it does: with the token of the service account. That the status
@@ -289,6 +294,8 @@ fn the_manifest_grants_what_is_needed_and_nothing_else() {
         (&["delete", "node", "n1"], false),
         (&["create", "node"], false),
         (&["get", "pods", "-A"], false),
+        (&["get", "pod", "--ignore-not-found", "web-1"], true),
+        (&["delete", "pod", "web-1"], false),
         (&["get", "secrets", "-n", "kube-flannel"], false),
         (&["get", "configmaps", "-n", "kube-flannel"], false),
         (&["create", "token", "flannel", "-n", "kube-flannel"], false),

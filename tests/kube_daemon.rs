@@ -18,12 +18,13 @@ mod proxy;
 use std::net::UdpSocket;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use dropin::Cluster;
 use kube_server::{ApiServer, MANIFEST, PREFIX};
 use loden::lab::NetNs;
 use proxy::{Fault, Kind, PROXY, Proxy};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A daemon as the manifest starts it.
 fn daemon(cluster: &Cluster, server: &ApiServer, node: u8, net_config: &Path) -> Command {
@@ -231,4 +232,221 @@ fn what_is_missing_is_told_by_events_and_who_may_write_none_does_without() {
     two.wait_for_log("written: ready");
     assert_eq!(server.events("n2"), before);
     assert_eq!(two.stop(), 0);
+}
+
+/// What `loden explain` says, or why it does not.
+fn explain(cluster: &Cluster, node: u8, args: &[&str]) -> Result<Value, String> {
+    let output = cluster.loden(node, &[&["explain", "--json"], args].concat());
+    match output.status.success() {
+        true => Ok(serde_json::from_slice(&output.stdout).unwrap()),
+        false => Err(String::from_utf8(output.stderr).unwrap()),
+    }
+}
+
+/// A pod as its scheduler and its kubelet would leave it.
+fn add_pod(server: &ApiServer, name: &str, spec: Value, status: &Value) {
+    let (namespace, name) = name.split_once('/').unwrap();
+    let mut spec = spec;
+    spec["containers"] = json!([{"name": "c", "image": "none"}]);
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec});
+    server.create(&pod);
+    let status = json!({ "status": status }).to_string();
+    server.kubectl(&[
+        "patch",
+        "pod",
+        "-n",
+        namespace,
+        name,
+        "--subresource=status",
+        "-p",
+        &status,
+    ]);
+}
+
+#[ignore = "needs what scripts/setup --kube builds"]
+#[test]
+fn pods_are_explained_by_their_names_and_what_is_missing_for_that_is_named() {
+    let cluster = Cluster::new(2, "unused");
+    let mut server = ApiServer::start(&cluster.etcd);
+    let net_config = server.settings("n1").net_config;
+    for node in 1..=2 {
+        let subnet = format!("198.18.{node}.0/24");
+        server.add_node(&format!("n{node}"), &subnet, &json!({}));
+    }
+    server.annotate("n2", "node-public-ip=198.51.100.2");
+    let start = |node| cluster.spawn_command(node, daemon(&cluster, &server, node, &net_config));
+    let daemons = [start(1), start(2)];
+    for one in &daemons {
+        one.wait_for_log("written: ready");
+    }
+    cluster.reaches(1, 2);
+    let (a, b) = (cluster.add_pod(1), cluster.add_pod(2));
+    server.kubectl(&["create", "namespace", "shop"]);
+    let runs = |ips: &[&str]| {
+        let all: Vec<Value> = ips.iter().map(|ip| json!({ "ip": ip })).collect();
+        json!({"phase": "Running", "podIP": ips[0], "podIPs": all})
+    };
+    let on = |node: &str| json!({ "nodeName": node });
+    add_pod(
+        &server,
+        "default/web-1",
+        on("n1"),
+        &runs(&[&a.addr, "fd00:1::2"]),
+    );
+    add_pod(
+        &server,
+        "shop/db-0",
+        on("n2"),
+        &runs(&["fd00:2::2", &b.addr]),
+    );
+    let host = |node: &str| json!({"nodeName": node, "hostNetwork": true});
+    add_pod(
+        &server,
+        "default/agent",
+        host("n1"),
+        &runs(&["198.51.100.1"]),
+    );
+    add_pod(
+        &server,
+        "default/peer",
+        host("n2"),
+        &runs(&["198.51.100.2"]),
+    );
+    add_pod(
+        &server,
+        "default/late",
+        on("n2"),
+        &json!({"phase": "Pending"}),
+    );
+    add_pod(&server, "default/six", on("n2"), &runs(&["fd00:2::9"]));
+    add_pod(
+        &server,
+        "default/done",
+        on("n2"),
+        &json!({"phase": "Succeeded", "podIP": b.addr}),
+    );
+
+    // By name or by address, it is the same packet.
+    let named = explain(&cluster, 1, &["web-1", "shop/db-0"]).unwrap();
+    assert_eq!(named["outcome"], "sent", "{named}");
+    let steps = named["steps"].to_string();
+    for part in [
+        format!("pod default/web-1 of node n1: {} is on this node", a.addr),
+        format!(
+            "pod shop/db-0 of node n2: {} is in lease 198.18.2.0-24",
+            b.addr
+        ),
+    ] {
+        assert!(steps.contains(&part), "{part}: {steps}");
+    }
+    for (from, to) in [
+        ("default/web-1", &*b.addr),
+        (&a.addr, "shop/db-0"),
+        (&a.addr, &b.addr),
+    ] {
+        let mixed = explain(&cluster, 1, &[from, to]).unwrap();
+        assert_eq!(mixed["verdict"], named["verdict"], "{mixed}");
+        assert_eq!(mixed["counters"], named["counters"], "{mixed}");
+    }
+    let there = explain(&cluster, 2, &["web-1", "shop/db-0", "-4"]).unwrap();
+    assert_eq!(there["outcome"], "delivered", "{there}");
+    let six = explain(&cluster, 1, &["web-1", "shop/db-0", "-6"]).unwrap();
+    assert!(
+        six["steps"]
+            .to_string()
+            .contains("fd00:2::2 is outside the overlay"),
+        "{six}"
+    );
+    // What it says is what then happens.
+    let ping = [
+        "netns", "exec", &a.name, "ping", "-n", "-q", "-c1", "-W2", &b.addr,
+    ];
+    assert!(
+        Command::new("ip")
+            .args(ping)
+            .output()
+            .unwrap()
+            .status
+            .success()
+    );
+    let traced = explain(&cluster, 1, &["web-1", "shop/db-0", "--trace"]).unwrap();
+    assert!(
+        traced["trace"]
+            .to_string()
+            .contains("its daemon saw 3 of them"),
+        "{traced}"
+    );
+
+    // Pods in their nodes' networks: what such a one sends comes from the tunnel's own address.
+    let agent = explain(&cluster, 1, &["agent", "shop/db-0"]).unwrap();
+    let seen = cluster.exec(1, "ip", &["-o", "route", "get", &b.addr]);
+    assert!(seen.contains("src 198.18.1.0 "), "{seen}");
+    assert!(agent["steps"].to_string().contains("in its node's network: 198.51.100.1 is on this node; what it sends there comes from 198.18.1.0"), "{agent}");
+    assert_eq!(agent["outcome"], "sent", "{agent}");
+    // The manifest has --ip-masq.
+    let past = explain(&cluster, 1, &["web-1", "peer"]).unwrap();
+    let verdict = past["verdict"].as_str().unwrap();
+    assert!(
+        verdict.contains("the node's own address") && verdict.contains("by eth0"),
+        "{past}"
+    );
+    assert!(
+        verdict.contains("this node's address in the place of the pod's"),
+        "{past}"
+    );
+    assert_eq!(
+        cluster.seen_source(&a, Some(2), "198.51.100.2"),
+        "198.51.100.1"
+    );
+
+    // What cannot be told says why.
+    for (args, words) in [
+        (
+            &["web-1", "late"][..],
+            "pod default/late has no address now: it is Pending on node n2",
+        ),
+        (&["web-1", "done"], "has no address now: it is Succeeded"),
+        (
+            &["web-1", "db-0"],
+            "there is no pod default/db-0: kubectl get pods -A",
+        ),
+        (
+            &["nowhere/web-1", "shop/db-0"],
+            "there is no pod nowhere/web-1",
+        ),
+        (&["six", &b.addr], "are of different families"),
+        (&["web-1", "six", "-4"], "have no IPv4 addresses"),
+    ] {
+        let why = explain(&cluster, 1, args).unwrap_err();
+        assert!(why.contains(words), "{args:?}: {why}");
+    }
+    let elsewhere = explain(&cluster, 2, &["web-1", "192.0.2.9"]).unwrap();
+    assert_eq!(
+        elsewhere["verdict"].as_str().unwrap(),
+        "neither end is on this node: ask on the node that has the source, 198.51.100.1"
+    );
+
+    // Without the right, with the rule that grants it.
+    let rule = r#"[{"op":"remove","path":"/rules/2"}]"#;
+    server.kubectl(&["patch", "clusterrole", "flannel", "--type=json", "-p", rule]);
+    daemons[0].wait_until("the refusal", || {
+        explain(&cluster, 1, &["web-1", "shop/db-0"]).is_err()
+    });
+    let why = explain(&cluster, 1, &["web-1", "shop/db-0"]).unwrap_err();
+    assert!(
+        why.contains(r#"resources: ["pods"], verbs: ["get"]"#),
+        "{why}"
+    );
+    assert!(why.contains("default/web-1"), "{why}");
+    // Without an API server, and addresses need none.
+    server.kill();
+    let begun = Instant::now();
+    let why = explain(&cluster, 1, &["web-1", "shop/db-0"]).unwrap_err();
+    assert!(why.contains("Connection refused"), "{why}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{why}");
+    let said = explain(&cluster, 1, &[&a.addr, &b.addr]).unwrap();
+    assert_eq!(said["verdict"], named["verdict"]);
+    for one in daemons {
+        assert_eq!(one.stop(), 0);
+    }
 }

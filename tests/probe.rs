@@ -15,7 +15,8 @@ use std::time::Duration;
 use common::{lab, spec};
 use loden::lab::{Backend, Lab, Member, Spec, Wire};
 use loden::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
-use loden::probe::{Directory, Path, Prober, Round};
+use loden::probe::past::{Past, Target, Wanted};
+use loden::probe::{Directory, Path, Prober, Responder, Round};
 use loden::wire::probe::{HEADER_LEN, Identity, Kind, PORT, Probe};
 
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -360,4 +361,105 @@ fn flood_is_answered_up_to_the_limit_and_the_daemon_lives() {
         echoes.round(Round::default()).await
     });
     assert_eq!(echoes.answered, 10);
+}
+
+/// Three dozen peers' addresses, all of which node 2 has.
+fn targets() -> Vec<Target> {
+    let target = |n: u8| Target {
+        net: format!("198.18.{n}.0/24").parse().unwrap(),
+        port: PORT,
+        public: loden::lab::plan::underlay_v4(2).into(),
+        link: 2,
+    };
+    (100..136).map(target).collect()
+}
+
+#[test]
+fn of_three_dozen_ways_past_the_tunnel_those_that_fail_are_given_up_and_no_others() {
+    let lab = lab(spec(2, Backend::None));
+    let run = |node: u8, program: &str, line: &str| {
+        let args: Vec<&str> = line.split(' ').collect();
+        lab.run(Member::Node(node), program, &args).unwrap();
+    };
+    run(1, "ip", "addr add 198.18.1.0/32 dev eth0");
+    run(1, "ip", "route add 198.18.0.0/16 via 192.0.2.2");
+    run(2, "ip", "route add 198.18.1.0/24 via 192.0.2.1");
+    for target in targets() {
+        run(
+            2,
+            "ip",
+            &format!("addr add {}/32 dev eth0", target.net.network()),
+        );
+    }
+    let directory = |own: &str, peer: &str, node: u8| {
+        let directory = Directory::new(node.into());
+        directory.lease(&own.parse().unwrap());
+        let lease = Lease {
+            subnets: peer.parse().unwrap(),
+            attrs: LeaseAttrs {
+                public_ip: Some(loden::lab::plan::underlay_v4(3 - node)),
+                ..LeaseAttrs::default()
+            },
+            expires: None,
+            extension: LeaseExtension::default(),
+        };
+        directory.update([&lease].into_iter());
+        Arc::new(directory)
+    };
+    let ended = tokio::sync::Notify::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            in_node(&lab, 2, async || {
+                let directory = directory("198.18.100.0-24", "198.18.1.0-24", 2);
+                let (reports, _asked) = tokio::sync::mpsc::channel(1);
+                let _responder = Responder::start(PORT, &directory, &reports, 1).unwrap();
+                ended.notified().await;
+            });
+        });
+        in_node(&lab, 1, async || {
+            let directory = directory("198.18.1.0-24", "198.18.100.0-24", 1);
+            let mut past = Past::start(&directory, 1);
+            past.want(Wanted {
+                targets: targets(),
+                local: vec!["198.18.1.0".parse().unwrap()],
+                len: 1450,
+                change: 0,
+            });
+            let limit = Duration::from_secs(30);
+            let all = async {
+                while past.found().proven.len() < targets().len() {
+                    past.changed().await;
+                }
+            };
+            tokio::time::timeout(limit, all).await.unwrap();
+            for line in [
+                "add table ip wall",
+                "add chain ip wall c { type filter hook prerouting priority -500 ; }",
+                "add rule ip wall c ip daddr 198.18.110.0-198.18.129.255 drop",
+            ] {
+                run(2, "nft", line);
+            }
+            let failed = async {
+                while past.found().why_not.len() < 20 {
+                    past.changed().await;
+                }
+            };
+            tokio::time::timeout(limit, failed).await.unwrap();
+            let found = past.found();
+            for target in targets() {
+                let fails = (110..130).contains(&u32::from(third(target.net.network())));
+                assert_eq!(found.proven.contains(&target.net), !fails, "{}", target.net);
+                let why = found.why_not.get(&target.net);
+                assert_eq!(why.is_some_and(|it| it.contains("no answer")), fails);
+            }
+        });
+        ended.notify_one();
+    });
+}
+
+const fn third(addr: IpAddr) -> u8 {
+    match addr {
+        IpAddr::V4(addr) => addr.octets()[2],
+        IpAddr::V6(_) => 0,
+    }
 }

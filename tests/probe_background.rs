@@ -73,6 +73,11 @@ fn path_that_breaks_is_reported_within_half_a_minute_and_so_is_its_return() {
     assert_eq!(healthy["degraded"], false);
     assert_eq!(healthy["heard_by"], "tunnel");
     assert!(healthy["rtt_us"].as_u64().unwrap() > 0, "{healthy}");
+    // Nobody was probed who did not know us yet.
+    for node in [1, 2] {
+        let log = fs::read_to_string(lab.daemon_log(node)).unwrap();
+        assert!(!log.contains("unknown_peer"), "{log}");
+    }
     // One way only: the second node still hears the first, and is not heard.
     input(&lab, 1, "udp dport 8285 drop");
     says(&lab, 1, "reach", "silent");

@@ -125,6 +125,17 @@ pub enum Direct {
 }
 
 impl Way {
+    /// What a way past the tunnel takes, where there is a tunnel.
+    #[must_use]
+    pub const fn direct(self) -> Option<Direct> {
+        match self {
+            Self::Vxlan { direct, .. } | Self::Ipip { direct, .. } | Self::Tunnel { direct } => {
+                Some(direct)
+            }
+            Self::Gateway { .. } => None,
+        }
+    }
+
     /// Likewise, with what probes have found.
     pub const fn prove(&mut self, found: bool) {
         if let Self::Vxlan { direct, .. } | Self::Tunnel { direct } = self

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use tokio::sync::mpsc;
 
 use super::kernel::{
-    Change, Edit, Forward, Kernel, KernelError, Link, LinkChange, Neighbour, NewTunnel, Route,
-    TunnelLink, VxlanLink,
+    Change, Edit, Forward, Kernel, KernelError, Known, Link, LinkChange, Neighbour, NewTunnel,
+    Route, TunnelLink, VxlanLink,
 };
 use crate::iface::Snapshot;
 
@@ -239,6 +239,20 @@ impl Kernel for FakeKernel {
         let state = self.state();
         let of_link = state.neighbours.iter().filter(|it| it.link == index);
         Ok(of_link.copied().collect())
+    }
+
+    async fn neighbour(
+        &self,
+        index: u32,
+        ip: std::net::IpAddr,
+    ) -> Result<Option<Known>, KernelError> {
+        let state = self.state();
+        let mut of_link = state.neighbours.iter().filter(|it| it.link == index);
+        let found = of_link.find(|it| it.ip == ip);
+        Ok(found.map(|it| Known {
+            mac: Some(it.mac),
+            is_silent: false,
+        }))
     }
 
     async fn forwards(&self, index: u32) -> Result<Vec<Forward>, KernelError> {

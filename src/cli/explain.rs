@@ -1,24 +1,33 @@
 //! Owns `loden explain`: asks the daemon about one packet and prints its answer. Never interprets it.
 
 use std::io::{self, Write as _};
-use std::net::IpAddr;
 
 use clap::Args;
 use serde_json::Value;
 
 use super::status::{Page, SocketArgs, list, plain};
+use crate::debug::end::End;
 use crate::debug::socket::{self, Request};
+use crate::iface::Family;
 
 /// Flags of `loden explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// The packet's source: an address of a pod or a node
+    /// The packet's source: an address of a pod or a node; or a pod by its name, NAMESPACE/NAME, or NAME in default
     #[arg(value_name = "SRC")]
-    from: IpAddr,
+    from: End,
 
-    /// The packet's destination
+    /// The packet's destination, likewise
     #[arg(value_name = "DST")]
-    to: IpAddr,
+    to: End,
+
+    /// Of pods that have addresses of both families, take the IPv4 ones
+    #[arg(short = '4', conflicts_with = "v6")]
+    v4: bool,
+
+    /// Likewise, the IPv6 ones
+    #[arg(short = '6')]
+    v6: bool,
 
     /// Bytes of the IP packet
     #[arg(long, value_name = "BYTES", default_value_t = 84, value_parser = clap::value_parser!(u16).range(48..))]
@@ -42,8 +51,13 @@ pub struct ExplainArgs {
 
 pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let request = Request::Explain {
-        from: args.from,
-        to: args.to,
+        from: args.from.clone(),
+        to: args.to.clone(),
+        family: match (args.v4, args.v6) {
+            (true, _) => Some(Family::V4),
+            (false, true) => Some(Family::V6),
+            (false, false) => None,
+        },
         len: args.len,
         whole: args.df,
         trace: args.trace,

@@ -4,9 +4,11 @@
 use std::collections::BTreeMap;
 use std::pin::Pin;
 
+use tokio::sync::oneshot;
+
 use super::Daemon;
 use super::doctor;
-use super::explain::{Question, begin_trace, explain};
+use super::explain::{Found, Named, Question, begin_trace, explain, find};
 use super::renewal::Held;
 use super::session::Session;
 use super::status::document;
@@ -22,6 +24,24 @@ enum Told {
     Now(Answer),
     /// It takes longer than a moment, and nothing of the session.
     Later(Pin<Box<dyn Future<Output = Answer> + Send>>),
+    /// It takes the session, once it is known who is meant.
+    Named(Found, Wish),
+}
+
+/// What is asked about a packet, beside its ends.
+#[derive(Debug, Clone, Copy)]
+struct Wish {
+    len: u16,
+    whole: bool,
+    trace: bool,
+}
+
+/// A packet that is asked about, with its ends found.
+#[derive(Debug)]
+pub(super) struct Resolved {
+    ends: [Named; 2],
+    wish: Wish,
+    answer: oneshot::Sender<Answer>,
 }
 
 /// Answers a client.
@@ -31,19 +51,64 @@ pub(super) async fn serve<S: LeaseStore, K: Kernel>(
     held: &Held,
     Asked { request, answer }: Asked,
 ) {
-    let told = match tell(daemon, session, held, request).await {
-        Ok(Told::Now(told)) => told,
+    match tell(daemon, session, held, request).await {
+        Ok(Told::Now(told)) => send(answer, told),
         Ok(Told::Later(later)) => {
+            tokio::spawn(async move { send(answer, later.await) });
+        }
+        Ok(Told::Named(found, wish)) => {
+            let resolver = daemon.resolver.clone();
             tokio::spawn(async move {
-                // The client may have given up.
-                let _gone = answer.send(later.await);
+                match found.await {
+                    Ok(ends) => {
+                        let resolved = Resolved { ends, wish, answer };
+                        // The daemon may have ended meanwhile.
+                        let _gone = resolver.send(resolved).await;
+                    }
+                    Err(why) => send(answer, Answer::error(&why)),
+                }
+            });
+        }
+        Err(why) => send(answer, Answer::error(&why)),
+    }
+}
+
+/// The client may have given up.
+fn send(answer: oneshot::Sender<Answer>, told: Answer) {
+    let _gone = answer.send(told);
+}
+
+/// Explains a packet whose ends are found.
+pub(super) async fn explained<S: LeaseStore, K: Kernel>(
+    daemon: &Daemon<'_, S, K>,
+    session: &Session,
+    Resolved { ends, wish, answer }: Resolved,
+) {
+    let question = Question {
+        from: ends[0].addr,
+        to: ends[1].addr,
+        len: wish.len,
+        whole: wish.whole,
+    };
+    let mut explanation = match explain(daemon, session, question, &ends).await {
+        Ok(explanation) => explanation,
+        Err(why) => return send(answer, Answer::error(&why)),
+    };
+    let begun = wish
+        .trace
+        .then(|| begin_trace(daemon, session, question, &explanation));
+    match begun {
+        Some(Ok(trace)) => {
+            tokio::spawn(async move {
+                trace.run(&mut explanation).await;
+                send(answer, Answer::document(&explanation));
             });
             return;
         }
-        Err(why) => Answer::error(&why),
-    };
-    // Likewise.
-    let _gone = answer.send(told);
+        Some(Err(why)) => explanation.trace.push(why),
+        None => {}
+    }
+    send(answer, Answer::document(&explanation));
 }
 
 async fn tell<S: LeaseStore, K: Kernel>(
@@ -79,29 +144,14 @@ async fn tell<S: LeaseStore, K: Kernel>(
         Request::Explain {
             from,
             to,
+            family,
             len,
             whole,
             trace,
-        } => {
-            let question = Question {
-                from,
-                to,
-                len,
-                whole,
-            };
-            let mut explanation = explain(daemon, session, question).await?;
-            match trace.then(|| begin_trace(daemon, session, question)) {
-                Some(Ok(trace)) => {
-                    return Ok(Told::Later(Box::pin(async move {
-                        trace.run(&mut explanation).await;
-                        Answer::document(&explanation)
-                    })));
-                }
-                Some(Err(why)) => explanation.trace.push(why),
-                None => {}
-            }
-            Told::Now(Answer::document(&explanation))
-        }
+        } => Told::Named(
+            find(daemon.store, from, to, family),
+            Wish { len, whole, trace },
+        ),
     })
 }
 

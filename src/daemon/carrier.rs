@@ -6,10 +6,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use super::register::Registration;
 use super::tunnel::{Events, Tunnel, event_channels};
 use super::{DaemonError, Options};
-use crate::backend::desired::{Desired, Refused};
+use crate::backend::desired::{Desired, Direct, Refused};
 use crate::backend::kernel::{Change, Kernel};
 use crate::backend::reconcile::Outcome;
 use crate::backend::settle::{self, settle};
@@ -128,6 +130,12 @@ impl Carrier {
             networks.iter().any(|network| network.contains(&addr))
         };
         self.tunnels.iter().find(carries).or(self.tunnels.first())
+    }
+
+    /// What a way past the tunnel to a peer's subnet takes; none of a peer that the kernel is told nothing of.
+    pub(super) fn direct_to(&self, net: IpNet) -> Option<Direct> {
+        let mut peers = self.wanted.desired.peers.iter();
+        peers.find(|peer| peer.net == net)?.way.direct()
     }
 
     /// The devices that the kernel has, in the order of the report's.

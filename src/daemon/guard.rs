@@ -10,7 +10,7 @@ use crate::backend::plan::Plan;
 use crate::config::SourceCheck;
 use crate::datapath::DropReason;
 use crate::datapath::lock::NameLock;
-use crate::firewall::{SenderCheck, SenderStatus, Senders, Tunnel, sweep_senders};
+use crate::firewall::{SenderCheck, SenderScope, SenderStatus, Senders, Tunnel, sweep_senders};
 
 /// The check, or why there is none.
 pub(super) enum Guard {
@@ -73,13 +73,22 @@ impl Guard {
         }
     }
 
-    /// Says who the peers are now.
-    pub(super) fn want(&self, senders: &desired::Senders) {
+    /// Says who the peers are now, and which devices there are.
+    pub(super) fn want(&self, senders: &desired::Senders, devices: &[u32]) {
         if let Self::Kept(check) = self {
             check.want(Senders {
                 outer: senders.outer.clone(),
                 inner: senders.inner.clone(),
+                devices: devices.to_vec(),
             });
+        }
+    }
+
+    /// What it checks; none where nothing is.
+    pub(super) fn scope(&self) -> Option<SenderScope> {
+        match self {
+            Self::Kept(check) => Some(check.last_status().scope),
+            Self::Lacking(_) | Self::Idle => None,
         }
     }
 

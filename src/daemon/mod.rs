@@ -335,6 +335,7 @@ async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), Dae
     let kernel = Netlink::connect()?;
     let changes = kernel.monitor()?;
     let (asked, asked_receiver) = mpsc::channel(STATUS_QUEUE);
+    let (resolver, resolved) = mpsc::channel(STATUS_QUEUE);
     let mut daemon = Daemon {
         options,
         store: &store,
@@ -342,6 +343,8 @@ async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), Dae
         changes,
         asked: asked_receiver,
         asked_sender: asked,
+        resolved,
+        resolver,
         server: None,
         probes: Probes::new(options.probes),
         health,
@@ -361,6 +364,9 @@ struct Daemon<'a, S, K> {
     changes: mpsc::Receiver<Change>,
     asked: mpsc::Receiver<Asked>,
     asked_sender: mpsc::Sender<Asked>,
+    /// Packets that were asked about, as soon as it is known who is meant.
+    resolved: mpsc::Receiver<asked::Resolved>,
+    resolver: mpsc::Sender<asked::Resolved>,
     /// The status socket, from the first `subnet.env` on.
     server: Option<Server>,
     probes: Probes,

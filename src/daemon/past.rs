@@ -37,8 +37,8 @@ pub(super) struct WayDocument {
     /// Its name.
     transport: &'static str,
     /// To which of the peer's subnets.
-    subnet: IpNet,
-    why: String,
+    pub(super) subnet: IpNet,
+    pub(super) why: String,
 }
 
 impl Ways {

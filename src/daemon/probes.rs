@@ -151,11 +151,12 @@ fn facts(kernel: &impl Kernel, session: &Session, asker: &Peer) -> Facts {
         sent: counted.as_ref().map(|peer| peer.sent),
         bad_checksums: bad_checksums(),
         peers: u32::try_from(session.directory.peers().len()).unwrap_or(u32::MAX),
+        sends_by: session.directory.sends_by(asker),
     }
 }
 
 /// Datagrams that the kernel dropped in this network namespace for a wrong checksum (proc(5), `/proc/net/snmp`).
-fn bad_checksums() -> u64 {
+pub(super) fn bad_checksums() -> u64 {
     const COUNTER: &str = "InCsumErrors";
     // The process may be in another namespace than this thread.
     let v4 = fs::read_to_string("/proc/thread-self/net/snmp").unwrap_or_default();

@@ -2,6 +2,7 @@
 //! anything.
 
 pub mod doctor;
+pub mod end;
 pub mod order;
 pub mod pcapng;
 pub mod socket;

@@ -23,8 +23,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::end::End;
 use super::stream;
 use crate::datapath::tap::Capture;
+use crate::iface::Family;
 use crate::sys::heap;
 
 /// The longest path a socket may have: `sun_path` of unix(7), less the final zero.
@@ -36,8 +38,8 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 /// How long an examination of all peers may take.
 pub const EXAMINATION: Duration = Duration::from_secs(60);
 
-/// How long it may take to follow probes after an explanation.
-const TRACING: Duration = Duration::from_secs(6);
+/// How long an explanation may take: three seconds for the names of pods, and as much for following probes after it.
+const EXPLAINING: Duration = Duration::from_secs(7);
 
 /// The longest request read, in bytes.
 const MAX_REQUEST: u64 = 4096;
@@ -75,9 +77,12 @@ pub enum Request {
     /// What would become of a packet.
     Explain {
         /// Its source.
-        from: IpAddr,
+        from: End,
         /// Its destination.
-        to: IpAddr,
+        to: End,
+        /// Of which addresses, where pods have some of both families; none for whichever both ends have.
+        #[serde(default)]
+        family: Option<Family>,
         /// Its length in bytes.
         len: u16,
         /// It must not be fragmented.
@@ -106,7 +111,7 @@ impl Request {
     const fn patience(&self) -> Duration {
         match self {
             Self::Status | Self::Capture { .. } => PATIENCE,
-            Self::Explain { .. } => TRACING,
+            Self::Explain { .. } => EXPLAINING,
             Self::Doctor { .. } => EXAMINATION,
         }
     }
@@ -148,6 +153,9 @@ pub enum SocketError {
         /// What the system says.
         source: io::Error,
     },
+    /// The daemon says that it cannot answer, and why.
+    #[error("{0}")]
+    Refused(String),
     /// The daemon's answer makes no sense.
     #[error("{}: the daemon's answer cannot be read: {reason}", path.display())]
     BadAnswer {
@@ -427,7 +435,7 @@ pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), S
         })
     })?;
     match answer.get("error").and_then(Value::as_str) {
-        Some(error) => Err(bad(error.to_owned())),
+        Some(error) => Err(SocketError::Refused(error.to_owned())),
         None => Ok((answer, stream)),
     }
 }

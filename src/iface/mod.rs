@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use regex::bytes::{Regex, RegexBuilder};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::addr::Mtu;
 
@@ -34,6 +34,12 @@ pub struct Reach {
     pub link: u32,
     /// The address they leave from, if the kernel says.
     pub from: Option<IpAddr>,
+    /// The next router; none for a destination on the link.
+    pub via: Option<IpAddr>,
+    /// The destination is an address of this node.
+    pub is_local: bool,
+    /// The longest packet that the route or what was learned of the path allows, where that is less than the link's.
+    pub mtu: Option<u32>,
 }
 
 /// A network interface and its addresses.
@@ -73,8 +79,9 @@ pub struct DefaultRoute {
     pub link: Option<u32>,
 }
 
-/// An address family of the underlay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4.
     V4,

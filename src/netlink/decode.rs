@@ -13,13 +13,15 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
-    RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteNextHopFlags, RouteType, RouteVia,
 };
 use netlink_packet_route::{AddressFamily, IpProtocol};
 
 use crate::addr::Mac;
-use crate::backend::kernel::{Forward, IpipLink, Link, Neighbour, Route, TunnelLink, VxlanLink};
+use crate::backend::kernel::{
+    Forward, IpipLink, Known, Link, Neighbour, Route, TunnelLink, VxlanLink,
+};
 use crate::iface::{self, DefaultRoute, Family, Reach, Snapshot};
 
 /// A link; `None` without a name.
@@ -133,6 +135,16 @@ fn vxlan(attributes: &[InfoVxlan]) -> VxlanLink {
     vxlan
 }
 
+/// What is known of the neighbour with this address, if the message is about it.
+pub(super) fn known(message: &NeighbourMessage, wanted: IpAddr) -> Option<Known> {
+    let (ip, mac) = station(message);
+    let silent = u16::from(NeighbourState::Incomplete) | u16::from(NeighbourState::Failed);
+    (ip == Some(wanted)).then(|| Known {
+        mac,
+        is_silent: u16::from(message.header.state) & silent != 0,
+    })
+}
+
 /// A permanent neighbour or forwarding entry; `None` for others, and for what is no single station.
 fn permanent(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
     let header = &message.header;
@@ -142,8 +154,13 @@ fn permanent(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
     {
         return None;
     }
-    let mut ip = None;
-    let mut mac = None;
+    let (ip, mac) = station(message);
+    Some((header.ifindex, ip?, mac?))
+}
+
+/// Whom a message is about.
+fn station(message: &NeighbourMessage) -> (Option<IpAddr>, Option<Mac>) {
+    let (mut ip, mut mac) = (None, None);
     for attribute in &message.attributes {
         if let NeighbourAttribute::Destination(to) = attribute {
             ip = match to {
@@ -156,7 +173,7 @@ fn permanent(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
             mac = self::mac(bytes);
         }
     }
-    Some((header.ifindex, ip?, mac?))
+    (ip, mac)
 }
 
 /// An address by the number of its bytes: of a forwarding entry the message does not say the family.
@@ -351,14 +368,30 @@ pub(super) fn snapshot(
 
 /// The answer to the question for the route to one address.
 pub(super) fn reach(to: IpAddr, message: &RouteMessage) -> Option<Reach> {
-    let mut link = None;
-    let mut from = None;
+    let (mut link, mut from, mut via, mut mtu) = (None, None, None, None);
     for attribute in &message.attributes {
         if let RouteAttribute::Oif(index) = attribute {
             link = Some(*index);
         } else if let RouteAttribute::PrefSource(source) = attribute {
             from = ip(source);
+        } else if let RouteAttribute::Gateway(router) = attribute {
+            via = ip(router);
+        } else if let RouteAttribute::Via(RouteVia::Inet6(router)) = attribute {
+            via = Some(IpAddr::V6(*router));
+        } else if let RouteAttribute::Metrics(metrics) = attribute {
+            for metric in metrics {
+                if let RouteMetric::Mtu(least) = metric {
+                    mtu = Some(*least);
+                }
+            }
         }
     }
-    link.map(|link| Reach { to, link, from })
+    Some(Reach {
+        to,
+        link: link?,
+        from,
+        via,
+        is_local: message.header.kind == RouteType::Local,
+        mtu,
+    })
 }

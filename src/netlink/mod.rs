@@ -21,7 +21,7 @@ use rtnetlink::{AddressMessageBuilder, Handle, IpVersion, RouteMessageBuilder};
 use tokio::sync::mpsc;
 
 use crate::backend::kernel::{
-    Change, Edit, Forward, Kernel, KernelError, Link, LinkChange, Neighbour, NewTunnel,
+    Change, Edit, Forward, Kernel, KernelError, Known, Link, LinkChange, Neighbour, NewTunnel,
     PROBE_TABLE, Route,
 };
 use crate::iface::{Reach, Snapshot};
@@ -350,6 +350,18 @@ impl Kernel for Netlink {
             all.extend(neighbours.filter(|neighbour| neighbour.link == index));
         }
         Ok(all)
+    }
+
+    async fn neighbour(&self, index: u32, ip: IpAddr) -> Result<Option<Known>, KernelError> {
+        let family = match ip {
+            IpAddr::V4(_) => AddressFamily::Inet,
+            IpAddr::V6(_) => AddressFamily::Inet6,
+        };
+        let messages = self.entries(family, index, "list neighbours").await?;
+        let mut of_link = messages
+            .iter()
+            .filter(|message| message.header.ifindex == index);
+        Ok(of_link.find_map(|message| decode::known(message, ip)))
     }
 
     async fn forwards(&self, index: u32) -> Result<Vec<Forward>, KernelError> {

@@ -1,6 +1,9 @@
 //! Owns probing peers all the time, at a cost that does not grow with the cluster: a few peers a second, those in
 //! doubt first, the rest in turn and in an order of this node's own. Never acts on what it finds.
 //!
+//! Nobody is visited before its lease and ours are old enough for both ends to know them: to whoever does not, a probe is
+//! a stranger's packet.
+//!
 //! A path that breaks is suspected at its peer's next turn, within [`AT_LEAST`] for up to 40 peers and within 25
 //! seconds for up to 200, and told after three visits, a second apart. Beyond that, turns are rarer; but a path has two
 //! ends, and what a peer says of it is heard, too.
@@ -15,10 +18,10 @@ use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::Figures;
 use super::directory::{Directory, Peer};
 use super::history::{State, Visit};
 use super::prober::{Prober, Round};
-use super::{Figures, Path};
 use crate::telemetry::histogram::{Distribution, Histogram};
 use crate::telemetry::rate_limit::Allowance;
 use crate::wire::probe::Reach;
@@ -33,6 +36,11 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// Between two visits of a peer that is not in doubt.
 pub const AT_LEAST: Duration = Duration::from_secs(5);
+
+/// A lease is taken to be known to everybody so long after it appeared, and up to [`SPREAD`] more, which is another time
+/// for every pair: stores tell of it within a second, and watches are resumed within a few.
+const SETTLE: Duration = Duration::from_secs(3);
+const SPREAD: Duration = Duration::from_secs(2);
 
 /// How long an answer may take: all visits of a tick are over at the next.
 const PATIENCE: Duration = Duration::from_millis(450);
@@ -145,12 +153,7 @@ impl Running {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let peers = self.directory.peers();
-            if peers.is_empty() {
-                continue;
-            }
-            let salt = self.directory.identity().node;
-            let chosen = choose(&peers, salt, Instant::now());
+            let chosen = choose(&self.directory, Instant::now());
             let visits = chosen.iter().map(|peer| self.visit(peer));
             for (peer, visit) in chosen.iter().zip(join_all(visits).await) {
                 // Without a way to ask, as while the tunnel is down, nothing was found out.
@@ -189,9 +192,9 @@ impl Running {
         let (history, nth) = peer.next_visit();
         let asks = peer.runs_it() || nth <= ASK_FIRST || nth % ASK_AGAIN_EVERY == 0;
         let wide = nth % WIDE_EVERY == 0 || history.is_suspect();
-        let path = Path::default();
         let mut refused = None;
         for to in self.directory.targets(peer) {
+            let path = self.directory.path_to(to);
             if asks {
                 let to = SocketAddr::new(to, self.port);
                 let mut prober = Prober::probes(&self.directory, &path, to).await?;
@@ -279,15 +282,23 @@ pub fn sentence(state: State, loss_percent: u8) -> String {
 
 /// Whose turn it is: those in doubt, then those whose last visit is longest ago; in an order of the node's own, so
 /// that not all nodes visit the same one first.
-fn choose(peers: &[Arc<Peer>], salt: u64, now: Instant) -> Vec<Arc<Peer>> {
+fn choose(directory: &Directory, now: Instant) -> Vec<Arc<Peer>> {
+    let salt = directory.identity().node;
+    let peers = directory.peers();
     let mut suspects = Vec::new();
     let mut due = Vec::new();
-    for peer in peers {
+    for peer in &peers {
         let history = peer.history();
         let visited = history.visited();
         let ago = visited.map(|at| now.saturating_duration_since(at));
-        let key = (visited, shuffled(salt, peer), peer);
-        if history.is_suspect() || peer.is_wanted() {
+        let shuffled = shuffled(salt, peer);
+        let key = (visited, shuffled, peer);
+        let is_wanted = peer.is_wanted();
+        // Who asks to be visited knows us.
+        if now < directory.together_since(peer) + settling(shuffled) && !is_wanted {
+            continue;
+        }
+        if history.is_suspect() || is_wanted {
             suspects.push(key);
         } else if ago.is_none_or(|ago| ago >= AT_LEAST) {
             due.push(key);
@@ -303,6 +314,12 @@ fn choose(peers: &[Arc<Peer>], salt: u64, now: Instant) -> Vec<Arc<Peer>> {
         .min(SUSPECTS_PER_TICK.max(PER_TICK - due.len().min(PER_TICK)));
     let chosen = suspects.iter().take(first).chain(&due).take(PER_TICK);
     chosen.map(|&(_, _, peer)| Arc::clone(peer)).collect()
+}
+
+/// How long a pair of nodes waits before the first visit.
+fn settling(shuffled: u64) -> Duration {
+    let spread = u64::try_from(SPREAD.as_millis()).unwrap_or(u64::MAX);
+    SETTLE + Duration::from_millis(shuffled % spread)
 }
 
 /// A node's own order: FNV-1a over its number and the peer's first address.
@@ -327,6 +344,15 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn directory(peers: u16) -> Directory {
+        directory_of(peers, 9)
+    }
+
+    /// When everybody is known to everybody.
+    fn settled() -> Instant {
+        Instant::now() + SETTLE + SPREAD
+    }
+
+    fn directory_of(peers: u16, node: u64) -> Directory {
         let lease = |nth: u16| Lease {
             subnets: format!("198.{}.{}.0-24", 18 + nth / 256, nth % 256)
                 .parse()
@@ -336,7 +362,7 @@ mod tests {
             extension: LeaseExtension::default(),
         };
         let leases: Vec<Lease> = (0..peers).map(lease).collect();
-        let directory = Directory::new(9);
+        let directory = Directory::new(node);
         directory.update(leases.iter());
         directory
     }
@@ -359,7 +385,7 @@ mod tests {
     ) -> Vec<Vec<String>> {
         let tick = |second: u32| {
             let now = from + second * TICK;
-            let chosen = choose(&directory.peers(), 1, now);
+            let chosen = choose(directory, now);
             let name = |peer: &Arc<Peer>| {
                 peer.note(found(is_lost(peer)), now);
                 peer.subnets.to_string()
@@ -373,12 +399,12 @@ mod tests {
     fn cost_is_bounded_however_many_peers_there_are_and_all_get_their_turn() {
         for (peers, within) in [(1, 1), (8, 1), (40, 5), (200, 25), (240, 30)] {
             let directory = directory(peers);
-            let turns = turns(&directory, Instant::now(), within, |_| false);
+            let turns = turns(&directory, settled(), within, |_| false);
             assert!(turns.iter().all(|tick| tick.len() <= PER_TICK));
             let seen: BTreeSet<String> = turns.into_iter().flatten().collect();
             assert_eq!(seen.len(), usize::from(peers), "{peers}");
         }
-        let few = turns(&directory(1), Instant::now(), 20, |_| false);
+        let few = turns(&directory(1), settled(), 20, |_| false);
         let visits: usize = few.iter().map(Vec::len).sum();
         assert_eq!(visits, 4, "one every five seconds");
     }
@@ -386,7 +412,7 @@ mod tests {
     #[test]
     fn a_path_that_breaks_is_told_within_thirty_seconds() {
         let directory = directory(200);
-        let start = Instant::now();
+        let start = settled();
         turns(&directory, start, 60, |_| false);
         // The worst: its turn was just over.
         let peers = directory.peers();
@@ -402,7 +428,7 @@ mod tests {
     #[test]
     fn peers_in_doubt_do_not_take_all_turns() {
         let directory = directory(200);
-        let start = Instant::now();
+        let start = settled();
         // Half of the cluster is gone.
         let gone = |peer: &Peer| peer.subnets.to_string().as_str() < "198.18.150";
         turns(&directory, start, 60, gone);
@@ -417,12 +443,47 @@ mod tests {
 
     #[test]
     fn nodes_go_round_in_different_orders() {
-        let order = |salt| {
-            let chosen = choose(&directory(100).peers(), salt, Instant::now());
+        let order = |node| {
+            let chosen = choose(&directory_of(100, node), settled());
             let names = chosen.iter().map(|peer| peer.subnets.to_string());
             names.collect::<Vec<_>>()
         };
         assert_ne!(order(1), order(2));
         assert_eq!(order(1), order(1));
+    }
+
+    #[test]
+    fn nobody_is_visited_before_both_ends_can_know_each_other_and_not_all_at_one_time() {
+        let directory = directory(40);
+        directory.lease(&"198.19.9.0-24".parse().unwrap());
+        let start = Instant::now();
+        let known = |after: Duration| {
+            let now = start + after;
+            let peers = directory.peers();
+            let shuffled = |peer: &Arc<Peer>| shuffled(directory.identity().node, peer);
+            let settled = |peer: &&Arc<Peer>| {
+                now >= directory.together_since(peer) + settling(shuffled(peer))
+            };
+            peers.iter().filter(settled).count()
+        };
+        assert!(choose(&directory, start + SETTLE - TICK).is_empty());
+        assert_eq!(known(SETTLE - TICK), 0);
+        let some = known(SETTLE + SPREAD / 2);
+        assert!(some > 0 && some < 40, "{some}");
+        assert_eq!(known(SETTLE + SPREAD), 40);
+        assert_eq!(choose(&directory, start + SETTLE + SPREAD).len(), PER_TICK);
+        // Who asks for it is visited at once.
+        let asker = directory.peers().remove(7);
+        asker.want_visit();
+        let chosen = choose(&directory, start);
+        assert_eq!(chosen.len(), 1);
+        assert_eq!(chosen[0].subnets, asker.subnets);
+        // Another lease of ours is unknown again.
+        asker.next_visit();
+        let much_later = Instant::now() + 100 * TICK;
+        assert!(!choose(&directory, much_later).is_empty());
+        let again = Instant::now();
+        directory.lease(&"198.19.8.0-24".parse().unwrap());
+        assert!(choose(&directory, again + SETTLE - TICK).is_empty());
     }
 }

@@ -1,15 +1,16 @@
 //! Owns who the peers are, as far as probes are concerned: which addresses are whose, and what was heard of whom.
 //! Never sends anything.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use ipnet::IpNet;
 
+use super::Path;
 use super::history::{History, State, Visit};
 use crate::lease::{Lease, LeaseExtension, Subnets};
 use crate::wire::probe::{Heard, Identity, Via};
@@ -23,18 +24,20 @@ pub struct Ways {
     pub kernel_tunnel: Vec<u32>,
     /// External interfaces.
     pub underlay: Vec<u32>,
+    /// Subnets of peers that packets are sent to past the tunnel.
+    pub past: HashSet<IpNet>,
 }
 
 impl Ways {
     /// What a datagram that came in by a link came in by.
     #[must_use]
     pub fn via(&self, link: u32) -> Via {
-        let ways = [
+        let links = [
             (&self.tunnel, Via::Tunnel),
             (&self.kernel_tunnel, Via::KernelTunnel),
             (&self.underlay, Via::Underlay),
         ];
-        let way = ways.iter().find(|(links, _)| links.contains(&link));
+        let way = links.iter().find(|(links, _)| links.contains(&link));
         match way {
             Some(&(_, via)) => via,
             None if link == 0 => Via::Unknown,
@@ -50,6 +53,8 @@ pub struct Peer {
     pub subnets: Subnets,
     /// Its addresses on the underlay.
     pub public: Vec<IpAddr>,
+    /// When its lease was first seen.
+    appeared: Instant,
     /// Its lease has what only this program publishes.
     published: bool,
     memory: Mutex<Memory>,
@@ -78,7 +83,7 @@ pub struct Word {
     pub sequence: Option<u32>,
     /// What it came in by.
     pub via: Via,
-    /// It was sent to an address of the overlay, or from one.
+    /// It was sent to an address of the overlay, or from one, by the way of all other packets.
     pub overlay: bool,
     /// What the peer last heard of us.
     pub claimed: Option<Heard>,
@@ -93,6 +98,7 @@ impl Peer {
         Self {
             subnets: lease.subnets,
             public: v4.into_iter().chain(v6).collect(),
+            appeared: Instant::now(),
             published: lease.extension != LeaseExtension::default(),
             memory: Mutex::default(),
             visits: Mutex::default(),
@@ -207,6 +213,8 @@ struct Table {
 #[derive(Debug)]
 pub struct Directory {
     identity: ArcSwap<Identity>,
+    /// When we got our lease.
+    leased: ArcSwapOption<Instant>,
     table: ArcSwap<Table>,
     ways: ArcSwap<Ways>,
     /// Bytes of the longest packet of the overlay; 0 while that is not known.
@@ -223,6 +231,7 @@ impl Directory {
                 node,
                 ..Identity::default()
             }),
+            leased: ArcSwapOption::empty(),
             table: ArcSwap::default(),
             ways: ArcSwap::default(),
             mtu: AtomicU16::new(0),
@@ -233,6 +242,7 @@ impl Directory {
     /// Takes over our own lease.
     pub fn lease(&self, own: &Subnets) {
         let node = self.identity().node;
+        self.leased.store(Some(Arc::new(Instant::now())));
         self.identity.store(Arc::new(Identity {
             node,
             v4: own.v4(),
@@ -300,6 +310,26 @@ impl Directory {
             .collect()
     }
 
+    /// The way of a pod's packet to an address: what goes through the overlay comes from our own address there, so that
+    /// the answer comes back as one to a pod does.
+    #[must_use]
+    pub fn path_to(&self, addr: IpAddr) -> Path {
+        let ways = self.ways.load();
+        let has_device = !ways.tunnel.is_empty() || !ways.kernel_tunnel.is_empty();
+        let peer = self.peer_at(addr);
+        let is_overlay = peer.is_some_and(|peer| peer.overlay_addrs().any(|one| one == addr));
+        let own = self.identity();
+        let local = match addr {
+            IpAddr::V4(_) => own.v4.map(|net| IpAddr::V4(net.network())),
+            IpAddr::V6(_) => own.v6.map(|net| IpAddr::V6(net.network())),
+        };
+        Path {
+            // Where routes carry the packets, no device has it.
+            local: local.filter(|_| has_device && is_overlay),
+            ..Path::default()
+        }
+    }
+
     /// The peer that has an address of its own, not one of its pods.
     #[must_use]
     pub fn peer_at(&self, addr: IpAddr) -> Option<Arc<Peer>> {
@@ -320,6 +350,13 @@ impl Directory {
         peers.find(|peer| peer.subnets == *subnets).cloned()
     }
 
+    /// Since when a peer and we have both had our leases, as far as that was seen from here.
+    pub(super) fn together_since(&self, peer: &Peer) -> Instant {
+        let leased = self.leased.load();
+        let leased = leased.as_deref().copied();
+        leased.map_or(peer.appeared, |leased| leased.max(peer.appeared))
+    }
+
     /// What we say about ourselves.
     #[must_use]
     pub fn identity(&self) -> Identity {
@@ -330,6 +367,23 @@ impl Directory {
     #[must_use]
     pub fn via(&self, link: u32) -> Via {
         self.ways.load().via(link)
+    }
+
+    /// What our packets to a peer are to come in by there, as a node that does likewise would say.
+    #[must_use]
+    pub fn sends_by(&self, peer: &Peer) -> Via {
+        let ways = self.ways.load();
+        let net = peer.subnets.v4().map(IpNet::V4);
+        let net = net.or(peer.subnets.v6().map(IpNet::V6));
+        if net.is_some_and(|net| ways.past.contains(&net)) {
+            Via::Underlay
+        } else if !ways.tunnel.is_empty() {
+            Via::Tunnel
+        } else if !ways.kernel_tunnel.is_empty() {
+            Via::KernelTunnel
+        } else {
+            Via::Unknown
+        }
     }
 
     /// A number for the next request; they rise, whoever asks.
@@ -422,6 +476,7 @@ mod tests {
             tunnel: vec![4],
             kernel_tunnel: vec![5],
             underlay: vec![2],
+            past: HashSet::from(["198.18.3.0/24".parse().unwrap()]),
         };
         directory.set_ways(ways, 1472);
         for (link, via) in [
@@ -434,6 +489,13 @@ mod tests {
             assert_eq!(directory.via(link), via);
         }
         let peer = directory.peer_at(addr("198.18.2.0")).unwrap();
+        assert_eq!(directory.sends_by(&peer), Via::Tunnel);
+        directory.lease(&"198.18.9.0-24".parse().unwrap());
+        let own = |to: &str| directory.path_to(addr(to)).local;
+        assert_eq!(own("198.18.2.0"), Some(addr("198.18.9.0")));
+        assert_eq!((own("192.0.2.2"), own("198.18.2.7")), (None, None));
+        let other = Peer::of(&lease("198.18.3.0-24", 3));
+        assert_eq!(directory.sends_by(&other), Via::Underlay);
         peer.hear(word(1, Via::Underlay, false));
         assert_eq!(peer.last_heard(), None);
         peer.hear(word(2, Via::Underlay, true));

@@ -239,9 +239,11 @@ impl Proving {
             self.nonce,
             self.directory.identity(),
         );
-        if due.past {
-            probe.flags = Flags::PAST;
-        }
+        probe.flags = if due.past {
+            Flags::PROVING.with(Flags::PAST)
+        } else {
+            Flags::PROVING
+        };
         probe.left = wall_clock();
         let mut bytes = vec![0; due.payload];
         probe.write(&mut bytes);

@@ -152,7 +152,7 @@ impl Responding {
         let word = Word {
             sequence: Some(request.sequence),
             via,
-            overlay: identity.holds(local),
+            overlay: identity.holds(local) && !request.flags.has(Flags::PROVING),
             claimed: request.heard,
             sender: request.sender,
         };

@@ -7,6 +7,7 @@ pub mod env_file;
 pub mod etcd;
 pub mod kube;
 pub mod local;
+pub mod pods;
 pub mod progress;
 mod random;
 
@@ -25,6 +26,7 @@ use crate::lease::{AttrsError, KeyError, Lease, LeaseAttrs, LeaseDelta, LeaseExt
 pub use etcd::EtcdStore;
 pub use kube::KubeStore;
 pub use local::LocalStore;
+use pods::{PodError, PodLookup, PodName};
 pub use progress::Progress;
 
 /// How long a lease lasts unless renewed; specification section 5.5.
@@ -89,6 +91,16 @@ pub trait LeaseStore: Send + Sync {
     /// Level-triggered: a slow receiver skips states, never the last one. Leases include our own. A store that
     /// cannot be reached says so in `problems` and withdraws nobody.
     fn watch(&self) -> mpsc::Receiver<StoreEvent>;
+
+    /// What a pod's name stands for, in a cluster that has names. Answers within a few seconds, and may be waited for
+    /// without the store.
+    ///
+    /// # Errors
+    ///
+    /// [`PodError`]; most stores know no pods.
+    fn pod(&self, name: PodName) -> PodLookup {
+        Box::pin(std::future::ready(Err(PodError::NoCluster(name))))
+    }
 
     /// How far the watch that was started last has come; `None` if the store does not keep track. Whoever takes
     /// events from the watch says what is in effect.

@@ -142,6 +142,8 @@ impl Flags {
     pub const TRACE: Self = Self(4);
     /// Of a request: a second, short answer shall come past the tunnel. Of an answer: it is that one.
     pub const PAST: Self = Self(8);
+    /// It takes a way that is being proven, and says nothing about that of other packets.
+    pub const PROVING: Self = Self(16);
 
     /// Both.
     #[must_use]
@@ -187,6 +189,12 @@ impl Via {
         Self::Underlay,
         Self::Other,
     ];
+
+    /// By its number. A newer program may know more of them.
+    pub(super) fn of(number: u8) -> Self {
+        let known = Self::ALL.into_iter().find(|&one| one as u8 == number);
+        known.unwrap_or(Self::Other)
+    }
 
     /// In a word or two.
     #[must_use]
@@ -302,8 +310,7 @@ impl Probe {
         let kind = KIND.get(bytes);
         let known = Kind::ALL.into_iter().find(|&one| one as u8 == kind);
         let age = HEARD_AGE.get(bytes);
-        let via = VIA.get(bytes);
-        let via = Via::ALL.into_iter().find(|&one| one as u8 == via);
+        let via = Via::of(VIA.get(bytes));
         Ok(Self {
             kind: known.ok_or(ProbeError::Kind(kind))?,
             flags: Flags(FLAGS.get(bytes)),
@@ -316,8 +323,7 @@ impl Probe {
             seen_len: SEEN_LEN.get(bytes),
             seen_ttl: SEEN_TTL.get(bytes),
             seen_tos: SEEN_TOS.get(bytes),
-            // A newer program may know more of them.
-            via: via.unwrap_or(Via::Other),
+            via,
             left: LEFT.get(bytes),
             arrived: ARRIVED.get(bytes),
             answered: ANSWERED.get(bytes),

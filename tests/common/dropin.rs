@@ -11,7 +11,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -221,12 +221,15 @@ impl Cluster {
     }
 
     pub(crate) fn status(&self, node: u8) -> Value {
-        let output = Command::new(LODEN)
-            .args(["status", "--json", "--subnet-file"])
-            .arg(self.env_file(node))
-            .output()
-            .unwrap();
+        let output = self.loden(node, &["status", "--json"]);
         serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// What a subcommand that asks a node's daemon prints.
+    pub(crate) fn loden(&self, node: u8, args: &[&str]) -> Output {
+        let mut command = Command::new(LODEN);
+        command.args(args).arg("--subnet-file");
+        command.arg(self.env_file(node)).output().unwrap()
     }
 
     /// Waits for a ping through the tunnel.

@@ -248,6 +248,12 @@ impl ApiServer {
         self.check(&args, self.try_kubectl(&args, yaml))
     }
 
+    /// Creates an object, as the cluster's administrator.
+    pub(crate) fn create(&self, object: &Value) {
+        let args = ["create", "-f", "-"];
+        self.check(&args, self.try_kubectl(&args, &object.to_string()));
+    }
+
     /// A Node with this pod CIDR; none for the empty text.
     pub(crate) fn add_node(&self, name: &str, pod_cidr: &str, annotations: &Value) {
         let mut node = json!({
@@ -257,8 +263,7 @@ impl ApiServer {
         if !pod_cidr.is_empty() {
             node["spec"] = json!({"podCIDR": pod_cidr, "podCIDRs": [pod_cidr]});
         }
-        let args = ["create", "-f", "-"];
-        self.check(&args, self.try_kubectl(&args, &node.to_string()));
+        self.create(&node);
     }
 
     /// A Node that another daemon has registered.

@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 use crate::iface::{Reach, Snapshot};
 
 pub use objects::{
-    Edit, Forward, IpipLink, Link, LinkChange, Neighbour, NewTunnel, PROBE_MARK, PROBE_PRIORITY,
-    PROBE_TABLE, PROTOCOL_BOOT, PROTOCOL_LODEN, Route, TunnelLink, VxlanLink,
+    Edit, Forward, IpipLink, Known, Link, LinkChange, Neighbour, NewTunnel, PROBE_MARK,
+    PROBE_PRIORITY, PROBE_TABLE, PROTOCOL_BOOT, PROTOCOL_LODEN, Route, TunnelLink, VxlanLink,
 };
 
 /// What backends need of the kernel. Everything happens in the network namespace in which the value was made.
@@ -191,6 +191,17 @@ pub trait Kernel: Send + Sync {
         &self,
         index: u32,
     ) -> impl Future<Output = Result<Vec<Neighbour>, KernelError>> + Send;
+
+    /// What is known of the neighbour of a link that has an address; `None` while nobody has asked for it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to say.
+    fn neighbour(
+        &self,
+        index: u32,
+        ip: IpAddr,
+    ) -> impl Future<Output = Result<Option<Known>, KernelError>> + Send;
 
     /// The permanent forwarding entries of a VXLAN device.
     ///

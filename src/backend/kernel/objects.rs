@@ -183,6 +183,15 @@ pub struct Neighbour {
     pub mac: Mac,
 }
 
+/// What the kernel knows of a neighbour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Known {
+    /// Where it is.
+    pub mac: Option<Mac>,
+    /// It was asked for, and does not answer: packets for it wait, and are lost.
+    pub is_silent: bool,
+}
+
 /// A permanent forwarding entry of a VXLAN device: frames for a MAC address go to a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Forward {

@@ -41,17 +41,22 @@ fn config(backend: &str) -> NetworkConfig {
 }
 
 fn ends(config: &NetworkConfig) -> Ends {
-    let choice = |ip: &str| Choice {
+    ends_at(config, 1, 1500)
+}
+
+fn ends_at(config: &NetworkConfig, n: u8, mtu: u32) -> Ends {
+    let choice = |ip: String| Choice {
         index: EXTERNAL,
         name: "eth0".to_owned(),
-        mtu: Mtu::new(1500).unwrap(),
+        mtu: Mtu::new(mtu).unwrap(),
         addr: ip.parse().unwrap(),
         public: ip.parse().unwrap(),
         reason: String::new(),
     };
+    let v4 = choice(format!("192.0.2.{n}"));
     match config.ipv6 {
-        Some(_) => Ends::both(choice("192.0.2.1"), choice("2001:db8::1")),
-        None => Ends::one(choice("192.0.2.1")),
+        Some(_) => Ends::both(v4, choice(format!("2001:db8::{n}"))),
+        None => Ends::one(v4),
     }
 }
 
@@ -171,6 +176,10 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
             it.net, it.onlink, it.protocol
         ));
     }
+    for it in &state.probe_routes {
+        let (via, dev) = (it.gateway, name(it.link));
+        lines.insert(format!("probes go to {} {via:?} {dev}", it.net));
+    }
     for it in &state.neighbours {
         lines.insert(format!("neighbour {} {} {}", it.ip, it.mac, name(it.link)));
     }
@@ -183,6 +192,7 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
 const VXLAN: &str = r#"{"Type":"vxlan"}"#;
 const DIRECT: &str = r#"{"Type":"vxlan","DirectRouting":true}"#;
 const HOST_GW: &str = r#"{"Type":"host-gw"}"#;
+const AUTO: &str = r#"{"Type":"vxlan","Auto":true}"#;
 const IPIP: &str = r#"{"Type":"ipip"}"#;
 const IPIP_DIRECT: &str = r#"{"Type":"ipip","DirectRouting":true}"#;
 
@@ -696,6 +706,12 @@ enum Event {
     StrayForward(u8),
     StrayRoute(u8),
     WrongRoute(u8),
+    /// The addresses and the MTU of the external interface become others.
+    UnderlayChanges(u8, u32),
+    /// Somebody flushes the routes that only probes take.
+    FlushProbes,
+    /// Probes find these ways past the tunnel to hold, and no others.
+    Proven(BTreeSet<u8>),
     Look,
 }
 
@@ -711,11 +727,112 @@ fn event() -> impl Strategy<Value = Event> {
         (2_u8..8).prop_map(Event::StrayForward),
         (2_u8..8).prop_map(Event::StrayRoute),
         (2_u8..8).prop_map(Event::WrongRoute),
+        (200_u8..203, 1400_u32..1500).prop_map(|(n, mtu)| Event::UnderlayChanges(n, mtu)),
+        Just(Event::FlushProbes),
+        proptest::collection::btree_set(2_u8..8, 0..6).prop_map(Event::Proven),
         Just(Event::Look),
     ]
 }
 
-fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str) {
+/// What a model run is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Vxlan,
+    Direct,
+    HostGw,
+    Ipip,
+    IpipDirect,
+    /// The best proven way past the kernel's device.
+    Auto,
+    /// Likewise past our own tunnel.
+    AutoInUserSpace,
+    InUserSpace,
+}
+
+/// What everything that is wanted follows from.
+#[derive(Clone, Debug)]
+struct World {
+    kind: Kind,
+    leases: Vec<Lease>,
+    /// The last number of its addresses, and its MTU.
+    external: (u8, u32),
+    proven: BTreeSet<u8>,
+}
+
+impl World {
+    fn lease(&self, n: u8) -> Lease {
+        match self.kind {
+            Kind::HostGw => lease(n, "host-gw"),
+            Kind::Ipip | Kind::IpipDirect => lease(n, "ipip"),
+            Kind::Vxlan | Kind::Direct | Kind::InUserSpace => lease(n, "vxlan"),
+            // One says nothing of itself, and one is not on the link.
+            Kind::Auto | Kind::AutoInUserSpace => match n % 10 {
+                2 => lease(n, "vxlan"),
+                3 => able(n, &format!("203.0.113.{n}")),
+                _ => able(n, &format!("192.0.2.{n}")),
+            },
+        }
+    }
+
+    fn desired(&self) -> Desired {
+        let config = config(match self.kind {
+            Kind::Vxlan | Kind::InUserSpace => VXLAN,
+            Kind::Direct => DIRECT,
+            Kind::HostGw => HOST_GW,
+            Kind::Ipip => IPIP,
+            Kind::IpipDirect => IPIP_DIRECT,
+            Kind::Auto | Kind::AutoInUserSpace => AUTO,
+        });
+        let (n, mtu) = self.external;
+        let mut plan = Plan::new(&config, ends_at(&config, n, mtu)).unwrap();
+        if let Plan::Vxlan(vxlan) = &mut plan {
+            vxlan.set_past(crate::backend::vxlan::Past {
+                probe_port: Some(18285),
+                obstacle: None,
+            });
+            if matches!(self.kind, Kind::InUserSpace | Kind::AutoInUserSpace) {
+                vxlan.move_to_user_space("a test".to_owned()).unwrap();
+            }
+        }
+        let own: Subnets = OWN.parse().unwrap();
+        let (mut desired, _) = plan.desired(&config, &own, self.leases.iter());
+        for peer in &mut desired.peers {
+            let nets = |n: &u8| lease(*n, "").subnets == peer.lease;
+            peer.way.prove(self.proven.iter().any(nets));
+        }
+        desired.complete = true;
+        desired.sweep_devices = true;
+        desired
+    }
+
+    /// Who may send through the kernel's device, from the leases alone.
+    fn senders(&self) -> Senders {
+        let mut senders = Senders::default();
+        if !matches!(self.kind, Kind::Vxlan | Kind::Direct | Kind::Auto) {
+            return senders;
+        }
+        for lease in &self.leases {
+            let attrs = &lease.attrs;
+            let v4 = attrs.public_ip.map(std::net::IpAddr::V4);
+            senders.outer.extend(v4);
+            senders
+                .outer
+                .extend(attrs.public_ipv6.map(std::net::IpAddr::V6));
+            for (data, net) in [
+                (&attrs.backend_data, lease.subnets.v4().map(IpNet::V4)),
+                (&attrs.backend_v6_data, lease.subnets.v6().map(IpNet::V6)),
+            ] {
+                let data: serde_json::Value =
+                    serde_json::from_str(data.as_ref().unwrap().get()).unwrap();
+                let mac = data["VtepMAC"].as_str().unwrap().parse().unwrap();
+                senders.inner.insert((mac, net.unwrap()));
+            }
+        }
+        senders
+    }
+}
+
+fn happen(event: Event, kernel: &FakeKernel, world: &mut World) {
     let mut state = kernel.state();
     let device = state
         .links
@@ -723,16 +840,25 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
         .find(|link| link.tunnel.is_some())
         .map(|link| link.index);
     match (event, device) {
-        (Event::Peers(nodes), _) => *leases = nodes.into_iter().map(|n| lease(n, kind)).collect(),
+        (Event::Peers(nodes), _) => {
+            world.leases = nodes.into_iter().map(|n| world.lease(n)).collect();
+        }
         (Event::PeerMoves(n), _) => {
             // Another node with the same subnet: address and MAC change.
-            let subnets = lease(n, kind).subnets;
-            for held in leases.iter_mut().filter(|held| held.subnets == subnets) {
+            let subnets = world.lease(n).subnets;
+            let other = world.lease(n + 100);
+            for held in world.leases.iter_mut().filter(|it| it.subnets == subnets) {
                 *held = Lease {
                     subnets,
-                    ..lease(n + 100, kind)
+                    ..other.clone()
                 };
             }
+        }
+        (Event::UnderlayChanges(n, mtu), _) => world.external = (n, mtu),
+        (Event::Proven(nodes), _) => world.proven = nodes,
+        (Event::FlushProbes, _) => {
+            state.probe_routes.clear();
+            state.steered = (false, false);
         }
         (Event::Down(true), _) => {
             state.set_down(EXTERNAL);
@@ -779,8 +905,11 @@ fn happen(event: Event, kernel: &FakeKernel, leases: &mut Vec<Lease>, kind: &str
                 (format!("fd00:1:0:{n}::/64"), "2001:db8::9"),
             ]
             .into_iter()
-            .take(if kind == "ipip" { 1 } else { 2 })
-            {
+            .take(if matches!(world.kind, Kind::Ipip | Kind::IpipDirect) {
+                1
+            } else {
+                2
+            }) {
                 state.routes.retain(|it| it.net != net(&dst));
                 let wrong = route(&dst, EXTERNAL, Some(via), PROTOCOL_LODEN);
                 state.routes.push(wrong);
@@ -795,49 +924,47 @@ proptest! {
     /// second puts right what a change of the first has taken along.
     #[test]
     fn state_after_any_events_is_that_of_a_fresh_start(
-        backend in prop_oneof![
-            Just((VXLAN, "vxlan")),
-            Just((DIRECT, "vxlan")),
-            Just((HOST_GW, "host-gw")),
-            Just((IPIP, "ipip")),
-            Just((IPIP_DIRECT, "ipip")),
+        kind in prop_oneof![
+            Just(Kind::Vxlan), Just(Kind::Direct), Just(Kind::HostGw), Just(Kind::Ipip), Just(Kind::IpipDirect),
+            Just(Kind::Auto), Just(Kind::AutoInUserSpace), Just(Kind::InUserSpace)
         ],
         events in proptest::collection::vec(event(), 0..24)
     ) {
-        let (backend, kind) = backend;
-        let (used, mut leases) = (kernel(), Vec::new());
+        let used = kernel();
+        let mut world = World { kind, leases: Vec::new(), external: (1, 1500), proven: BTreeSet::new() };
         for event in events {
             let looks = matches!(event, Event::Look);
-            happen(event, &used, &mut leases, kind);
+            happen(event, &used, &mut world);
             if looks {
                 // A renamed device whose address was rewritten too is nobody's, which is an error.
-                let _named = run(settle(&used, &desired(backend, &leases)));
+                let _named = run(settle(&used, &world.desired()));
             }
         }
+        let wanted = world.desired();
+        let known: Vec<Option<Mac>> = wanted.devices.iter().map(|it| it.mac).collect();
         let strangers = {
             let state = used.state();
-            let has_our_mac = |link: &Link| [mac_of(backend, 0), mac_of(backend, 1)].contains(&link.mac);
             let has_our_addr = |link: &Link| state.addrs.contains(&(link.index, net("198.18.1.0/32")));
             let stranger = |link: &Link| link.name.starts_with("renamed") && match link.tunnel {
-                Some(TunnelLink::Vxlan(_)) => !has_our_mac(link),
-                Some(TunnelLink::Ipip(_)) => !has_our_addr(link),
+                Some(TunnelLink::Vxlan(_)) => !known.contains(&link.mac),
+                // One that is in nobody's way, since the address has moved on, is not found by it.
+                Some(TunnelLink::Ipip(is)) => !has_our_addr(link)
+                    || wanted.devices.iter().all(|it| it.tunnel != TunnelLink::Ipip(is)),
                 None => false,
             };
             state.links.iter().any(stranger)
         };
         prop_assume!(!strangers);
-        let wanted = desired(backend, &leases);
         look(&used, &wanted);
         look(&used, &wanted);
         let fresh = kernel();
         look(&fresh, &wanted);
         prop_assert_eq!(overlay(&used), overlay(&fresh));
-        prop_assert_eq!(look(&used, &wanted).changed, Vec::<String>::new());
+        prop_assert_eq!(used.state().steered, fresh.state().steered);
+        let last = look(&used, &wanted);
+        prop_assert_eq!(last.changed, Vec::<String>::new());
+        prop_assert_eq!(last.senders, Some(world.senders()));
     }
-}
-
-fn mac_of(backend: &str, device: usize) -> Option<Mac> {
-    desired(backend, &[]).devices.get(device)?.mac
 }
 
 #[test]
@@ -895,7 +1022,7 @@ fn able(n: u8, public: &str) -> Lease {
 
 /// What is wanted where peers are reached by the best proven way, with what is proven.
 fn wanted_by_auto(leases: &[Lease], in_user_space: bool, proven: &[&str]) -> Desired {
-    let config = config(r#"{"Type":"vxlan","Auto":true}"#);
+    let config = config(AUTO);
     let mut plan = Plan::new(&config, ends(&config)).unwrap();
     if let Plan::Vxlan(vxlan) = &mut plan {
         vxlan.set_past(crate::backend::vxlan::Past {

@@ -8,10 +8,11 @@ use tokio::net::UdpSocket;
 use tokio::time::{sleep, timeout};
 
 use super::{Examination, PATIENCE, Patient, PeerDocument};
-use crate::debug::doctor::{Evidence, LOSSY, Said, diagnose};
+use crate::daemon::probes;
+use crate::debug::doctor::{Evidence, LOSSY, Said, diagnose, is_tunnel};
 use crate::probe::prober::{Prober, Round};
 use crate::probe::{Figures, Path};
-use crate::wire::probe::{Probe, Report};
+use crate::wire::probe::{Probe, Report, Via};
 
 /// How long a peer is listened for that may not hear us: who is asked for a report probes the asker at its prober's
 /// next tick.
@@ -24,6 +25,8 @@ impl Examination {
         closed_here: Option<String>,
     ) -> PeerDocument {
         let begun = Instant::now();
+        let bad_checksums = probes::bad_checksums();
+        let sends_by = self.directory.sends_by(&patient.peer);
         let targets = self.directory.targets(&patient.peer);
         let overlay_addr = targets.first().copied();
         let past = |count| Round {
@@ -31,10 +34,9 @@ impl Examination {
             patience: PATIENCE,
             ..Round::default()
         };
-        let path = Path::default();
         let (mut overlay, mut direct, underlay, before) = tokio::join!(
-            self.probes(overlay_addr, &path, past(10)),
-            self.probes(patient.public, &path, past(3)),
+            self.probes(overlay_addr, past(10)),
+            self.probes(patient.public, past(3)),
             self.echoes(patient.public, past(3)),
             self.ask(patient),
         );
@@ -60,7 +62,8 @@ impl Examination {
             refused: false,
             said: None,
             we_hear: false,
-            ways_are_chosen: self.ways_are_chosen,
+            sends_by: Via::Unknown,
+            bad_checksums_here: 0,
             runs_it: patient.peer.runs_it(),
             overlay,
             direct,
@@ -73,6 +76,10 @@ impl Examination {
                 .await;
         }
         let after = self.ask(patient).await;
+        if self.directory.sends_by(&patient.peer) == sends_by {
+            evidence.sends_by = sends_by;
+        }
+        evidence.bad_checksums_here = probes::bad_checksums().saturating_sub(bad_checksums);
         evidence.said = after.map(|(report, said)| {
             let hears_us = said.heard.is_some_and(|heard| heard.age <= begun.elapsed());
             Said {
@@ -123,12 +130,12 @@ impl Examination {
                 patience: PATIENCE,
                 ..Round::default()
             };
-            let again = self.probes(addr, &Path::default(), again).await;
+            let again = self.probes(addr, again).await;
             if again.loss_percent() < evidence.overlay.loss_percent() {
                 evidence.overlay = again;
             }
         }
-        let Ok(mut prober) = self.prober(addr, &Path::default()).await else {
+        let Ok(mut prober) = self.prober(addr).await else {
             return;
         };
         let slowest = evidence.overlay.rtt_us.map_or(0, |rtt| rtt.max);
@@ -164,13 +171,9 @@ impl Examination {
             patience: PATIENCE,
             ..Round::default()
         };
-        let unchecked = Path {
-            unchecked: true,
-            ..Path::default()
-        };
         let (echo, unchecked, refused) = tokio::join!(
             self.echoes(addr, few),
-            self.probes(addr, &unchecked, few),
+            self.unchecked_probes(addr, few),
             knock(patient.endpoint),
         );
         evidence.overlay_echo = echo;
@@ -199,25 +202,36 @@ impl Examination {
         }
     }
 
-    pub(super) async fn prober(&self, addr: Option<IpAddr>, path: &Path) -> io::Result<Prober> {
+    pub(super) async fn prober(&self, addr: Option<IpAddr>) -> io::Result<Prober> {
         let addr = addr.ok_or(io::ErrorKind::AddrNotAvailable)?;
+        self.prober_by(addr, &self.directory.path_to(addr)).await
+    }
+
+    async fn prober_by(&self, addr: IpAddr, path: &Path) -> io::Result<Prober> {
         Prober::probes(&self.directory, path, SocketAddr::new(addr, self.port)).await
     }
 
-    async fn probes(&self, addr: Option<IpAddr>, path: &Path, round: Round) -> Figures {
-        match self.prober(addr, path).await {
-            Ok(mut prober) => prober.round(round).await,
-            Err(error) => Figures {
-                errno: error.raw_os_error(),
-                refused: Some(error.to_string()),
-                ..Figures::default()
-            },
-        }
+    async fn probes(&self, addr: Option<IpAddr>, round: Round) -> Figures {
+        figures(self.prober(addr).await, round).await
+    }
+
+    /// Probes without a UDP checksum.
+    async fn unchecked_probes(&self, addr: Option<IpAddr>, round: Round) -> Figures {
+        let Some(addr) = addr else {
+            return figures(Err(io::ErrorKind::AddrNotAvailable.into()), round).await;
+        };
+        let path = Path {
+            unchecked: true,
+            ..self.directory.path_to(addr)
+        };
+        figures(self.prober_by(addr, &path).await, round).await
     }
 
     /// None where echoes may not be sent.
     async fn echoes(&self, addr: Option<IpAddr>, round: Round) -> Option<Figures> {
-        let mut prober = Prober::echoes(&self.directory, &Path::default(), addr?).ok()?;
+        let addr = addr?;
+        let mut prober =
+            Prober::echoes(&self.directory, &self.directory.path_to(addr), addr).ok()?;
         Some(prober.round(round).await)
     }
 
@@ -225,13 +239,24 @@ impl Examination {
     async fn ask(&self, patient: &Patient) -> Option<(Report, Probe)> {
         let overlay = self.directory.targets(&patient.peer).first().copied();
         for addr in [patient.public, overlay] {
-            if let Ok(mut prober) = self.prober(addr, &Path::default()).await
+            if let Ok(mut prober) = self.prober(addr).await
                 && let Some(said) = prober.report(0, PATIENCE).await
             {
                 return Some(said);
             }
         }
         None
+    }
+}
+
+async fn figures(prober: io::Result<Prober>, round: Round) -> Figures {
+    match prober {
+        Ok(mut prober) => prober.round(round).await,
+        Err(error) => Figures {
+            errno: error.raw_os_error(),
+            refused: Some(error.to_string()),
+            ..Figures::default()
+        },
     }
 }
 
@@ -268,6 +293,14 @@ fn remarks(evidence: &Evidence) -> Vec<String> {
              the probes' port"
                 .to_owned(),
         );
+    }
+    let (there, here) = (evidence.overlay.via_there, evidence.overlay.via_here);
+    let ways = there.and_then(is_tunnel).zip(here.and_then(is_tunnel));
+    if let (Some((true, false) | (false, true)), Some(there), Some(here)) = (ways, there, here) {
+        remarks.push(format!(
+            "our packets come in there by {there}, and its come in here by {here}: each end takes the best way that it \
+             has found (loden status, rejected)"
+        ));
     }
     if let Some(sizes) = evidence.sizes
         && sizes.told

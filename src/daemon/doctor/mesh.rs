@@ -6,7 +6,6 @@ use futures_util::stream::{self, StreamExt as _};
 use serde::Serialize;
 
 use super::{AT_A_TIME, Examination, PATIENCE, micros};
-use crate::probe::Path;
 use crate::probe::directory::Peer;
 use crate::wire::probe::Reach;
 
@@ -79,7 +78,7 @@ impl Examination {
         };
         let targets = self.directory.targets(peer).into_iter();
         for addr in targets.chain(peer.public.first().copied()) {
-            let Ok(mut prober) = self.prober(Some(addr), &Path::default()).await else {
+            let Ok(mut prober) = self.prober(Some(addr)).await else {
                 continue;
             };
             loop {

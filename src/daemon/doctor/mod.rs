@@ -22,7 +22,6 @@ use super::traffic::Admitting;
 use crate::backend::kernel::Kernel;
 use crate::backend::preflight;
 use crate::backend::udp;
-use crate::config::Backend;
 use crate::debug::doctor::{Finding, Way};
 use crate::lease::Lease;
 use crate::probe::directory::Peer;
@@ -80,7 +79,6 @@ pub(super) struct Examination {
     admission: Arc<LastAdmission>,
     admitting: Admitting,
     mtu: u16,
-    ways_are_chosen: bool,
     own: String,
     node: Vec<String>,
     peers_in_all: usize,
@@ -175,11 +173,6 @@ pub(super) async fn begin<S: LeaseStore, K: Kernel>(
         admission: Arc::clone(&daemon.probes.admission),
         admitting: Admitting::of(&daemon.options.traffic, registration),
         mtu: registration.plan.mtu().get(),
-        ways_are_chosen: match &registration.config.backend {
-            Backend::Vxlan(vxlan) => vxlan.auto || vxlan.direct_routing,
-            Backend::Ipip(ipip) => ipip.direct_routing,
-            Backend::Udp(_) | Backend::HostGw | Backend::Alloc | Backend::Extension(_) => false,
-        },
         own: registration.lease.subnets.to_string(),
         node,
         peers_in_all: session.peers.leases().len(),

@@ -1,32 +1,109 @@
-//! Owns the explanation of a packet that leaves this node: from its pod over the kernel and the tunnel to the peer.
+//! Owns the explanation of a packet that leaves this node: from its pod over the kernel to whatever carries it, and
+//! through our own data plane, where that is it.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
+use super::way::{Leaving, Way};
 use super::{Case, Question, is_refusal};
-use crate::addr::udp_overhead;
 use crate::backend::kernel::Kernel;
-use crate::backend::plan::Plan;
 use crate::daemon::traffic::Traffic;
 use crate::daemon::tunnel::Tunnel;
 use crate::datapath::DropReason;
 use crate::datapath::foretell::Foretold;
 
-impl<K: Kernel> Case<'_, K> {
+impl<'a, K: Kernel> Case<'a, K> {
     /// The whole way.
     pub(super) async fn encap(&mut self) {
         self.answer.unseen.push(
             "what the node's own firewall does with forwarded packets, and policy rules (ip rule)"
                 .to_owned(),
         );
-        let Some(tunnel) = self.tunnel else {
-            return self.by_kernel().await;
-        };
-        if !self.reaches_tunnel(tunnel).await || !self.forwards() {
+        if !self.tunnel_is_up().await {
             return;
         }
+        let Some(leaving) = self.leaving().await else {
+            return;
+        };
+        let name = &leaving.name;
+        match leaving.way {
+            Way::Tunnel(tunnel) => self.by_tunnel(tunnel).await,
+            _ if !self.is_in_overlay(self.question.to) => self.outside(&leaving).await,
+            Way::Device | Way::Past => self.by_kernel(&leaving).await,
+            Way::Elsewhere => {
+                let lease = self.lease_of(self.question.to);
+                let why = lease.and_then(|lease| self.session.why_unserved(&lease.subnets));
+                if let Some(why) = why {
+                    let verdict = format!("no way was made to its node: {why}");
+                    return self.end("kernel", verdict);
+                }
+                let meant = if self.has_tunnel() {
+                    "reach the tunnel"
+                } else {
+                    "take the overlay's way"
+                };
+                let verdict = format!("it does not {meant}: the kernel routes it by {name}");
+                self.end("kernel", verdict);
+            }
+        }
+    }
+
+    /// Whether our own data plane's device is up; without it, the kernel has no route that would say so.
+    async fn tunnel_is_up(&mut self) -> bool {
+        let Some(tunnel) = self.tunnel.filter(|_| self.is_in_overlay(self.question.to)) else {
+            return true;
+        };
+        let device = tunnel.device.clone();
+        match self.kernel.link_at(tunnel.index).await {
+            Ok(Some(link)) if !link.up => {
+                let verdict = format!("{device} is down: ip link set {device} up");
+                self.end("kernel", verdict);
+                return false;
+            }
+            Ok(_) => {}
+            Err(error) => self.answer.unseen.push(error.to_string()),
+        }
+        true
+    }
+
+    /// A packet to what is not in the overlay.
+    async fn outside(&mut self, leaving: &Leaving<'a>) {
+        let Question { from, to, .. } = self.question;
+        if !self.forwards() {
+            return;
+        }
+        let masquerades = self.options.traffic.masquerade && !self.local[0];
+        let as_whom = if masquerades && self.is_in_overlay(from) {
+            let to_us = ", with this node's address in the place of the pod's";
+            self.step("nat", "masqueraded: it leaves the overlay (--ip-masq)");
+            to_us
+        } else {
+            self.step("nat", "none of ours");
+            ""
+        };
+        self.neighbour(&leaving.reach, &leaving.name).await;
+        self.kernel_counter("tx", &leaving.name);
+        let who = match self.lease_of(to) {
+            Some(_) => "the node's own address",
+            None => "outside the overlay",
+        };
+        self.end(
+            "kernel",
+            format!(
+                "{to} is {who}: the kernel sends it by {}{as_whom}, and loden has no part in it",
+                leaving.name
+            ),
+        );
+    }
+
+    /// Through our own data plane.
+    async fn by_tunnel(&mut self, tunnel: &Tunnel) {
+        if !self.forwards() {
+            return;
+        }
+        self.nat();
         let overlay = self.session.registration.plan.mtu().get();
-        self.mtus(overlay, &tunnel.device);
+        self.mtus(overlay, tunnel);
         let Question { len, whole, .. } = self.question;
         if len > overlay && (whole || self.question.to.is_ipv6()) {
             return self.end(
@@ -41,7 +118,7 @@ impl<K: Kernel> Case<'_, K> {
         self.counters(&["datapath.total.encap.read"]);
         match foretold {
             Foretold::Sent(peer) | Foretold::Fragmented(peer, _) => {
-                self.towards(peer, foretold).await
+                self.towards(tunnel, peer, foretold).await
             }
             Foretold::Answered(reason) => {
                 self.counters(&["datapath.total.encap.answered"]);
@@ -59,64 +136,18 @@ impl<K: Kernel> Case<'_, K> {
         }
     }
 
-    /// Whether the kernel brings the packet to the tunnel.
-    async fn reaches_tunnel(&mut self, tunnel: &Tunnel) -> bool {
-        let (device, index) = (tunnel.device.clone(), tunnel.index);
-        match self.kernel.link_at(index).await {
-            Ok(Some(link)) if !link.up => {
-                self.end(
-                    "kernel",
-                    format!("{device} is down: ip link set {device} up"),
-                );
-                return false;
-            }
-            Ok(_) => {}
-            Err(error) => self.answer.unseen.push(error.to_string()),
-        }
-        match self.kernel.route_to(self.question.to).await {
-            Ok(Some(reach)) if reach.link == index => {
-                self.step("route", format!("the kernel routes it into {device}"));
-            }
-            Ok(Some(reach)) => {
-                let other = self.kernel.link_at(reach.link).await.ok().flatten();
-                let other = other.map_or_else(|| format!("link {}", reach.link), |link| link.name);
-                self.step("route", format!("the kernel routes it by {other}"));
-                self.end(
-                    "kernel",
-                    format!("it does not reach the tunnel: the kernel routes it by {other}"),
-                );
-                return false;
-            }
-            Ok(None) => {
-                self.step("route", "the kernel has none");
-                self.end(
-                    "kernel",
-                    "the kernel has no route for it: the sender gets \"network unreachable\""
-                        .to_owned(),
-                );
-                return false;
-            }
-            Err(error) if is_refusal(&error.source) => {
-                self.step("route", format!("it refuses: {}", error.source));
-                let verdict = "it does not reach the tunnel: the kernel's route refuses it";
-                self.end("kernel", verdict.to_owned());
-                return false;
-            }
-            Err(error) => self.answer.unseen.push(error.to_string()),
-        }
-        true
-    }
-
-    /// Whether the kernel forwards what pods send, and what the traffic rules do with it.
+    /// Whether the kernel forwards what pods send.
     pub(super) fn forwards(&mut self) -> bool {
-        let source = self.question.from;
-        let pods = source != self.session.registration.choice().addr;
-        let (family, setting) = match source {
+        if self.local[0] {
+            self.step("forwarding", "none needed: the node itself sends it");
+            return true;
+        }
+        let (family, setting) = match self.question.from {
             IpAddr::V4(_) => ("ipv4", "/proc/sys/net/ipv4/ip_forward"),
             IpAddr::V6(_) => ("ipv6", "/proc/sys/net/ipv6/conf/all/forwarding"),
         };
         match fs::read_to_string(setting) {
-            Ok(text) if text.trim() == "0" && pods => {
+            Ok(text) if text.trim() == "0" => {
                 self.step("forwarding", format!("{setting} is 0"));
                 self.end(
                     "kernel",
@@ -127,6 +158,11 @@ impl<K: Kernel> Case<'_, K> {
             Ok(_) => self.step("forwarding", "the kernel forwards packets of pods"),
             Err(error) => self.answer.unseen.push(format!("{setting}: {error}")),
         }
+        true
+    }
+
+    /// What the traffic rules do with a packet within the overlay.
+    pub(super) fn nat(&mut self) {
         let masquerade = if self.options.traffic.masquerade {
             "between nodes' pods there is none: masquerading leaves the overlay alone"
         } else {
@@ -136,30 +172,27 @@ impl<K: Kernel> Case<'_, K> {
         if let Some(problem) = self.session.traffic.as_ref().and_then(Traffic::problem) {
             self.step("rules", format!("not as they should be: {problem}"));
         }
-        true
     }
 
-    fn mtus(&mut self, overlay: u16, device: &str) {
-        let choice = self.session.registration.choice();
-        // VXLAN puts its own header and Ethernet's between UDP's and the packet (RFC 7348 section 5).
-        let frame = match self.session.registration.plan {
-            Plan::Vxlan(_) => 8 + 14,
-            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Ipip(_) | Plan::Outside(_) => 0,
-        };
+    fn mtus(&mut self, overlay: u16, tunnel: &Tunnel) {
+        let registration = &self.session.registration;
+        let bind = tunnel.bind.ip();
+        let mut ends = registration.ends.iter();
+        let end = ends
+            .find(|end| end.addr == bind)
+            .unwrap_or(registration.choice());
         let found = format!(
-            "{overlay} in {device}, {} on {}, {} of headers between them",
-            choice.mtu,
-            choice.name,
-            udp_overhead(choice.addr) + frame
+            "{overlay} in {}, {} on {}, {} of headers between them",
+            tunnel.device,
+            end.mtu,
+            end.name,
+            tunnel.encapsulation.overhead(bind)
         );
         self.step("mtu", found);
         let lease = self.lease_of(self.question.to);
-        let endpoint = lease.and_then(|lease| {
-            let plan = &self.session.registration.plan;
-            plan.endpoint_of(&lease.attrs)
-        });
+        let node = lease.and_then(|lease| super::public_of(lease, bind.is_ipv4()));
         let mut peers = self.status.peers.iter();
-        if let Some(peer) = peers.find(|peer| Some(peer.addr) == endpoint) {
+        if let Some(peer) = peers.find(|peer| Some(peer.addr.ip()) == node) {
             let found = match peer.path_mtu {
                 Some(mtu) => format!(
                     "the path to {} carries {mtu} bytes, as it was learned",
@@ -172,10 +205,11 @@ impl<K: Kernel> Case<'_, K> {
     }
 
     /// The rest of the way to a peer.
-    async fn towards(&mut self, peer: SocketAddr, foretold: Foretold) {
-        let name = self.session.registration.plan.name();
-        let found = format!("{name}: the network's backend, and the same for every peer");
-        self.step("transport", found);
+    async fn towards(&mut self, tunnel: &Tunnel, peer: SocketAddr, foretold: Foretold) {
+        let to = self.question.to;
+        if let (Some(lease), Some(net)) = (self.lease_of(to).cloned(), self.net_of(to)) {
+            self.transport(&lease, net, Way::Tunnel(tunnel));
+        }
         let index = self.status.peers.iter().position(|one| one.addr == peer);
         let known = index
             .and_then(|index| self.status.peers.get(index))
@@ -195,14 +229,12 @@ impl<K: Kernel> Case<'_, K> {
         }
         match self.kernel.route_to(peer.ip()).await {
             Ok(Some(reach)) => {
-                let link = self.kernel.link_at(reach.link).await.ok().flatten();
-                let name = link.as_ref().map_or("?", |link| link.name.as_str());
+                let (name, link) = self.link(reach.link).await;
                 self.step("underlay", format!("{} is reached by {name}", peer.ip()));
-                if link.as_ref().is_some_and(|link| !link.up) {
+                if link.is_some_and(|link| !link.up) {
                     return self.drop_here("encap", DropReason::UnderlayDown);
                 }
-                let name = name.to_owned();
-                self.neighbour(peer.ip(), &name);
+                self.neighbour(&reach, &name).await;
             }
             Ok(None) => {
                 self.step(
@@ -239,48 +271,30 @@ impl<K: Kernel> Case<'_, K> {
             | Foretold::Answered(_)
             | Foretold::Dropped(_) => ("sent", String::new()),
         };
-        let source = self.question.from;
-        let accepted = source == self.session.registration.choice().public || self.is_here(source);
-        let then = if accepted {
+        let then = if self.owns_source() {
             "whose source check accepts it"
         } else {
             self.answer.remedy = Some(DropReason::SpoofedSource.remedy());
             "whose source check drops it as spoofed_source unless it is loose"
         };
-        self.step(
-            "ownership",
-            if accepted {
-                format!("{source} is ours to send from")
-            } else {
-                format!("{source} is not in our lease")
-            },
-        );
         self.end(
             outcome,
             format!("this node sends it{how} to {peer}, {then}"),
         );
     }
 
-    /// The link-layer address of an IPv4 neighbour, as far as the kernel needs one.
-    pub(super) fn neighbour(&mut self, addr: IpAddr, device: &str) {
-        if addr.is_ipv6() {
-            let unseen = format!("the neighbour entry of {addr} (ip -6 neigh show {addr})");
-            return self.answer.unseen.push(unseen);
-        }
-        // Of this thread's network namespace; the process's may be another.
-        let table = fs::read_to_string("/proc/thread-self/net/arp").unwrap_or_default();
-        let text = addr.to_string();
-        let entry = table.lines().skip(1).find_map(|line| {
-            let mut columns = line.split_whitespace();
-            (columns.next()? == text).then(|| (columns.nth(1), columns.next()))
-        });
-        let found = match entry {
-            Some((Some("0x0"), _)) => {
-                format!("{addr} does not answer on {device}: packets wait for it and are lost")
-            }
-            Some((_, Some(mac))) => format!("{addr} is at {mac} on {device}"),
-            _ => format!("{addr} has no entry on {device}: a router's is used, or it is asked for"),
+    /// Whether the source is one that peers take from this node: of our lease, or our address on the underlay.
+    pub(super) fn owns_source(&mut self) -> bool {
+        let source = self.question.from;
+        let registration = &self.session.registration;
+        let is_public = registration.ends.iter().any(|end| end.public == source);
+        let is_ours = is_public || self.own_nets().iter().any(|net| net.contains(&source));
+        let found = if is_ours {
+            format!("{source} is ours to send from")
+        } else {
+            format!("{source} is not in our lease")
         };
-        self.step("neighbour", found);
+        self.step("ownership", found);
+        is_ours
     }
 }

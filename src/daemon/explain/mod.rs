@@ -1,14 +1,16 @@
 //! Owns the document that `loden explain` shows: what becomes of a packet between two addresses, step by step,
-//! by the same decisions that the workers take. Never sends anything unless it is asked to (`trace`), and says what it
-//! cannot see.
+//! by the same decisions that the workers take and, where the kernel decides, by its own answers. Never sends anything
+//! unless it is asked to (`trace`), and says what it cannot see.
 
 mod decap;
 mod encap;
 mod kernel;
+mod names;
 mod trace;
+mod way;
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header};
 use ipnet::IpNet;
@@ -18,11 +20,13 @@ use super::session::Session;
 use super::tunnel::Tunnel;
 use super::{Daemon, Options};
 use crate::backend::kernel::Kernel;
+use crate::backend::plan::Plan;
 use crate::backend::udp;
 use crate::datapath::{self, DropReason};
 use crate::lease::Lease;
 use crate::probe::background::sentence;
 use crate::store::LeaseStore;
+pub(super) use names::{Found, Named, find};
 pub(super) use trace::Trace;
 
 /// The TTL that a packet of this node has when it reaches the tunnel: 64, less the node's own hop.
@@ -42,7 +46,7 @@ pub(super) struct Explanation {
     remedy: Option<&'static str>,
     /// What was looked at, in the packet's order.
     steps: Vec<Step>,
-    /// The counters of `loden status` that such a packet raises.
+    /// The counters of `loden status` that such a packet raises, and those of the kernel's links, which say so.
     counters: Vec<String>,
     /// What decides about it, too, and cannot be seen from here.
     unseen: Vec<String>,
@@ -72,6 +76,10 @@ pub(super) struct Question {
 /// What is asked about, with everything the answer is taken from.
 struct Case<'a, K> {
     question: Question,
+    ends: &'a [Named; 2],
+    /// Whether each end is on this node, in a pod or as the node itself; and as the node itself.
+    here: [bool; 2],
+    local: [bool; 2],
     session: &'a Session,
     /// Our own data plane's, where it carries the packets.
     tunnel: Option<&'a Tunnel>,
@@ -81,15 +89,13 @@ struct Case<'a, K> {
     answer: Explanation,
 }
 
-/// Explains one packet.
+/// Explains one packet between these ends.
 pub(super) async fn explain<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     question: Question,
+    ends: &[Named; 2],
 ) -> Result<Explanation, String> {
-    if question.from.is_ipv4() != question.to.is_ipv4() {
-        return Err("source and destination are of different families".to_owned());
-    }
     let carrier = session.carrier.as_ref().ok_or_else(|| {
         let why = session.down.as_deref().unwrap_or("not opened yet");
         format!("the tunnel is down, so no packet of the overlay gets anywhere: {why}")
@@ -97,6 +103,9 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
     let tunnel = carrier.tunnel_of(question.to);
     let mut case = Case {
         question,
+        ends,
+        here: [false; 2],
+        local: [false; 2],
         session,
         tunnel,
         options: daemon.options,
@@ -113,26 +122,32 @@ pub(super) async fn explain<S: LeaseStore, K: Kernel>(
             trace: Vec::new(),
         },
     };
-    let (from_here, to_here) = (case.is_here(question.from), case.is_here(question.to));
-    case.ends(from_here, to_here);
-    case.last_probe(if to_here { question.from } else { question.to });
-    match (from_here, to_here) {
-        (true, true) => case.end(
-            "local",
-            "both ends are on this node: its kernel delivers the packet, and loden never sees it"
-                .to_owned(),
-        ),
-        (_, true) => case.decap().await,
-        (true, false) => case.encap().await,
-        (false, false) => case.end(
-            "elsewhere",
-            "neither end is on this node: ask on the node that has the source".to_owned(),
-        ),
+    case.locate().await;
+    case.show_ends();
+    let other = if case.here[1] {
+        question.from
+    } else {
+        question.to
+    };
+    case.last_probe(other);
+    match case.here {
+        [true, true] => case.on_this_node().await,
+        [_, true] => case.decap().await,
+        [true, false] => case.encap().await,
+        [false, false] => {
+            let node = case.lease_of(question.from);
+            let node = node.and_then(|lease| lease.attrs.node());
+            let node = node.map_or_else(String::new, |node| format!(", {node}"));
+            case.end(
+                "elsewhere",
+                format!("neither end is on this node: ask on the node that has the source{node}"),
+            );
+        }
     }
     Ok(case.answer)
 }
 
-/// Makes ready to follow probes that take a packet's way.
+/// Makes ready to follow probes that take the way of a packet that was explained.
 ///
 /// # Errors
 ///
@@ -141,16 +156,37 @@ pub(super) fn begin_trace<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     question: Question,
+    explained: &Explanation,
 ) -> Result<Trace, String> {
     let registration = &session.registration;
     let own = udp::nets(&registration.lease.subnets);
     let is_own = own.iter().any(|net| net.contains(&question.to));
     let other = if is_own { question.from } else { question.to };
     let len = question.len.min(registration.plan.mtu().get());
-    Trace::begin(daemon, session, other, len)
+    // Of what comes in, our own probes' way out is another question.
+    let is_watched = is_own || explained.outcome != "kernel";
+    Trace::begin(daemon, session, other, len, is_watched)
 }
 
 impl<K: Kernel> Case<'_, K> {
+    /// Between two ends that are both here.
+    async fn on_this_node(&mut self) {
+        let to = self.question.to;
+        let mut verdict =
+            "both ends are on this node: its kernel delivers the packet, and loden never sees it"
+                .to_owned();
+        if !self.local[1]
+            && let Ok(Some(reach)) = self.kernel.route_to(to).await
+        {
+            let (name, _) = self.link(reach.link).await;
+            self.step("route", format!("the kernel routes {to} by {name}"));
+            if !self.neighbour(&reach, &name).await {
+                verdict = format!("both ends are on this node, and {to} does not answer on {name}");
+            }
+        }
+        self.end("local", verdict);
+    }
+
     /// What probes last found of the other node.
     fn last_probe(&mut self, addr: IpAddr) {
         let Some(subnets) = self.lease_of(addr).map(|lease| lease.subnets) else {
@@ -198,9 +234,36 @@ impl<K: Kernel> Case<'_, K> {
         udp::nets(&self.session.registration.lease.subnets)
     }
 
-    fn is_here(&self, addr: IpAddr) -> bool {
-        addr == self.session.registration.choice().addr
-            || self.own_nets().iter().any(|net| net.contains(&addr))
+    /// Finds out which ends are on this node. What a pod in the node's network sends to the overlay comes from the address
+    /// that the kernel chooses for it.
+    async fn locate(&mut self) {
+        let addrs = [self.question.from, self.question.to];
+        for (nth, addr) in addrs.into_iter().enumerate() {
+            let is_local = match self.kernel.route_to(addr).await {
+                Ok(reach) => reach.is_some_and(|reach| reach.is_local),
+                // A route that refuses says enough later.
+                Err(_refused) => false,
+            };
+            let mut ends = self.session.registration.ends.iter();
+            // Behind NAT, the address that others use is none of the kernel's.
+            let is_local = is_local || ends.any(|end| end.public == addr);
+            let in_lease = self.own_nets().iter().any(|net| net.contains(&addr));
+            self.local[nth] = is_local;
+            self.here[nth] = is_local || in_lease;
+        }
+        let is_host = self.ends[0].shares_node() && self.local[0];
+        if is_host
+            && self.is_in_overlay(self.question.to)
+            && let Ok(Some(reach)) = self.kernel.route_to(self.question.to).await
+            && let Some(from) = reach.from
+        {
+            self.question.from = from;
+        }
+    }
+
+    fn is_in_overlay(&self, addr: IpAddr) -> bool {
+        let networks = udp::networks(&self.session.registration.config);
+        networks.iter().any(|net| net.contains(&addr))
     }
 
     /// Who has the lease that an address lies in.
@@ -214,43 +277,64 @@ impl<K: Kernel> Case<'_, K> {
         })
     }
 
-    fn ends(&mut self, from_here: bool, to_here: bool) {
-        let Question { from, to, .. } = self.question;
-        for (what, addr, here) in [("source", from, from_here), ("destination", to, to_here)] {
-            let networks = udp::networks(&self.session.registration.config);
-            let found = if here {
-                format!("{addr} is on this node")
+    fn show_ends(&mut self) {
+        let addrs = [self.question.from, self.question.to];
+        for (nth, what) in ["source", "destination"].into_iter().enumerate() {
+            let addr = addrs[nth];
+            let place = if self.here[nth] {
+                "is on this node".to_owned()
             } else if let Some(lease) = self.lease_of(addr)
                 && let Some(why) = self.session.why_unserved(&lease.subnets)
             {
+                format!("is in lease {}, which is not served: {why}", lease.subnets)
+            } else if let Some(lease) = self.lease_of(addr) {
+                self.place_of(lease, addr)
+            } else if self.is_in_overlay(addr) {
+                "is in the overlay, in nobody's lease".to_owned()
+            } else {
+                "is outside the overlay".to_owned()
+            };
+            let end = &self.ends[nth];
+            let then = if end.addr == addr {
+                String::new()
+            } else {
+                format!("; what it sends there comes from {addr}")
+            };
+            let found = format!("{end} {place}{then}");
+            self.step(what, found);
+        }
+    }
+
+    fn place_of(&self, lease: &Lease, addr: IpAddr) -> String {
+        if !self.is_in_overlay(addr) {
+            return format!("is the node's that has lease {}", lease.subnets);
+        }
+        let plan = &self.session.registration.plan;
+        let node = public_of(lease, self.question.to.is_ipv4());
+        let endpoint = plan
+            .endpoint_of(&lease.attrs)
+            .map(|endpoint| match (plan, node) {
+                // Each family crosses its own.
+                (Plan::Vxlan(_), Some(node)) => SocketAddr::new(node, endpoint.port()),
+                _ => endpoint,
+            });
+        let node = endpoint.map(|endpoint| endpoint.ip()).or(node);
+        let node = node.map_or_else(|| "no public IP".to_owned(), |ip| ip.to_string());
+        match endpoint {
+            Some(endpoint) => {
                 format!(
-                    "{addr} is in lease {}, which is not served: {why}",
+                    "is in lease {} of node {node}, reached at {endpoint}",
                     lease.subnets
                 )
-            } else if let Some(lease) = self.lease_of(addr) {
-                let endpoint = self.session.registration.plan.endpoint_of(&lease.attrs);
-                let node = lease.attrs.node();
-                let node = node.map_or_else(|| "no public IP".to_owned(), |ip| ip.to_string());
-                match endpoint {
-                    Some(endpoint) => format!(
-                        "{addr} is in lease {} of node {node}, reached at {endpoint}",
-                        lease.subnets
-                    ),
-                    // Routes have no endpoint.
-                    None if self.tunnel.is_none() => {
-                        format!("{addr} is in lease {} of node {node}", lease.subnets)
-                    }
-                    None => format!(
-                        "{addr} is in lease {} of node {node}, which has no address of our underlay's family",
-                        lease.subnets
-                    ),
-                }
-            } else if networks.iter().any(|net| net.contains(&addr)) {
-                format!("{addr} is in the overlay, in nobody's lease")
-            } else {
-                format!("{addr} is outside the overlay")
-            };
-            self.step(what, found);
+            }
+            // Routes have no endpoint.
+            None if self.tunnel.is_none() => {
+                format!("is in lease {} of node {node}", lease.subnets)
+            }
+            None => format!(
+                "is in lease {} of node {node}, which has no address of our underlay's family",
+                lease.subnets
+            ),
         }
     }
 
@@ -299,6 +383,13 @@ impl<K: Kernel> Case<'_, K> {
             format!("this node drops it: {}", reason.name()),
         );
     }
+}
+
+/// Where a peer's node is on the underlay of a family; in the other one, if it has only that.
+fn public_of(lease: &Lease, is_ipv4: bool) -> Option<IpAddr> {
+    let v4 = lease.attrs.public_ip.map(IpAddr::V4);
+    let v6 = lease.attrs.public_ipv6.map(IpAddr::V6);
+    if is_ipv4 { v4.or(v6) } else { v6.or(v4) }
 }
 
 /// What an `unreachable`, `prohibit` or `blackhole` route says (`fib_props`, net/ipv4/fib_semantics.c).

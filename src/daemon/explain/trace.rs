@@ -16,8 +16,8 @@ use crate::daemon::session::Session;
 use crate::datapath::tap::filter::Filter;
 use crate::datapath::tap::{Capture, Direction, Record, Wanted};
 use crate::debug::pcapng::Outcome;
+use crate::probe::Directory;
 use crate::probe::prober::{Prober, Round};
-use crate::probe::{Directory, Path};
 use crate::store::LeaseStore;
 
 /// Marked probes: enough to tell a loss from a way that is closed.
@@ -45,12 +45,14 @@ pub(in crate::daemon) struct Trace {
 }
 
 impl Trace {
-    /// Makes ready to follow probes to the node whose lease has `addr`; why not, if they cannot be.
+    /// Makes ready to follow probes to the node whose lease has `addr`; why not, if they cannot be. Our own workers are
+    /// watched where they carry the packets.
     pub(super) fn begin<S: LeaseStore, K: Kernel>(
         daemon: &Daemon<'_, S, K>,
         session: &Session,
         addr: IpAddr,
         len: u16,
+        is_watched: bool,
     ) -> Result<Self, String> {
         let port = daemon.probes.options.port.map(NonZero::get);
         let port =
@@ -68,6 +70,7 @@ impl Trace {
         let to = to.ok_or_else(|| format!("the peer of {addr} has no address of that family"))?;
         let carrier = session.carrier.as_ref();
         let taps = carrier.and_then(|carrier| carrier.tunnel_of(to)?.taps());
+        let taps = taps.filter(|_| is_watched);
         let filter = format!("udp port {port} and host {to}").parse::<Filter>();
         let capture = match (taps, filter) {
             (Some(taps), Ok(filter)) => taps
@@ -99,7 +102,8 @@ impl Trace {
     }
 
     async fn follow(mut self) -> Vec<String> {
-        let mut prober = match Prober::probes(&self.directory, &Path::default(), self.to).await {
+        let path = self.directory.path_to(self.to.ip());
+        let mut prober = match Prober::probes(&self.directory, &path, self.to).await {
             Ok(prober) => prober,
             Err(error) => return vec![format!("no probe can be sent to {}: {error}", self.to)],
         };
@@ -130,7 +134,10 @@ impl Trace {
             Some(seen) => {
                 lines.extend(told("this node", &seen, "none of them reached its workers"))
             }
-            None => lines.push("this node: its workers cannot be watched now".to_owned()),
+            None => lines.push(
+                "this node: its workers cannot be watched: the kernel carries the packets"
+                    .to_owned(),
+            ),
         }
         match (figures.via_there, figures.ttl_there) {
             (Some(via), ttl) => {

@@ -1,5 +1,6 @@
 //! Owns when a session looks at what carries its packets, and what follows from what it finds.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::{RESYNC, Session};
@@ -122,12 +123,11 @@ impl Session {
 
     /// Has the source check know the peers as the last look found them.
     pub(super) fn tell_senders(&self) {
-        let senders = self
-            .carrier
-            .as_ref()
-            .and_then(|carrier| carrier.report.senders.as_ref());
-        if let Some(senders) = senders {
-            self.guard.want(senders);
+        let report = self.carrier.as_ref().map(|carrier| &carrier.report);
+        if let Some(report) = report
+            && let Some(senders) = &report.senders
+        {
+            self.guard.want(senders, &report.devices);
         }
     }
 
@@ -157,6 +157,7 @@ impl Session {
             tunnel: tunnels.iter().map(|tunnel| tunnel.index).collect(),
             kernel_tunnel: devices.to_vec(),
             underlay: self.registration.ends.iter().map(|end| end.index).collect(),
+            past: carrier.map_or_else(HashSet::new, |carrier| carrier.report.direct.clone()),
         };
         let mtu = self.registration.plan.mtu();
         self.directory.set_ways(ways, mtu.get());

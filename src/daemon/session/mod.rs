@@ -294,6 +294,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 Some(asked) = self.asked.recv() => {
                     asked::serve(self, &session, &held, asked).await;
                 }
+                Some(resolved) = self.resolved.recv() => {
+                    asked::explained(self, &session, resolved).await;
+                }
                 Some(asked) = self.probes.asked() => {
                     probes::report(self, &session, asked);
                 }

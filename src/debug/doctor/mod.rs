@@ -87,8 +87,10 @@ pub struct Evidence {
     pub we_hear: bool,
     /// It has answered or asked as this program does.
     pub runs_it: bool,
-    /// Each end chooses its own way to the other, so they may differ.
-    pub ways_are_chosen: bool,
+    /// What our packets to it are to come in by there; unknown also where that changed while it was examined.
+    pub sends_by: Via,
+    /// Datagrams that our own kernel dropped for a wrong checksum while it was examined.
+    pub bad_checksums_here: u64,
 }
 
 impl Evidence {
@@ -107,6 +109,15 @@ impl Evidence {
             || answered(self.underlay.as_ref())
             || self.refused
             || self.said.is_some()
+    }
+
+    /// What its answers are to come in by here: as it says, if it says the same before and after.
+    fn answers_by(&self) -> Via {
+        let said = self
+            .said
+            .map(|said| (said.before.sends_by, said.after.sends_by));
+        said.filter(|(before, after)| before == after)
+            .map_or(Via::Unknown, |(_, after)| after)
     }
 
     fn health(&self, of: Health) -> bool {
@@ -200,22 +211,18 @@ fn reached(evidence: &Evidence, find: &mut impl FnMut(Cause, String)) {
             );
         }
     }
-    let of_device = |via: Option<&'static str>| {
-        via.filter(|&via| via != Via::Unknown.name())
-            .map(|via| via == Via::Tunnel.name() || via == Via::KernelTunnel.name())
-    };
-    if let (Some(there), Some(here)) = (of_device(overlay.via_there), of_device(overlay.via_here))
-        && there != here
-        && !evidence.ways_are_chosen
-    {
-        find(
-            Cause::AsymmetricPath,
-            format!(
-                "probes come in there by {}, and their answers come in here by {}",
-                overlay.via_there.unwrap_or_default(),
-                overlay.via_here.unwrap_or_default()
-            ),
-        );
+    let strays = [
+        stray("ours", evidence.sends_by, "there", overlay.via_there),
+        stray(
+            "its answers",
+            evidence.answers_by(),
+            "here",
+            overlay.via_here,
+        ),
+    ];
+    let strays: Vec<String> = strays.into_iter().flatten().collect();
+    if !strays.is_empty() {
+        find(Cause::AsymmetricPath, strays.join("; "));
     }
     let limit = i64::try_from(CLOCK_OFF.as_micros()).unwrap_or(i64::MAX);
     if let Some(offset) = overlay.clock_offset_us
@@ -228,7 +235,11 @@ fn reached(evidence: &Evidence, find: &mut impl FnMut(Cause, String)) {
             format!("its clock is {seconds} seconds {how} ours"),
         );
     }
-    if overlay.loss_percent() >= LOSSY {
+    if overlay.loss_percent() >= LOSSY
+        && let Some(detail) = some_bad_checksums(evidence)
+    {
+        find(Cause::ChecksumCorruption, detail);
+    } else if overlay.loss_percent() >= LOSSY {
         let underlay = evidence.underlay.as_ref().map_or(0, Figures::loss_percent);
         let whose = if underlay >= LOSSY {
             format!("echoes past the overlay lose {underlay} %, too")
@@ -243,6 +254,21 @@ fn reached(evidence: &Evidence, find: &mut impl FnMut(Cause, String)) {
             ),
         );
     }
+}
+
+/// Whether a way leads through a tunnel; none if nothing is known of it.
+#[must_use]
+pub fn is_tunnel(via: &str) -> Option<bool> {
+    let tunnels = [Via::Tunnel.name(), Via::KernelTunnel.name()];
+    (via != Via::Unknown.name()).then(|| tunnels.contains(&via))
+}
+
+/// How packets come in that were sent by another way than they took.
+fn stray(whose: &str, meant: Via, place: &str, came: Option<&'static str>) -> Option<String> {
+    let came = came?;
+    let strays = is_tunnel(meant.name())? != is_tunnel(came)?;
+    let meant = meant.name();
+    strays.then(|| format!("{whose} are sent by {meant}, and come in {place} by {came}"))
 }
 
 /// What may be wrong with a peer that answers echoes through the overlay and no probes.
@@ -343,6 +369,27 @@ fn bad_checksums(evidence: &Evidence) -> Option<String> {
     }
     answered(evidence.unchecked.as_ref()).then(|| {
         "probes without a UDP checksum are answered, and those with one are not".to_owned()
+    })
+}
+
+/// Likewise where only some are wrong: about as many as there were losses.
+fn some_bad_checksums(evidence: &Evidence) -> Option<String> {
+    let there = evidence.said.map_or(0, |said| {
+        said.after
+            .bad_checksums
+            .saturating_sub(said.before.bad_checksums)
+    });
+    let here = evidence.bad_checksums_here;
+    let lost = evidence
+        .overlay
+        .sent
+        .saturating_sub(evidence.overlay.answered);
+    (there + here >= u64::from(lost / 2).max(1)).then(|| {
+        format!(
+            "its kernel dropped {there} datagrams for a wrong checksum and ours {here}, while {} % of the probes were \
+             lost",
+            evidence.overlay.loss_percent()
+        )
     })
 }
 

@@ -42,6 +42,7 @@ fn said() -> Said {
         sent: None,
         bad_checksums: 7,
         peers: 1,
+        sends_by: Via::Tunnel,
     };
     Said {
         before: facts,
@@ -74,7 +75,8 @@ fn healthy() -> Evidence {
         said: Some(said()),
         we_hear: true,
         runs_it: true,
-        ways_are_chosen: false,
+        sends_by: Via::Tunnel,
+        bad_checksums_here: 0,
     }
 }
 
@@ -156,8 +158,29 @@ fn what_is_wrong_with_a_peer_that_answers_is_named() {
     let mut other_way = healthy();
     other_way.overlay.via_here = Some("underlay");
     assert_eq!(causes(&other_way), [Cause::AsymmetricPath]);
-    other_way.ways_are_chosen = true;
+    // Each end chooses its own way: what counts is whether packets take the one that was chosen for them.
+    let answers = |before, after| {
+        let mut said = said();
+        said.before.sends_by = before;
+        said.after.sends_by = after;
+        Some(said)
+    };
+    other_way.said = answers(Via::Underlay, Via::Underlay);
     assert_eq!(causes(&other_way), []);
+    other_way.said = answers(Via::Tunnel, Via::Underlay);
+    assert_eq!(causes(&other_way), [], "it has just changed");
+    other_way.sends_by = Via::Underlay;
+    assert_eq!(causes(&other_way), [Cause::AsymmetricPath]);
+    other_way.overlay.via_there = Some("underlay");
+    assert_eq!(causes(&other_way), []);
+    other_way.sends_by = Via::Unknown;
+    assert_eq!(causes(&other_way), []);
+    let mut corrupted = healthy();
+    corrupted.overlay.answered = 6;
+    corrupted.bad_checksums_here = 2;
+    assert_eq!(causes(&corrupted), [Cause::ChecksumCorruption]);
+    corrupted.bad_checksums_here = 1;
+    assert_eq!(causes(&corrupted), [Cause::Loss]);
     for offset in [11_000_000, -11_000_000] {
         let mut clock = healthy();
         clock.overlay.clock_offset_us = Some(offset);

@@ -27,6 +27,7 @@ use super::tool::{self, SearchPath};
 use crate::addr::Mac;
 
 pub(super) use table::PREFIX;
+use table::Place;
 
 /// How long a burst of changes by others is given to end.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -44,6 +45,8 @@ pub struct Senders {
     pub outer: BTreeSet<IpAddr>,
     /// Whose frames may hold packets from which subnet.
     pub inner: BTreeSet<(Mac, IpNet)>,
+    /// The kernel's numbers of the devices: for others of the same names the table is made anew.
+    pub devices: Vec<u32>,
 }
 
 /// The devices whose senders are checked.
@@ -224,7 +227,7 @@ async fn probe(nft: &std::path::Path, tunnel: &Tunnel) -> Result<(Scope, Option<
         // Not only read but tried: the kernel says what it lacks when it makes the sets.
         let mut trial = tunnel.clone();
         trial.devices = vec!["loden-trial".to_owned()];
-        let script = table::replace(&trial, scope, &Senders::default());
+        let script = table::replace(&trial, scope, Place::Prerouting, &Senders::default());
         match tool::run(nft, &["--check", "-f", "-"], &script)
             .await?
             .success(&script)
@@ -317,18 +320,27 @@ impl Keeper {
         if self.held.as_ref() == Some(senders) {
             return Ok(());
         }
-        if let Some(held) = &self.held {
+        if let Some(held) = self
+            .held
+            .as_ref()
+            .filter(|it| it.devices == senders.devices)
+        {
             let script = table::edit(&self.tunnel, self.scope, held, senders);
             if self.transact(&script).await.is_ok() {
                 self.held = Some(senders.clone());
                 return Ok(());
             }
-            // Somebody has changed it.
+        }
+        if self.held.is_some() {
+            // Somebody has changed it, or the devices are not those that it was made for.
             self.count().await;
             self.forget_table();
         }
-        let script = table::replace(&self.tunnel, self.scope, senders);
-        self.transact(&script).await?;
+        let replace = |place| table::replace(&self.tunnel, self.scope, place, senders);
+        if let Err(error) = self.transact(&replace(Place::Ingress)).await {
+            debug!("inner packets are looked at with all of the node's: {error}");
+            self.transact(&replace(Place::Prerouting)).await?;
+        }
         self.shape = self
             .list(&["-s", "-t", "list", "table", "inet"], "")
             .await?;

@@ -30,6 +30,16 @@ const SETS: [(&str, &str); 4] = [
     ("inner-v6", "type ether_addr . ipv6_addr; flags interval;"),
 ];
 
+/// Where packets are looked at that the devices have unwrapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// As they leave a device. No other packet costs anything, but the chain is bound to the devices that there are
+    /// when it is made; needs Linux 5.10.
+    Ingress,
+    /// With all packets of the node.
+    Prerouting,
+}
+
 /// The names of the sets.
 pub(super) fn set_names(scope: Scope) -> impl Iterator<Item = &'static str> {
     sets(scope).map(|(name, _)| name)
@@ -49,7 +59,7 @@ pub(super) fn name(tunnel: &Tunnel) -> String {
 }
 
 /// The transaction that leaves a table for these senders, whatever was there.
-pub(super) fn replace(tunnel: &Tunnel, scope: Scope, senders: &Senders) -> String {
+pub(super) fn replace(tunnel: &Tunnel, scope: Scope, place: Place, senders: &Senders) -> String {
     let name = name(tunnel);
     let mut script = remove(&name);
     let mut line = |text: &str| {
@@ -65,15 +75,16 @@ pub(super) fn replace(tunnel: &Tunnel, scope: Scope, senders: &Senders) -> Strin
     }
     if scope.outer {
         // Where the kernel's tunnel takes datagrams off, fragments are put together by then. Bytes 12 to 14 behind
-        // the start of the UDP header are the VNI (RFC 7348 section 5); other networks may share the port.
+        // the start of the UDP header are the VNI (RFC 7348 section 5); other networks may share the port. Peers
+        // come first: each rule costs a packet.
         line("chain outer {");
         line("type filter hook input priority -300; policy accept;");
-        for (ip, set) in [("ip", "outer-v4"), ("ip6", "outer-v6")] {
-            line(&format!(
-                "udp dport {} @th,96,24 {} {ip} saddr != @{set} counter name {UNKNOWN_PEER} drop",
-                tunnel.port, tunnel.vni
-            ));
-        }
+        line("ip saddr @outer-v4 accept");
+        line("ip6 saddr @outer-v6 accept");
+        line(&format!(
+            "udp dport {} @th,96,24 {} counter name {UNKNOWN_PEER} drop",
+            tunnel.port, tunnel.vni
+        ));
         line("}");
     }
     if scope.inner {
@@ -82,14 +93,29 @@ pub(super) fn replace(tunnel: &Tunnel, scope: Scope, senders: &Senders) -> Strin
             .iter()
             .map(|it| format!("\"{it}\""))
             .collect();
+        let devices = devices.join(", ");
+        let (hook, others, families) = match place {
+            Place::Ingress => (
+                format!("ingress devices = {{ {devices} }}"),
+                None,
+                "meta protocol { ip, ip6 } ",
+            ),
+            Place::Prerouting => (
+                "prerouting".to_owned(),
+                Some(format!("iifname != {{ {devices} }} accept")),
+                "",
+            ),
+        };
         line("chain inner {");
-        line("type filter hook prerouting priority -300; policy accept;");
-        for (ip, set) in [("ip", "inner-v4"), ("ip6", "inner-v6")] {
-            line(&format!(
-                "iifname {{ {} }} ether saddr . {ip} saddr != @{set} counter name {SPOOFED_SOURCE} drop",
-                devices.join(", ")
-            ));
+        line(&format!(
+            "type filter hook {hook} priority -300; policy accept;"
+        ));
+        if let Some(others) = others {
+            line(&others);
         }
+        line("ether saddr . ip saddr @inner-v4 accept");
+        line("ether saddr . ip6 saddr @inner-v6 accept");
+        line(&format!("{families}counter name {SPOOFED_SOURCE} drop"));
         line("}");
     }
     line("}");

@@ -21,7 +21,7 @@ use crate::store::{Cause, LostTo, Problem, RenewError, StoreError};
 /// How long the server may take for one answer.
 const ANSWER: Duration = Duration::from_secs(10);
 
-const GET_POD: Permission = Permission {
+pub(super) const GET_POD: Permission = Permission {
     resource: "pods",
     verbs: "get",
 };
@@ -50,7 +50,7 @@ impl Inner {
     }
 
     /// One request to the server, within bounds.
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         needs: Permission,
         request: impl Future<Output = kube::Result<T>>,

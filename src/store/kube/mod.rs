@@ -28,6 +28,7 @@ mod courtesy;
 mod event;
 mod failure;
 mod node;
+mod pods;
 mod settings;
 mod view;
 mod watch;
@@ -41,6 +42,7 @@ use kube::client::ClientBuilder;
 use tokio::sync::{OnceCell, mpsc, watch as latest};
 use tower::util::MapResponseLayer;
 
+use super::pods::{PodLookup, PodName};
 use super::{AcquireRequest, LeaseStore, RenewError, StoreError, StoreEvent};
 use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, Subnets};
@@ -171,6 +173,10 @@ impl LeaseStore for KubeStore {
 
     fn report(&self, missing: &[String]) {
         self.inner.report(missing);
+    }
+
+    fn pod(&self, name: PodName) -> PodLookup {
+        Box::pin(Arc::clone(&self.inner).pod(name))
     }
 
     fn watch(&self) -> mpsc::Receiver<StoreEvent> {

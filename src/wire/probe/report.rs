@@ -6,7 +6,8 @@
 //! | 90..92 | entries in this datagram |
 //! | 92..96 | number of the first of them |
 //! | 96..100 | peers there are |
-//! | 100..104 | reserved |
+//! | 100 | [`Via`]: what its packets to the asker are to come in by there |
+//! | 101..104 | reserved |
 //! | 104..120 | the node's public address; IPv4 as IPv4-mapped IPv6 |
 //! | 120..128 | datagrams of the asker that the node's data plane has read; all ones: not counted |
 //! | 128..136 | datagrams for the asker that it has sent; all ones: not counted |
@@ -22,13 +23,15 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::super::field::Field;
-use super::{HEADER_LEN, ProbeError};
+use super::{HEADER_LEN, ProbeError, Via};
 
 const HEALTH: Field<2> = Field::at(88);
 const ENTRIES: Field<2> = Field::at(90);
 const FIRST: Field<4> = Field::at(92);
 const PEERS: Field<4> = Field::at(96);
-const RESERVED: Field<4> = Field::at(100);
+const SENDS_BY: Field<1> = Field::at(100);
+const RESERVED: Field<1> = Field::at(101);
+const RESERVED_REST: Field<2> = Field::at(102);
 const PUBLIC: Field<16> = Field::at(104);
 const RECEIVED: Field<8> = Field::at(120);
 const SENT: Field<8> = Field::at(128);
@@ -181,6 +184,8 @@ pub struct Facts {
     pub bad_checksums: u64,
     /// How many peers it has.
     pub peers: u32,
+    /// What its packets to the asker are to come in by there.
+    pub sends_by: Via,
 }
 
 /// A report, or the part of it that one datagram holds.
@@ -230,6 +235,7 @@ impl Report {
                 sent: counted(SENT.get(bytes)),
                 bad_checksums: BAD_CHECKSUMS.get(bytes),
                 peers: PEERS.get(bytes),
+                sends_by: Via::of(SENDS_BY.get(bytes)),
             },
             first: FIRST.get(bytes),
             entries: body
@@ -250,7 +256,9 @@ impl Report {
         ENTRIES.set(bytes, count);
         FIRST.set(bytes, self.first);
         PEERS.set(bytes, facts.peers);
+        SENDS_BY.set(bytes, facts.sends_by as u8);
         RESERVED.set(bytes, 0);
+        RESERVED_REST.set(bytes, 0);
         PUBLIC.put(bytes, facts.public.map_or([0; 16], mapped));
         RECEIVED.set(bytes, facts.received.unwrap_or(NOT_COUNTED));
         SENT.set(bytes, facts.sent.unwrap_or(NOT_COUNTED));

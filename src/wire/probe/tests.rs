@@ -107,6 +107,7 @@ fn report(entries: u8) -> Report {
             sent: None,
             bad_checksums: 3,
             peers: 400,
+            sends_by: Via::Underlay,
         },
         first: 11,
         entries: (0..entries).map(entry).collect(),
