@@ -776,7 +776,7 @@ fn second_daemon_on_the_same_vxlan_device_is_refused_by_name_and_the_first_unhar
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
         let first = cluster.daemons[0].as_ref().unwrap().0.id();
-        let named = format!("another daemon (pid {first}) has the VXLAN device flannel.1");
+        let named = format!("another daemon (pid {first}) has the device flannel.1");
         assert!(said.contains(&named), "{said}");
         assert!(!env.exists());
     }

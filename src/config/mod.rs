@@ -2,15 +2,16 @@
 //! complete [`NetworkConfig`]. Never does I/O, never logs: what deserves a warning is returned.
 
 mod backend;
+mod extension;
 mod go_json;
 mod pool;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
 pub use backend::{
-    Argv, Backend, ExtensionBackend, IpipBackend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT,
-    VxlanBackend,
+    Backend, IpipBackend, SourceCheck, SourcePort, UdpBackend, VXLAN_PORT, VxlanBackend,
 };
+pub use extension::{Argv, ExtensionBackend};
 pub use go_json::FieldError;
 pub(crate) use go_json::{Null, Object};
 pub use pool::{PoolError, SubnetPool};

@@ -1,4 +1,4 @@
-//! Owns finding out whether the checksums of what the kernel's VXLAN devices send arrive whole: a NIC that promises to
+//! Owns finding out whether the checksums of what the kernel's tunnel devices send arrive whole: a NIC that promises to
 //! compute them for encapsulated packets, and does it wrong, lets pings pass and nothing else. Needs no help from
 //! the peer: a kernel answers a datagram to a port where nobody listens only if its checksum is right. Never touches
 //! a device that works.

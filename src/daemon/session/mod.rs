@@ -99,7 +99,7 @@ pub(super) struct Session {
     pub(super) guard: Guard,
     /// Commands for peers, where the backend has any.
     commands: Option<extension::Peers>,
-    /// Whether what the kernel's VXLAN devices send arrives whole.
+    /// Whether what the kernel's tunnel devices send arrives whole.
     pub(super) checksums: Checksums,
     /// Peers that are reached past the tunnel, and those that may be.
     pub(super) ways: Ways,
