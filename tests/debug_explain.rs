@@ -426,7 +426,10 @@ fn traced_probes_are_followed_to_where_sight_ends() {
 
 #[test]
 fn where_the_kernel_carries_packets_its_way_is_told_and_probes_are_sent() {
-    for (backend, by) in [(Backend::Vxlan, "flannel.1"), (Backend::HostGw, "eth0")] {
+    for (backend, by, links) in [
+        (Backend::Vxlan, "flannel.1", "flannel.1, eth0"),
+        (Backend::HostGw, "eth0", "eth0"),
+    ] {
         let mut lab = lab(spec(2, backend));
         lab.await_connected().unwrap();
         let (a, b) = (lab.pod_addr(1, 1).unwrap(), lab.pod_addr(2, 1).unwrap());
@@ -441,7 +444,8 @@ fn where_the_kernel_carries_packets_its_way_is_told_and_probes_are_sent() {
         let unseen = said["unseen"].to_string();
         assert!(unseen.contains("no worker of ours sees it"), "{said}");
         let trace = said["trace"].to_string();
-        assert!(trace.contains("cannot be watched"), "{trace}");
+        let reading = format!("this node: reading packet sockets on {links}: ");
+        assert!(trace.contains(&reading), "{trace}");
         assert!(
             trace.contains("its daemon saw 3 of them"),
             "{backend:?} {trace} {said}"

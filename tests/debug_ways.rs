@@ -6,6 +6,8 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+#[path = "common/captured.rs"]
+mod captured;
 #[path = "common/cluster.rs"]
 mod cluster;
 mod common;
@@ -13,7 +15,8 @@ mod common;
 use std::net::UdpSocket;
 use std::process::Command;
 
-use cluster::{Cluster, V4};
+use captured::Running;
+use cluster::{Cluster, DUAL, HOST_GW, V4, VXLAN};
 use common::LODEN;
 use loden::lab::Member;
 use serde_json::Value;
@@ -168,8 +171,11 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
     let traced = explain(&cluster, 3, 3, 1, &["--trace"]);
     let trace = traced["trace"].to_string();
     for part in [
-        "the kernel carries the packets",
+        "this node: reading packet sockets on eth0: ",
+        "this node: 3 on eth0: handed to the kernel, to 192.0.2.1 over route, ",
+        "this node: sight ends behind eth0",
         "saw 3 of them come in by underlay",
+        "back here: 3 on eth0: arrived by the kernel, from 192.0.2.1 over route, ",
     ] {
         assert!(trace.contains(part), "{part}: {trace}");
     }
@@ -201,6 +207,7 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
         trace.contains("this node: 3 sent, to 192.0.2.1:8472"),
         "{trace}"
     );
+    assert!(!trace.contains("sight ends behind eth0"), "{trace}");
     // Node 1 itself still sends past it. Each end has chosen, so that is no fault, and is told.
     says(&cluster, 1, (1, 2), "transport", "have proven that way");
     let there = says(
@@ -297,4 +304,176 @@ fn direct_routes_and_what_overrides_or_filters_them_are_explained() {
     let back = explain(&cluster, 1, 2, 1, &[]);
     has(&back, "verdict", "does not forward packets to its pods");
     comes_true(&cluster, 1, (2, 1), &back, false);
+}
+
+/// The links of a node with VXLAN devices of both families.
+const DEVICES: &str = "flannel.1, eth0, flannel-v6.1";
+
+/// What node 1 says of probes of 500 bytes to node 2.
+fn trace(cluster: &Cluster) -> Vec<String> {
+    trace_between(cluster, ["198.18.1.2", "198.18.2.2"])
+}
+
+fn trace_between(cluster: &Cluster, [from, to]: [&str; 2]) -> Vec<String> {
+    let said = loden(cluster, 1, &["explain", from, to, "--len=500", "--trace"]);
+    let lines = said["trace"].as_array().into_iter().flatten();
+    lines
+        .map(|line| line.as_str().unwrap().to_owned())
+        .collect()
+}
+
+/// Every one of these begins a line, in this order.
+fn begin_lines(lines: &[String], parts: &[&str]) {
+    let mut rest = lines.iter();
+    for part in parts {
+        let found = rest.any(|line| line.starts_with(part));
+        assert!(found, "{part}: {lines:#?}");
+    }
+}
+
+/// The least time that a line names, in milliseconds.
+fn first_at(lines: &[String], beginning: &str) -> f64 {
+    let line = lines.iter().find(|line| line.starts_with(beginning));
+    let (least, _) = line.unwrap().rsplit_once(" to ").unwrap();
+    least.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Has a member drop this, until the next rule.
+fn wall(cluster: &Cluster, member: Member, hook: &str, rule: &str) {
+    let table = format!(
+        "table ip wall {{ chain c {{ type filter hook {hook} priority -500; {rule} drop; }}; }}"
+    );
+    cluster.lab.run(member, "nft", &[&table]).unwrap();
+}
+
+fn open(cluster: &Cluster, member: Member) {
+    cluster.run(member, "nft", "delete table ip wall");
+}
+
+#[test]
+fn traced_probes_are_followed_on_the_kernels_links_to_where_sight_ends() {
+    let cluster = Cluster::new(2, DUAL, VXLAN);
+    cluster.await_ping(1, "198.18.2.2");
+    cluster.await_ping(1, "fd00:18:0:2::2");
+    let seen = |device: &str, peer: &str| {
+        [
+            format!("this node: reading packet sockets on {DEVICES}: "),
+            format!("this node: 3 on {device}: handed to the kernel, to {peer}:8472 over vxlan, "),
+            format!("this node: 3 wrapped on eth0: handed to the kernel, to {peer}:8472 over vxlan, "),
+            "this node: sight ends behind eth0".to_owned(),
+            "192.0.2.2: its daemon saw 3 of them come in by kernel-tunnel, with a TTL of 64, 500 bytes long, and answered"
+                .to_owned(),
+            format!("back here: 3 wrapped on eth0: arrived by the kernel, from {peer}:"),
+            format!("back here: 3 on {device}: arrived by the kernel, from {peer}:8472 over vxlan, "),
+            "there and back in ".to_owned(),
+        ]
+    };
+    let v6 = seen("flannel-v6.1", "[2001:db8::2]");
+    let pods = ["fd00:18:0:1::2", "fd00:18:0:2::2"];
+    let mut lines = Vec::new();
+    // Its own address has to be found unique first.
+    cluster.wait_until("an answer", || {
+        lines = trace_between(&cluster, pods);
+        lines.iter().any(|line| line.starts_with("there and back"))
+    });
+    begin_lines(&lines, &v6.each_ref().map(String::as_str));
+
+    let v4 = seen("flannel.1", "192.0.2.2");
+    let seen = v4.each_ref().map(String::as_str);
+    let there = Member::Node(2);
+    count(
+        &cluster,
+        there,
+        "prerouting",
+        "udp dport 18285 ip length 500",
+    );
+    let lines = trace(&cluster);
+    begin_lines(&lines, &seen);
+    assert_eq!(counted(&cluster, there), 3);
+    assert!(
+        first_at(&lines, seen[1]) <= first_at(&lines, seen[2]),
+        "{lines:#?}"
+    );
+
+    // Our own firewall keeps what the device sends.
+    let carries = "ip daddr 192.0.2.2 udp dport 8472";
+    wall(&cluster, Member::Node(1), "output", carries);
+    let end = "this node: sight ends at flannel.1: nothing that wraps them was seen on eth0";
+    let silence = "192.0.2.2: sight ends here: no daemon answers probes";
+    let none = format!("back here: no answer was seen on {DEVICES}");
+    begin_lines(&trace(&cluster), &[seen[0], seen[1], end, silence, &none]);
+    open(&cluster, Member::Node(1));
+
+    // The other's firewall drops what came.
+    wall(&cluster, there, "prerouting", carries);
+    begin_lines(&trace(&cluster), &[&seen[..4], &[silence, &none]].concat());
+    open(&cluster, there);
+
+    // Ours drops the answers behind the tunnel.
+    wall(&cluster, Member::Node(1), "input", "udp sport 18285");
+    let lost = "back here: 3 that came did not reach the daemon";
+    begin_lines(
+        &trace(&cluster),
+        &[&seen[..4], &[silence], &seen[5..7], &[lost]].concat(),
+    );
+    open(&cluster, Member::Node(1));
+    begin_lines(&trace(&cluster), &seen);
+}
+
+#[test]
+fn traces_of_routed_probes_say_where_they_end_and_run_beside_captures() {
+    let cluster = Cluster::new(2, V4, HOST_GW);
+    cluster.await_ping(1, "198.18.2.2");
+    let seen = [
+        "this node: reading packet sockets on eth0: the kernel carries packets there",
+        "this node: 3 on eth0: handed to the kernel, to 192.0.2.2 over route, ",
+        "this node: sight ends behind eth0",
+        "192.0.2.2: its daemon saw 3 of them come in by underlay, with a TTL of 64, 500 bytes long, and answered",
+        "back here: 3 on eth0: arrived by the kernel, from 192.0.2.2 over route, ",
+        "there and back in ",
+    ];
+    count(
+        &cluster,
+        Member::Node(2),
+        "prerouting",
+        "udp dport 18285 ip length 500",
+    );
+    begin_lines(&trace(&cluster), &seen);
+    assert_eq!(counted(&cluster, Member::Node(2)), 3);
+
+    let silence = [
+        "192.0.2.2: sight ends here: no daemon answers probes",
+        "back here: no answer was seen on eth0",
+    ];
+    wall(&cluster, Member::Node(2), "prerouting", "udp dport 18285");
+    begin_lines(&trace(&cluster), &[&seen[..3], &silence].concat());
+    open(&cluster, Member::Node(2));
+    wall(&cluster, Member::Node(1), "output", "udp dport 18285");
+    let lines = trace(&cluster);
+    let none = "this node: none of the probes was seen on eth0";
+    begin_lines(&lines, &[seen[0], none, silence[0], silence[1]]);
+    assert!(
+        lines.iter().all(|line| !line.contains("sight ends behind")),
+        "{lines:#?}"
+    );
+    open(&cluster, Member::Node(1));
+
+    // Each has ended its watch, so there is room for all captures that may run, and then for none.
+    let mut running: Vec<Running> = Vec::new();
+    for n in 0..4 {
+        begin_lines(&trace(&cluster), &seen);
+        let path = cluster.file(1, &format!("{n}.pcapng"));
+        running.push(Running::begin(
+            &cluster.file(1, "subnet.sock"),
+            path,
+            &["udp port 9"],
+        ));
+    }
+    let lines = trace(&cluster);
+    let why = "this node: what the kernel carries is not watched: 4 captures run already: end one of them first";
+    begin_lines(&lines, &[why, seen[3], seen[5]]);
+    drop(running);
+    cluster.wait_until("room for a trace", || {
+        trace(&cluster).iter().any(|line| line.starts_with(seen[1]))
+    });
 }

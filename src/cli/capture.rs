@@ -24,7 +24,7 @@ use crate::debug::order::Held;
 use crate::debug::pcapng::Origin;
 use crate::debug::socket::{self, Request};
 use crate::debug::stream;
-use crate::debug::watch::scene::Place;
+use crate::debug::watch::scene::{Place, reading};
 use crate::shutdown::Shutdown;
 use sink::Sink;
 
@@ -171,13 +171,7 @@ fn sight(watched: &[Place], unwatched: &Value) -> Option<String> {
             "packets that the kernel carries are not shown: {why}"
         ));
     }
-    let devices: Vec<&str> = watched.iter().map(|place| place.device.as_str()).collect();
-    (!devices.is_empty()).then(|| {
-        format!(
-            "reading packet sockets on {}: the kernel carries packets there, and does not say what it drops",
-            devices.join(" and ")
-        )
-    })
+    reading(watched)
 }
 
 /// MAC addresses of peers; what is none is left out.

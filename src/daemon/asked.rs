@@ -10,7 +10,7 @@ use super::Daemon;
 use super::doctor;
 use super::explain::{Found, Named, Question, begin_trace, explain, find};
 use super::renewal::Held;
-use super::session::Session;
+use super::session::{Part, Session};
 use super::status::document;
 use crate::backend::kernel::Kernel;
 use crate::datapath::tap::filter::Filter;
@@ -94,9 +94,7 @@ pub(super) async fn explained<S: LeaseStore, K: Kernel>(
         Ok(explanation) => explanation,
         Err(why) => return send(answer, Answer::error(&why)),
     };
-    let begun = wish
-        .trace
-        .then(|| begin_trace(daemon, session, question, &explanation));
+    let begun = wish.trace.then(|| begin_trace(daemon, session, question));
     match begun {
         Some(Ok(trace)) => {
             tokio::spawn(async move {
@@ -174,7 +172,8 @@ fn capture(session: &Session, wanted: &Wanted, outer: bool) -> Result<Answer, St
         ends.push(End::of(&tunnel.device, tunnel.bind, tunnel.encapsulation));
     }
     let (mut watched, mut unwatched) = (Vec::new(), None);
-    match (session.watch(wanted.clone(), outer), &mut all) {
+    let part = if outer { Part::Outer } else { Part::Inner };
+    match (session.watch(wanted.clone(), part), &mut all) {
         (None, _) => {}
         (Some(Ok((capture, places))), all) => {
             watched = places;

@@ -56,6 +56,19 @@ pub struct Spread {
     pub max: u64,
 }
 
+impl Spread {
+    /// Of these; none of none.
+    fn of(mut times: Vec<Duration>) -> Option<Self> {
+        times.sort_unstable();
+        let micros = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Some(Self {
+            min: times.first().map(micros)?,
+            median: times.get(times.len() / 2).map(micros)?,
+            max: times.last().map(micros)?,
+        })
+    }
+}
+
 /// What a round says.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Figures {
@@ -80,6 +93,12 @@ pub struct Figures {
     pub ttl_there: Option<u8>,
     /// TTL of the answers as they arrived here.
     pub ttl_here: Option<u8>,
+    /// Bytes of the last request's IP packet as it arrived there.
+    #[serde(skip)]
+    pub len_there: Option<u16>,
+    /// How long the other took to answer, by its own clock, in microseconds.
+    #[serde(skip)]
+    pub stay_us: Option<Spread>,
     /// What the system said instead of sending, or an ICMP error that came back: the last of them.
     pub refused: Option<String>,
     /// Likewise as its number, to be told apart.
@@ -101,6 +120,7 @@ impl Figures {
         let mut seen = vec![false; sent.len()];
         let mut latest = None;
         let mut times = Vec::with_capacity(replies.len());
+        let mut stays = Vec::with_capacity(replies.len());
         let mut fastest: Option<(Duration, Said)> = None;
         for reply in replies {
             let (Some(&left), Some(seen)) = (sent.get(reply.nth), seen.get_mut(reply.nth)) else {
@@ -117,30 +137,23 @@ impl Figures {
             latest = latest.max(Some(reply.nth));
             let mut time = reply.at.saturating_sub(left);
             if let Some(said) = reply.said {
-                let there = said.answered.saturating_sub(said.arrived);
-                time = time.saturating_sub(Duration::from_nanos(there));
+                let stay = Duration::from_nanos(said.answered.saturating_sub(said.arrived));
+                time = time.saturating_sub(stay);
+                stays.push(stay);
                 if fastest.is_none_or(|(fastest, _)| time < fastest) {
                     fastest = Some((time, said));
                 }
                 figures.via_there = Some(said.via.name());
                 figures.ttl_there = Some(said.ttl).filter(|&ttl| ttl > 0);
+                figures.len_there = Some(said.len);
                 figures.sender = Some(said.sender);
             }
             figures.via_here = Some(reply.via.name());
             figures.ttl_here = Some(reply.ttl).filter(|&ttl| ttl > 0);
             times.push(time);
         }
-        times.sort_unstable();
-        let micros = |time: Option<&Duration>| {
-            time.map_or(0, |time| {
-                u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-            })
-        };
-        figures.rtt_us = (!times.is_empty()).then(|| Spread {
-            min: micros(times.first()),
-            median: micros(times.get(times.len() / 2)),
-            max: micros(times.last()),
-        });
+        figures.rtt_us = Spread::of(times);
+        figures.stay_us = Spread::of(stays);
         figures.clock_offset_us = fastest.map(|(time, said)| offset(time, said));
         figures
     }
@@ -253,6 +266,9 @@ mod tests {
         let figures = Figures::of(&times(2), &[quick, slow]);
         assert_eq!(figures.clock_offset_us, Some(3_600_000_000));
         assert_eq!(figures.rtt_us.unwrap().min, 2000);
+        let stay = figures.stay_us.unwrap();
+        assert_eq!((stay.min, stay.max), (5000, 5000));
+        assert_eq!(figures.len_there, Some(100));
         let behind = Said {
             arrived: 0,
             answered: 0,

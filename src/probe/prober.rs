@@ -137,6 +137,12 @@ impl Prober {
         }
     }
 
+    /// What its requests and the answers to them have, and no other's.
+    #[must_use]
+    pub const fn nonce(&self) -> u64 {
+        self.nonce
+    }
+
     /// Bytes of the shortest IP packet that this prober sends.
     #[must_use]
     pub const fn least_len(&self) -> u16 {

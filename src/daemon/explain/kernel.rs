@@ -9,7 +9,7 @@ impl<'a, K: Kernel> Case<'a, K> {
     /// The whole way.
     pub(super) async fn by_kernel(&mut self, leaving: &Leaving<'a>) {
         self.answer.unseen.push(
-            "the packet itself: the kernel carries it, and no worker of ours sees it (ip -s link counts)".to_owned(),
+            "the packet itself: the kernel carries it, and no worker of ours sees it (loden capture reads packet sockets, ip -s link counts)".to_owned(),
         );
         let Question { to, len, whole, .. } = self.question;
         let (Some(lease), Some(net)) = (self.lease_of(to).cloned(), self.net_of(to)) else {

@@ -6,6 +6,7 @@ mod decap;
 mod encap;
 mod kernel;
 mod names;
+mod sight;
 mod trace;
 mod way;
 
@@ -156,16 +157,13 @@ pub(super) fn begin_trace<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
     question: Question,
-    explained: &Explanation,
 ) -> Result<Trace, String> {
     let registration = &session.registration;
     let own = udp::nets(&registration.lease.subnets);
     let is_own = own.iter().any(|net| net.contains(&question.to));
     let other = if is_own { question.from } else { question.to };
     let len = question.len.min(registration.plan.mtu().get());
-    // Of what comes in, our own probes' way out is another question.
-    let is_watched = is_own || explained.outcome != "kernel";
-    Trace::begin(daemon, session, other, len, is_watched)
+    Trace::begin(daemon, session, other, len)
 }
 
 impl<K: Kernel> Case<'_, K> {

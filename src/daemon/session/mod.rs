@@ -40,6 +40,7 @@ use crate::lease::{LeaseSet, Subnets};
 use crate::probe::Directory;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
+pub(super) use watches::Part;
 use watches::Watches;
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.

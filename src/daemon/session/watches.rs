@@ -20,17 +20,28 @@ pub(in crate::daemon) struct Watches {
     running: Arc<AtomicUsize>,
 }
 
+/// What of the packets that the kernel carries is watched. Those past every tunnel always are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::daemon) enum Part {
+    /// Inner packets, on the tunnel's device.
+    Inner,
+    /// The datagrams that they are wrapped into.
+    Outer,
+    /// Both.
+    All,
+}
+
 impl Session {
-    /// Begins a capture of what the kernel carries: of inner packets, or with `outer` of the datagrams that it wraps them
-    /// into. None where it carries nothing.
+    /// Begins a capture of what the kernel carries. None where it carries nothing.
     pub(in crate::daemon) fn watch(
         &self,
         wanted: Wanted,
-        outer: bool,
+        part: Part,
     ) -> Option<Result<(Capture, Vec<Place>), WatchError>> {
-        let choose = match outer {
-            true => |place: &Place| !matches!(place.kind, Kind::Inner(_)),
-            false => |place: &Place| !matches!(place.kind, Kind::Outer(_)),
+        let choose = match part {
+            Part::Inner => |place: &Place| !matches!(place.kind, Kind::Outer(_)),
+            Part::Outer => |place: &Place| !matches!(place.kind, Kind::Inner(_)),
+            Part::All => |_: &Place| true,
         };
         let scene = self.scene()?;
         scene.places.iter().find(|place| choose(place))?;

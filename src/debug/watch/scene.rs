@@ -92,6 +92,29 @@ impl Place {
     }
 }
 
+/// The names of links, each once.
+#[must_use]
+pub fn names(places: &[Place]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for Place { device, .. } in places {
+        if !names.contains(&device.as_str()) {
+            names.push(device);
+        }
+    }
+    names.join(", ")
+}
+
+/// That packets are seen by packet sockets, and what that means; none without links.
+#[must_use]
+pub fn reading(places: &[Place]) -> Option<String> {
+    (!places.is_empty()).then(|| {
+        format!(
+            "reading packet sockets on {}: the kernel carries packets there, and does not say what it drops",
+            names(places)
+        )
+    })
+}
+
 /// All there is to watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scene {
