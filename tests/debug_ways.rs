@@ -12,6 +12,7 @@ mod captured;
 mod cluster;
 mod common;
 
+use std::fs;
 use std::net::UdpSocket;
 use std::process::Command;
 
@@ -266,6 +267,16 @@ fn direct_routes_and_what_overrides_or_filters_them_are_explained() {
     has(&there, "source check", "none of loden's on this way");
     let healthy = loden(&cluster, 1, &["doctor"]);
     assert_eq!(healthy["healthy"], true, "{healthy:#}");
+    begin_lines(
+        &trace(&cluster),
+        &[
+            "this node: reading packet sockets on flannel.1, eth0: ",
+            "this node: 3 on eth0: handed to the kernel, to 192.0.2.2 over route, ",
+            "this node: sight ends behind eth0",
+            "192.0.2.2: its daemon saw 3 of them come in by underlay, ",
+            "back here: 3 on eth0: arrived by the kernel, from 192.0.2.2 over route, ",
+        ],
+    );
 
     // Somebody's own route to that one pod.
     let around = "198.18.2.2/32 via 198.18.2.0 dev flannel.1 onlink proto static";
@@ -475,5 +486,12 @@ fn traces_of_routed_probes_say_where_they_end_and_run_beside_captures() {
     drop(running);
     cluster.wait_until("room for a trace", || {
         trace(&cluster).iter().any(|line| line.starts_with(seen[1]))
+    });
+    let daemon = cluster.daemons[0].as_ref().unwrap().0.id();
+    cluster.wait_until("no thread that watches", || {
+        let threads = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
+        let name = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("comm"));
+        let mut names = threads.filter_map(|thread| name(thread.unwrap()).ok());
+        names.all(|name| name != "watch\n")
     });
 }
