@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use socket2::{Domain, SockFilter, Socket, Type};
 
 use super::iov::EMPTY;
@@ -90,9 +91,7 @@ impl PacketSocket {
         // SAFETY: the kernel reads `len` bytes from `addr`, a structure of that size that outlives the call; the
         // descriptor is open as long as `socket` is.
         let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const addr).cast(), len) };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        Errno::result(result)?;
         Ok(Self { socket })
     }
 
@@ -118,9 +117,7 @@ impl PacketSocket {
                 &raw mut len,
             )
         };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        Errno::result(result)?;
         Ok(u64::from(stats.tp_drops))
     }
 }
