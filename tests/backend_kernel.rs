@@ -631,10 +631,15 @@ fn network_that_changes_its_backend_node_by_node_stays_connected() {
 
 #[test]
 fn interface_that_is_removed_and_comes_back_brings_devices_and_routes_back() {
-    for backend in [VXLAN, HOST_GW] {
-        let cluster = Cluster::new(3, V4, backend);
-        cluster.await_ping(1, "198.18.2.2");
-        let before = cluster.state(1);
+    for (backend, flags) in [(VXLAN, &[][..]), (HOST_GW, &[]), (VXLAN, &["--vxlan=user"])] {
+        let mut cluster = Cluster::idle(3, V4, backend);
+        for n in 1..=3 {
+            cluster.start_with(n, flags);
+        }
+        for n in [2, 3] {
+            cluster.await_ping(1, &format!("198.18.{n}.2"));
+        }
+        let before = picture(&cluster, 1);
         // Node 1's end of the wire; the other end is in the bridge's namespace and goes with it.
         let (bridge, node) = (Member::Underlay, cluster.lab.netns(Member::Node(1)));
         cluster.ip(Member::Node(1), "link set eth0 down", 1);
@@ -654,7 +659,7 @@ fn interface_that_is_removed_and_comes_back_brings_devices_and_routes_back() {
         for line in ["addr add 192.0.2.1/24 dev eth0", "link set eth0 up"] {
             cluster.ip(Member::Node(1), line, 1);
         }
-        cluster.wait_until("state as before", || cluster.state(1) == before);
+        cluster.wait_until("state as before", || picture(&cluster, 1) == before);
         cluster.await_ping(1, "198.18.2.2");
         cluster.await_ping(3, "198.18.1.2");
     }

@@ -3,17 +3,17 @@
 
 #![expect(
     unsafe_code,
-    reason = "bind, getsockopt and recvmmsg with structures that no library offers safely"
+    reason = "bind and getsockopt with structures that no library offers safely"
 )]
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use socket2::{Domain, SockFilter, Socket, Type};
 
-use super::iov::EMPTY;
-use super::mmsg::{CONTROL_LEN, Control, ControlMessages, NAME_LEN, Name, empty_header};
+use super::mmsg::{ControlMessages, Filled, Slots};
 use super::socket::{IntOption, set};
 
 /// The longest frame that is copied whole: an IP packet with room for headers of links, tunnels and the kernel's own in
@@ -90,9 +90,7 @@ impl PacketSocket {
         // SAFETY: the kernel reads `len` bytes from `addr`, a structure of that size that outlives the call; the
         // descriptor is open as long as `socket` is.
         let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const addr).cast(), len) };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        Errno::result(result)?;
         Ok(Self { socket })
     }
 
@@ -118,20 +116,14 @@ impl PacketSocket {
                 &raw mut len,
             )
         };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        Errno::result(result)?;
         Ok(u64::from(stats.tp_drops))
     }
 }
 
 /// Arrays for receiving up to a fixed number of frames with one system call.
 pub struct FrameBatch {
-    slab: Vec<u8>,
-    names: Vec<Name>,
-    controls: Vec<Control>,
-    iovs: Vec<libc::iovec>,
-    headers: Vec<libc::mmsghdr>,
+    slots: Slots<SLOT_LEN, SLOT_LEN>,
 }
 
 impl FrameBatch {
@@ -139,11 +131,7 @@ impl FrameBatch {
     #[must_use]
     pub fn new(entries: usize) -> Self {
         Self {
-            slab: vec![0; entries * SLOT_LEN],
-            names: vec![Name([0; NAME_LEN]); entries],
-            controls: vec![Control([0; CONTROL_LEN]); entries],
-            iovs: vec![EMPTY; entries],
-            headers: vec![empty_header(); entries],
+            slots: Slots::new(entries),
         }
     }
 
@@ -157,48 +145,14 @@ impl FrameBatch {
         socket: &PacketSocket,
         mut each: impl FnMut(Frame, &mut [u8]),
     ) -> io::Result<bool> {
-        let slots = self.slab.chunks_exact_mut(SLOT_LEN);
-        let parts = self
-            .names
-            .iter_mut()
-            .zip(&mut self.controls)
-            .zip(&mut self.iovs);
-        for ((slot, ((name, control), iov)), header) in slots.zip(parts).zip(&mut self.headers) {
-            *iov = libc::iovec {
-                iov_base: slot.as_mut_ptr().cast(),
-                iov_len: SLOT_LEN,
-            };
-            let msg = &mut header.msg_hdr;
-            msg.msg_name = name.0.as_mut_ptr().cast();
-            msg.msg_namelen = NAME_LEN.try_into().unwrap_or(0);
-            msg.msg_iov = iov;
-            msg.msg_iovlen = 1;
-            msg.msg_control = control.0.as_mut_ptr().cast();
-            msg.msg_controllen = CONTROL_LEN as _;
-            msg.msg_flags = 0;
-        }
-        // SAFETY: every header was just filled with pointers into vectors of `self` that are borrowed exclusively until
-        // the call returns, with their true lengths; as many headers as there are are announced; no timeout is passed;
-        // the descriptor is open as long as `socket` is.
-        let count = unsafe {
-            libc::recvmmsg(
-                socket.socket.as_raw_fd(),
-                self.headers.as_mut_ptr(),
-                libc::c_uint::try_from(self.headers.len()).unwrap_or(1),
-                libc::MSG_DONTWAIT as _,
-                std::ptr::null_mut(),
-            )
-        };
-        let count = usize::try_from(count).map_err(|_negative| io::Error::last_os_error())?;
-        let slots = self.slab.chunks_exact_mut(SLOT_LEN);
-        let known = self.headers.iter().zip(&self.names).zip(&self.controls);
-        let mut frames: Vec<(Frame, &mut [u8])> = known
-            .zip(slots)
-            .take(count)
-            .map(|(((header, name), control), slot)| {
-                let len = (header.msg_len as usize).min(SLOT_LEN);
-                let bytes = slot.get_mut(..len).unwrap_or_default();
-                (describe(header, name, control), bytes)
+        let all = self.slots.len();
+        let count = self.slots.receive(socket.socket.as_fd(), all)?;
+        let filled = self.slots.iter_mut().take(count);
+        let mut frames: Vec<(Frame, &mut [u8])> = filled
+            .map(|filled| {
+                let len = (filled.header.msg_len as usize).min(SLOT_LEN);
+                let frame = describe(&filled);
+                (frame, filled.slot.get_mut(..len).unwrap_or_default())
             })
             .collect();
         // They are queued by several CPUs, each a moment after it read the clock.
@@ -206,14 +160,14 @@ impl FrameBatch {
         for (frame, bytes) in frames {
             each(frame, bytes);
         }
-        Ok(count < self.headers.len())
+        Ok(count < all)
     }
 }
 
 /// Reads what the kernel wrote beside the frame.
-fn describe(header: &libc::mmsghdr, name: &Name, control: &Control) -> Frame {
+fn describe(filled: &Filled<'_>) -> Frame {
     // `sll_pkttype` of `struct sockaddr_ll`, behind family, protocol, number and type of the link.
-    let way = match name.0[10] {
+    let way = match filled.name[10] {
         libc::PACKET_OUTGOING => Way::Leaves,
         libc::PACKET_HOST | libc::PACKET_BROADCAST | libc::PACKET_MULTICAST => Way::Arrives,
         libc::PACKET_OTHERHOST => Way::Strays,
@@ -222,12 +176,10 @@ fn describe(header: &libc::mmsghdr, name: &Name, control: &Control) -> Frame {
     let mut frame = Frame {
         time_ns: 0,
         way,
-        len: header.msg_len as usize,
+        len: filled.header.msg_len as usize,
         network_at: 0,
     };
-    #[expect(clippy::unnecessary_cast, reason = "socklen_t on some libcs")]
-    let used = (header.msg_hdr.msg_controllen as usize).min(CONTROL_LEN);
-    for (level, kind, data) in ControlMessages(control.0.get(..used).unwrap_or_default()) {
+    for (level, kind, data) in ControlMessages(filled.control()) {
         match (level, kind) {
             (libc::SOL_PACKET, libc::PACKET_AUXDATA) => {
                 // Status, length, length as kept, and 16 bits each: where the link's and the network's header begin.

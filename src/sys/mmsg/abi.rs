@@ -8,13 +8,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 /// `struct sockaddr_in6`, the larger of the two.
-pub(in crate::sys) const NAME_LEN: usize = size_of::<libc::sockaddr_in6>();
+pub(super) const NAME_LEN: usize = size_of::<libc::sockaddr_in6>();
 /// As the kernel counts it.
 pub(super) const NAME_SPACE: libc::socklen_t = 28;
 const _: () = assert!(NAME_SPACE as usize == NAME_LEN);
 /// Room for the control messages we ask for: a GRO stride, a TOS byte; and on the error queue one
 /// `sock_extended_err` with its offender's address.
-pub(in crate::sys) const CONTROL_LEN: usize = 128;
+pub(super) const CONTROL_LEN: usize = 128;
 /// `CMSG_ALIGN(sizeof(struct cmsghdr))`, include/linux/socket.h.
 pub(super) const CMSG_HEADER_LEN: usize = cmsg_align(size_of::<libc::cmsghdr>());
 
@@ -25,14 +25,14 @@ pub(super) const fn cmsg_align(len: usize) -> usize {
 
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
-pub(in crate::sys) struct Name(pub(in crate::sys) [u8; NAME_LEN]);
+pub(super) struct Name(pub(super) [u8; NAME_LEN]);
 
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
-pub(in crate::sys) struct Control(pub(in crate::sys) [u8; CONTROL_LEN]);
+pub(super) struct Control(pub(super) [u8; CONTROL_LEN]);
 
 /// An all-zero message header; its fields are pointers and lengths, some libcs add private padding.
-pub(in crate::sys) const fn empty_header() -> libc::mmsghdr {
+pub(super) const fn empty_header() -> libc::mmsghdr {
     // SAFETY: `mmsghdr` is plain old data of integers and raw pointers, for which zero bytes are valid.
     unsafe { std::mem::zeroed() }
 }

@@ -8,11 +8,13 @@ mod abi;
 mod errors;
 mod receive;
 mod send;
+mod slots;
 
-pub(super) use abi::{CONTROL_LEN, Control, ControlMessages, NAME_LEN, Name, empty_header};
+pub(super) use abi::ControlMessages;
 pub use errors::{QueuedError, take_error};
 pub use receive::{Received, RecvBatch};
 pub use send::{Entry, SendBatch, Sending};
+pub(super) use slots::{Filled, Slots};
 
 #[cfg(test)]
 mod tests {

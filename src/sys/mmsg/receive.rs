@@ -1,16 +1,11 @@
 //! Owns receiving bursts with `recvmmsg`. Never looks into a datagram.
 
-#![expect(unsafe_code, reason = "recvmmsg over arrays that outlive many bursts")]
-
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
-use super::abi::{
-    CONTROL_LEN, Control, ControlMessages, NAME_LEN, NAME_SPACE, Name, empty_header, parse_name,
-    read_int,
-};
-use crate::sys::iov::EMPTY;
+use super::abi::{ControlMessages, parse_name, read_int};
+use super::slots::{Filled, Slots};
 
 /// The largest UDP payload either family carries, and so the largest GRO buffer, rounded up.
 const SLOT_LEN: usize = 1 << 16;
@@ -39,11 +34,7 @@ pub struct Received {
 
 /// Arrays for receiving up to a fixed number of entries with one system call.
 pub struct RecvBatch {
-    slab: Vec<u8>,
-    names: Vec<Name>,
-    controls: Vec<Control>,
-    iovs: Vec<libc::iovec>,
-    headers: Vec<libc::mmsghdr>,
+    slots: Slots<SLOT_LEN, SLOT_STRIDE>,
     received: Vec<Received>,
     /// How many entries the next call asks for: grows while calls come back full, so that an idle socket's
     /// single packets do not pay for preparing them all, up to [`BURST_BYTES`].
@@ -58,11 +49,7 @@ impl RecvBatch {
     #[must_use]
     pub fn new(entries: usize) -> Self {
         Self {
-            slab: vec![0; entries * SLOT_STRIDE],
-            names: vec![Name([0; NAME_LEN]); entries],
-            controls: vec![Control([0; CONTROL_LEN]); entries],
-            iovs: vec![EMPTY; entries],
-            headers: vec![empty_header(); entries],
+            slots: Slots::new(entries),
             received: Vec::with_capacity(entries),
             ask: entries.min(Self::MIN_ASK),
         }
@@ -77,50 +64,9 @@ impl RecvBatch {
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<(usize, bool)> {
         self.received.clear();
         let ask = self.ask;
-        let slots = self.slab.chunks_exact_mut(SLOT_STRIDE);
-        let parts = self
-            .names
-            .iter_mut()
-            .zip(&mut self.controls)
-            .zip(&mut self.iovs);
-        for ((slot, ((name, control), iov)), header) in
-            slots.zip(parts).zip(&mut self.headers).take(ask)
-        {
-            *iov = libc::iovec {
-                iov_base: slot.as_mut_ptr().cast(),
-                iov_len: SLOT_LEN,
-            };
-            let msg = &mut header.msg_hdr;
-            msg.msg_name = name.0.as_mut_ptr().cast();
-            msg.msg_namelen = NAME_SPACE;
-            msg.msg_iov = iov;
-            msg.msg_iovlen = 1;
-            msg.msg_control = control.0.as_mut_ptr().cast();
-            msg.msg_controllen = CONTROL_LEN as _;
-            msg.msg_flags = 0;
-        }
-        // SAFETY: the first `ask` headers were just filled with pointers into vectors of `self` that are
-        // borrowed exclusively until the call returns, with their true lengths; `ask` is at most their
-        // number; no timeout is passed; the descriptor is open by its type.
-        let count = unsafe {
-            libc::recvmmsg(
-                socket.as_raw_fd(),
-                self.headers.as_mut_ptr(),
-                libc::c_uint::try_from(ask).unwrap_or(1),
-                libc::MSG_DONTWAIT as _,
-                std::ptr::null_mut(),
-            )
-        };
-        let count = usize::try_from(count).map_err(|_negative| io::Error::last_os_error())?;
-        for ((header, name), control) in self
-            .headers
-            .iter()
-            .zip(&self.names)
-            .zip(&self.controls)
-            .take(count)
-        {
-            self.received.push(describe(header, name, control));
-        }
+        let count = self.slots.receive(socket, ask)?;
+        let filled = self.slots.iter_mut().take(count);
+        self.received.extend(filled.map(|filled| describe(&filled)));
         let drained = count < ask;
         self.ask = if drained {
             (ask / 2).max(count + 1)
@@ -128,7 +74,7 @@ impl RecvBatch {
             ask * 2
         }
         .min(self.fitting())
-        .clamp(Self::MIN_ASK.min(self.headers.len()), self.headers.len());
+        .clamp(Self::MIN_ASK.min(self.slots.len()), self.slots.len());
         Ok((count, drained))
     }
 
@@ -144,10 +90,10 @@ impl RecvBatch {
     pub fn entries(&mut self) -> impl Iterator<Item = (Received, &mut [u8])> {
         self.received
             .iter()
-            .zip(self.slab.chunks_exact_mut(SLOT_STRIDE))
-            .map(|(&received, slot)| {
+            .zip(self.slots.iter_mut())
+            .map(|(&received, filled)| {
                 let len = received.len.min(SLOT_LEN);
-                (received, slot.get_mut(..len).unwrap_or_default())
+                (received, filled.slot.get_mut(..len).unwrap_or_default())
             })
     }
 
@@ -161,28 +107,23 @@ impl RecvBatch {
     #[inline]
     #[must_use]
     pub fn slice(&self, idx: u16, off: u32, len: u32) -> &[u8] {
-        let (off, len) = (off as usize, len as usize);
-        let start = usize::from(idx) * SLOT_STRIDE + off;
-        if off + len > SLOT_LEN {
-            return &[];
-        }
-        self.slab.get(start..start + len).unwrap_or_default()
+        self.slots
+            .slice(usize::from(idx), off as usize, len as usize)
     }
 }
 
 /// Reads what the kernel wrote beside the payload.
-fn describe(header: &libc::mmsghdr, name: &Name, control: &Control) -> Received {
+fn describe(filled: &Filled<'_>) -> Received {
+    let Filled { header, name, .. } = filled;
     let len = header.msg_len as usize;
     let mut received = Received {
-        source: parse_name(&name.0),
+        source: parse_name(name),
         len,
         stride: len,
         tos: 0,
         truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
     };
-    #[expect(clippy::unnecessary_cast, reason = "socklen_t on some libcs")]
-    let used = (header.msg_hdr.msg_controllen as usize).min(CONTROL_LEN);
-    for (level, kind, data) in ControlMessages(control.0.get(..used).unwrap_or_default()) {
+    for (level, kind, data) in ControlMessages(filled.control()) {
         match (level, kind) {
             (libc::SOL_UDP, libc::UDP_GRO) => {
                 let stride = read_int(data).and_then(|stride| usize::try_from(stride).ok());
