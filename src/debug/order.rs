@@ -1,5 +1,5 @@
 //! Owns putting a capture's records in order of time: they come from independent rings, and whoever reads them is told
-//! up to when all have come. Never holds more than [`MAX_HELD`] bytes, and never drops a record.
+//! up to when all have come. Never holds more than 32 MiB, and never drops a record.
 
 use crate::datapath::tap::{Record, RecordError};
 
