@@ -17,7 +17,7 @@ mod ns;
 use std::process::Command;
 
 use cluster::{Cluster, V4};
-use node::{LODEN, Node};
+use node::Node;
 
 const CONFIG: &str = r#"{"Network":"198.18.0.0/16","Backend":{"Type":"ipip"}}"#;
 
@@ -58,21 +58,7 @@ fn is_named(node: &Node) {
     assert!(!node.path("store/subnets").exists());
     node.assert_clean();
     // And before a daemon is started.
-    let output = Command::new("ip")
-        .args([
-            "netns",
-            "exec",
-            node.ns.name(),
-            LODEN,
-            "doctor",
-            "--preflight",
-        ])
-        .args(["--", "--iface", "eth0", "--local-store"])
-        .arg(node.path("store"))
-        .arg("--subnet-file")
-        .arg(node.path("run/subnet.env"))
-        .output()
-        .unwrap();
+    let output = node.preflight(&[], &[]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
         !output.status.success() && text.contains("modprobe ipip"),
@@ -90,21 +76,7 @@ fn firewall_that_does_not_admit_ip_in_ip_is_named_before_a_daemon_is_started() {
         assert!(status.unwrap().success(), "{rules}");
     };
     let firewall = || {
-        let output = Command::new("ip")
-            .args([
-                "netns",
-                "exec",
-                node.ns.name(),
-                LODEN,
-                "doctor",
-                "--preflight",
-            ])
-            .args(["--", "--iface", "eth0", "--local-store"])
-            .arg(node.path("store"))
-            .arg("--subnet-file")
-            .arg(node.path("run/subnet.env"))
-            .output()
-            .unwrap();
+        let output = node.preflight(&[], &[]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let line = text.lines().find(|line| line.contains("protocol 4"));
         line.unwrap_or_else(|| unreachable!("{text}")).to_owned()

@@ -13,30 +13,12 @@ mod ns;
 use std::net::UdpSocket;
 use std::process::Command;
 
-use node::{CONFIG, LODEN, Node};
+use node::{CONFIG, Node};
 use serde_json::Value;
 
 /// What is found, as (what, grade, text), and whether all is well by the exit status.
 fn preflight(node: &Node, args: &[&str]) -> (Vec<(String, String, String)>, bool) {
-    let mut command = Command::new("ip");
-    command
-        .args([
-            "netns",
-            "exec",
-            node.ns.name(),
-            LODEN,
-            "doctor",
-            "--preflight",
-            "--json",
-            "--",
-        ])
-        .arg("--local-store")
-        .arg(node.path("store"))
-        .arg("--subnet-file")
-        .arg(node.path("run/subnet.env"))
-        .args(["--iface", "eth0"])
-        .args(args);
-    let output = command.output().unwrap();
+    let output = node.preflight(&["--json"], args);
     let checks: Vec<Value> =
         serde_json::from_slice(&output.stdout).unwrap_or_else(|_| unreachable!("{output:?}"));
     let text = |check: &Value, key: &str| check[key].as_str().unwrap().to_owned();

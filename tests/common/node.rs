@@ -10,7 +10,7 @@
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
 use loden::lab::{Interrupt, wait};
@@ -106,6 +106,21 @@ impl Node {
             self.path("run/subnet.sock").exists()
         });
         daemon
+    }
+
+    /// What `loden doctor --preflight` says of a daemon that would be started here; `flags` are its own.
+    pub(crate) fn preflight(&self, flags: &[&str], args: &[&str]) -> Output {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", self.ns.name(), LODEN])
+            .args(["doctor", "--preflight"])
+            .args(flags)
+            .args(["--", "--iface", "eth0", "--local-store"])
+            .arg(self.path("store"))
+            .arg("--subnet-file")
+            .arg(self.path("run/subnet.env"))
+            .args(args);
+        command.output().unwrap()
     }
 
     /// Runs a daemon that must end by itself.
