@@ -103,6 +103,11 @@ impl Stamp {
         })
     }
 
+    /// Whether both are of one file or directory, in whatever states.
+    pub(super) const fn is_same_file(&self, other: &Self) -> bool {
+        self.device == other.device && self.inode == other.inode
+    }
+
     /// Whether the next change is certain to have another stamp: times are counted in ticks of some
     /// milliseconds, so a file changed just before `now` may change again unnoticed. `now` in Unix seconds.
     pub(super) const fn is_settled(&self, now: i64) -> bool {

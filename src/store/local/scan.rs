@@ -119,12 +119,16 @@ pub(super) struct Listing {
     pub(super) problems: BTreeMap<String, Cause>,
     /// Whether a key that is not among the entries is known to be gone.
     pub(super) complete: bool,
+    /// Whether it is incomplete only because the directory is not yet believed to be filled.
+    pub(super) filling: bool,
 }
 
 /// Reads the directory again and again, and files only when they changed.
 #[derive(Debug, Default)]
 pub(super) struct Scanner {
     seen: BTreeMap<Subnets, Seen>,
+    /// The directory whose listing was last believed to be complete.
+    believed: Option<Stamp>,
 }
 
 #[derive(Debug)]
@@ -173,6 +177,7 @@ impl Scanner {
             complete: true,
             ..Listing::default()
         };
+        let opened = Stamp::of(&subnets);
         let mut before = std::mem::take(&mut self.seen);
         for (count, name) in names.enumerate() {
             if count == MAX_ENTRIES {
@@ -227,8 +232,27 @@ impl Scanner {
             listing.entries.insert(key, seen.entry.clone());
             self.seen.insert(key, seen);
         }
+        self.doubt(&mut listing, opened, Stamp::of(&subnets));
         Ok(listing)
     }
+
+    /// A directory in the place of another may be on its way to being filled: what it lacks is not gone before
+    /// nothing has been added to it for a while. `opened` and `read` are its stamps around the reading.
+    fn doubt(&mut self, listing: &mut Listing, opened: Option<Stamp>, read: Option<Stamp>) {
+        let is = |other: Option<Stamp>| read.zip(other).is_some_and(|(a, b)| a.is_same_file(&b));
+        let settled = read.is_some_and(|stamp| stamp.is_settled(kernel_now()));
+        if !is(opened) || (self.believed.is_some() && !is(self.believed) && !settled) {
+            listing.complete = false;
+            listing.filling = true;
+        } else if listing.complete {
+            self.believed = read;
+        }
+    }
+}
+
+/// The time in Unix seconds by the kernel's clock, for comparing with times that the kernel wrote.
+fn kernel_now() -> i64 {
+    i64::try_from(unix(SystemTime::now()).as_secs()).unwrap_or(i64::MAX)
 }
 
 /// Looks at one key; `None` if it went away meanwhile.
@@ -237,8 +261,7 @@ fn look(dir: &Path, path: &Path, name: &str, before: Option<Seen>) -> Option<See
     // Stamps first: a change between them and the read is seen next time.
     let lease = Stamp::of(path)?;
     let sidecar = Stamp::of(&sidecar_path);
-    // Compared with times the kernel wrote, so by the kernel's clock.
-    let now = i64::try_from(unix(SystemTime::now()).as_secs()).unwrap_or(i64::MAX);
+    let now = kernel_now();
     let settled = lease.is_settled(now) && sidecar.is_none_or(|stamp| stamp.is_settled(now));
     match before {
         Some(seen) if settled && (seen.lease, seen.sidecar) == (lease, sidecar) => Some(seen),

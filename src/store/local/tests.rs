@@ -681,6 +681,34 @@ async fn a_directory_that_goes_away_and_comes_back_costs_nobody_anything() {
 }
 
 #[tokio::test]
+async fn what_a_directory_lacks_that_is_still_being_filled_is_not_taken_for_gone() {
+    let lab = Lab::new(SMALL);
+    let store = lab.store();
+    store.acquire(asking(1, "10.9.0.4-30")).await.unwrap();
+    lab.write_lease("10.9.0.8-30", 2, HOUR);
+    let mut watcher = Watcher::new(Arc::clone(&store.inner));
+    assert_eq!(snapshot(&watcher.pass()).0.len(), 2);
+    fs::rename(lab.path(SUBNETS), lab.path("old")).unwrap();
+    fs::create_dir(lab.path(SUBNETS)).unwrap();
+    assert_eq!(watcher.pass(), []);
+    fs::copy(lab.path("old/10.9.0.4-30"), lab.path("subnets/10.9.0.4-30")).unwrap();
+    assert_eq!(watcher.pass(), []);
+    // Nothing follows. The limit only turns a hang into a failure.
+    let patience = Instant::now() + Duration::from_secs(60);
+    let news = loop {
+        let news = watcher.pass();
+        if !news.is_empty() {
+            break news;
+        }
+        assert!(Instant::now() < patience, "kept for ever");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    assert_eq!(lost(&news), None);
+    let (leases, _) = snapshot(&news);
+    assert_eq!(leases.len(), 1, "the peer's lease is gone, and ours is not");
+}
+
+#[tokio::test]
 async fn a_deleted_lease_of_ours_is_reported_once_and_can_be_acquired_again() {
     let lab = Lab::new(SMALL);
     let store = lab.store();
@@ -1067,12 +1095,13 @@ async fn notification_reaches_the_receiver_without_a_rescan() {
     lab.write_lease("10.9.0.8-30", 2, HOUR);
     wait_for(&mut events, 2).await;
     // Another directory in the place of the first one.
-    let aside = lab.path("old");
-    fs::rename(lab.path(SUBNETS), &aside).unwrap();
-    fs::create_dir(lab.path(SUBNETS)).unwrap();
+    let another = lab.path("new");
+    fs::create_dir(&another).unwrap();
     for key in ["10.9.0.4-30", "10.9.0.8-30"] {
-        fs::copy(aside.join(key), lab.path(SUBNETS).join(key)).unwrap();
+        fs::copy(lab.path(SUBNETS).join(key), another.join(key)).unwrap();
     }
+    fs::rename(lab.path(SUBNETS), lab.path("old")).unwrap();
+    fs::rename(another, lab.path(SUBNETS)).unwrap();
     lab.write_lease("10.9.0.12-30", 3, HOUR);
     wait_for(&mut events, 3).await;
     fs::remove_file(lab.path("subnets/10.9.0.12-30")).unwrap();

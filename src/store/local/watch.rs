@@ -23,6 +23,9 @@ use crate::store::{Cause, LostTo, Problem, StoreEvent};
 /// How long changes are collected before the directory is read: a synchronisation writes many files at once.
 const SETTLE: Duration = Duration::from_millis(20);
 
+/// When a directory is read again that may not be filled yet.
+const FILLING: Duration = Duration::from_secs(1);
+
 /// How long somebody else's lease may stand in the place of ours without the time of its claim, before it is
 /// taken for what it looks like: an operator's reservation. Longer than two rescans.
 const UNSETTLED: Duration = Duration::from_secs(12);
@@ -48,9 +51,11 @@ pub(super) async fn run(inner: Arc<Inner>, events: mpsc::Sender<StoreEvent>) {
                 return;
             }
         }
+        let filling = watcher.filling;
         tokio::select! {
             () = events.closed() => return,
             _ = ticks.tick() => {}
+            () = tokio::time::sleep(FILLING), if filling => {}
             () = inner.wrote.notified() => {}
             () = changed(notifier.as_deref()) => tokio::time::sleep(SETTLE).await,
         }
@@ -69,6 +74,8 @@ pub(super) struct Watcher {
     /// What the last event said.
     reported: Option<Vec<Lease>>,
     problems: BTreeMap<String, Cause>,
+    /// Whether the directory may not be filled yet.
+    filling: bool,
     /// Since when our lease is in doubt, by the monotonic clock.
     unsettled: Option<Duration>,
 }
@@ -103,6 +110,7 @@ impl Watcher {
             known: BTreeMap::new(),
             reported: None,
             problems: BTreeMap::new(),
+            filling: false,
             unsettled: None,
         }
     }
@@ -114,11 +122,13 @@ impl Watcher {
         // Before reading: what changes after that is notified, what changed before is read.
         self.arm(&mut problems);
         let mut news = Vec::new();
+        self.filling = false;
         let complete = match self.scanner.scan(&self.inner.dir) {
             Ok(listing) => {
                 self.learn(&listing, wall, monotonic);
                 news.extend(self.defend(&listing, wall, monotonic, &mut problems));
                 problems.extend(listing.problems);
+                self.filling = listing.filling;
                 listing.complete
             }
             // Nobody has leased anything yet.
@@ -232,6 +242,7 @@ impl Watcher {
             Err(e) => Err(e),
         };
         let own = self.inner.own(|own| own.clone())?;
+        let was_complete = listing.complete;
         let listing = claim::list(&self.inner.dir).ok()?;
         let standing = claim::standing(&own, &listing, wall);
         let in_doubt = matches!(standing, Standing::Unsettled(_));
@@ -239,7 +250,7 @@ impl Watcher {
         let lost_to = match standing {
             Standing::Held => None,
             Standing::Lost(node) => Some(LostTo::Node(node)),
-            Standing::Missing => listing.complete.then_some(LostTo::Nobody),
+            Standing::Missing => (was_complete && listing.complete).then_some(LostTo::Nobody),
             Standing::Unsettled(node) => self
                 .unsettled
                 .is_some_and(|since| monotonic.saturating_sub(since) >= UNSETTLED)
