@@ -6,6 +6,8 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+mod memory;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -415,6 +417,36 @@ fn wrong_virtio_headers_are_counted_and_survived() {
     wait_for("the good one", || {
         read(&b.tun[0]).is_some_and(|(_, got)| got.ends_with(b"good"))
     });
+}
+
+/// A packet that is described as a superpacket and is no longer than one of its segments may be: what a virtual
+/// machine or a tunnel in a pod may make of its last bytes.
+#[test]
+fn a_superpacket_of_one_segment_is_a_packet() {
+    let (a, b) = pair(Shape::default());
+    let payload = [7; 500];
+    for (sent, gso_size) in (1..).zip([500, 501, 1400]) {
+        let superpacket = memory::udp_superpacket(pod(1), pod(2), (1, 2), gso_size, &payload);
+        write(&a.tun[0], &superpacket);
+        let status = idle(&a, sent, 0);
+        assert_eq!(status.total.encap.sent, sent, "{:?}", status.total.encap);
+        let (vnet, got) = next(&b.tun[0]);
+        assert_eq!(vnet, [0; VNET]);
+        assert_eq!(got, udp(pod(1), pod(2), (1, 2), 62, &payload));
+    }
+    let segment = memory::tcp_superpacket(pod(1), pod(2), 1, 1400, &payload);
+    write(&a.tun[0], &segment);
+    let (_, got) = next(&b.tun[0]);
+    let headers = etherparse::PacketHeaders::from_ip_slice(&got).unwrap();
+    let (Some(etherparse::NetHeaders::Ipv4(ip, _)), Some(transport)) =
+        (headers.net, headers.transport)
+    else {
+        panic!("{got:?}")
+    };
+    let mut complete = transport.clone();
+    complete.update_checksum_ipv4(&ip, &payload).unwrap();
+    assert_eq!(transport, complete, "the checksum was completed");
+    idle(&a, 4, 0);
 }
 
 #[test]
