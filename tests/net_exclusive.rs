@@ -175,6 +175,11 @@ fn an_address_that_this_node_does_not_have_is_a_bind_error() {
                 if source.kind() == std::io::ErrorKind::AddrNotAvailable),
             "{error}"
         );
+        let said = error.to_string();
+        assert!(
+            said.contains("--iface") && !said.contains("ss -ulnp"),
+            "{said}"
+        );
     }
     nothing_left(&netns);
 }
