@@ -42,7 +42,7 @@ macro_rules! drop_reasons {
 drop_reasons! {
     /// Not a well-formed IPv4 or IPv6 packet.
     Malformed => "malformed", "find the sender of broken packets: capture on the device named in status";
-    /// The virtio-net header of a TUN read contradicts its packet.
+    /// The virtio-net header of a TUN read contradicts its packet, or the kernel had none for it.
     BadVnetHeader => "bad_vnet_header", "report it: the kernel described a superpacket that cannot be segmented";
     /// No lease covers the destination and no answer was due.
     NoRoute => "no_route", "check that a lease exists for the destination (loden status, peers)";

@@ -104,7 +104,7 @@ impl Encap {
                         outbox.flush(cx, &self.slots, counts);
                     }
                 }
-                Err(error) => progress = after_tun_read(&error),
+                Err(error) => progress = after_tun_read(&error, counts),
             }
             if progress != Progress::More || bytes >= BURST_BYTES {
                 break;

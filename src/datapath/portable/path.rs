@@ -67,7 +67,7 @@ impl<'a> Path<'a> {
         let (header, packet) = self.buffer.split_at_mut(header_len);
         let len = match self.opened.iface.recv(packet) {
             Ok(len) => len,
-            Err(error) => return after_tun_read(&error),
+            Err(error) => return after_tun_read(&error, counts),
         };
         self.tap.stamp();
         counts.read += 1;
