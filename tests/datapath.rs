@@ -12,15 +12,17 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use etherparse::PacketBuilder;
-use loden::addr::Mtu;
+use loden::addr::{Mac, Mtu};
 use loden::datapath::{
     Datapath, Encapsulation, EngineKind, Event, Local, PeerRoute, Settings, SourceCheck,
     SourcePort, Status,
 };
+use loden::sys::socket::{IntOption, set};
 use loden::sys::tun::{OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, OFFLOAD_USO4, OFFLOAD_USO6};
 use loden::tun::{TunCaps, TunDevice, TunQueue};
 use loden::underlay::Underlay;
@@ -508,4 +510,59 @@ fn a_loose_check_takes_any_outer_source_but_still_only_leased_inner_ones() {
     let status = idle(&b, 0, 2);
     assert_eq!(status.total.decap.drops["unknown_peer"], 1);
     assert!(read(&b.tun[0]).is_none());
+}
+
+/// A TCP packet of 3000 bytes whose checksum is right, and at the same time what a kernel leaves in an unfinished
+/// superpacket: the sum of the pseudo-header.
+fn right_and_unfinished(sequence: u32) -> Vec<u8> {
+    let mut packet = Vec::new();
+    PacketBuilder::ipv4(pod(1), pod(2), 64)
+        .tcp(1, 2, sequence, 1000)
+        .ack(1)
+        .write(&mut packet, &[0; 3000])
+        .unwrap();
+    let sum = |bytes: &[u8]| {
+        let words = bytes
+            .chunks(2)
+            .map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+        words.fold(0, |sum, word| (sum + word) % 0xffff)
+    };
+    let pseudo = (sum(&packet[12..20]) + 6 + 3020) % 0xffff;
+    packet[36..38].copy_from_slice(&u16::try_from(pseudo).unwrap().to_be_bytes());
+    let missing = 0xffff - (pseudo + sum(&packet[20..])) % 0xffff;
+    packet[40..42].copy_from_slice(&u16::try_from(missing).unwrap().to_be_bytes());
+    packet
+}
+
+#[test]
+fn unfinished_superpackets_are_not_merged_whatever_their_checksums() {
+    let (_a, b) = memory::pair(1, true);
+    let mut run = Vec::new();
+    for sequence in [1, 3001] {
+        run.extend([8, 0, 0, 0, 0, 0, 1, 0]);
+        run.extend(Mac::local(2).bytes());
+        run.extend(Mac::local(1).bytes());
+        run.extend([8, 0]);
+        run.extend(right_and_unfinished(sequence));
+    }
+    // As one run, so that both come in one burst.
+    let socket = std::net::UdpSocket::bind("127.0.1.1:0").unwrap();
+    let datagram = i32::try_from(run.len() / 2).unwrap();
+    set(socket.as_fd(), IntOption::UDP_SEGMENT, datagram).unwrap();
+    socket.send_to(&run, b.addr).unwrap();
+    let mut counters = None;
+    wait_for("both", || {
+        let status = b.datapath.status();
+        let enough = status.total.decap.read >= 2;
+        counters = Some(status);
+        enough
+    });
+    let status = counters.unwrap();
+    adds_up(&status);
+    // Of 1472 bytes at most.
+    assert_eq!(status.total.decap.sent, 6, "{:?}", status.total.decap);
+    for _ in 0..2 {
+        let (vnet, packet) = next(&b.tun[0]);
+        assert_eq!((vnet[1], packet.len()), (1, 3040), "a TCP superpacket");
+    }
 }

@@ -23,9 +23,13 @@ use crate::sys::mmsg::Received;
 /// What may be merged, by what the device takes.
 pub fn limits(shared: &Shared) -> Limits {
     let caps = shared.tun_caps;
+    let Settings {
+        encapsulation, mtu, ..
+    } = shared.settings;
     Limits {
         tcp: caps.tso4() && caps.tso6() && shared.usable(&shared.tun_tcp, "tun-tso", None),
         udp: caps.uso() && shared.usable(&shared.tun_udp, "tun-uso", None),
+        max_packet_len: encapsulation.max_single_len(mtu),
         ..Limits::default()
     }
 }
@@ -40,7 +44,7 @@ pub fn unfinished(
     let Settings {
         encapsulation, mtu, ..
     } = cx.shared.settings;
-    if packet.len() <= usize::from(mtu.get()) {
+    if packet.len() <= usize::from(encapsulation.max_single_len(mtu)) {
         return None;
     }
     let segment_len = (received.stride < received.len)
