@@ -418,7 +418,17 @@ const CHUNK: usize = 1 << 16;
 
 /// Sends `chunks` of 64 KiB over one TCP connection to `to` in another namespace, and compares every byte
 /// that arrives.
-pub(crate) fn tcp_transfer(from: &NetNs, (there, to): (&NetNs, IpAddr), chunks: usize) {
+pub(crate) fn tcp_transfer(from: &NetNs, to: (&NetNs, IpAddr), chunks: usize) {
+    tcp_transfer_with(from, to, chunks, |_| {});
+}
+
+/// The same, of a socket that `prepare` changes once it is connected.
+pub(crate) fn tcp_transfer_with(
+    from: &NetNs,
+    (there, to): (&NetNs, IpAddr),
+    chunks: usize,
+    prepare: impl FnOnce(&TcpStream) + Send,
+) {
     let listener = there.run(|| TcpListener::bind((to, 0))).unwrap().unwrap();
     let at = listener.local_addr().unwrap();
     let seed = u64::from(at.port());
@@ -427,6 +437,7 @@ pub(crate) fn tcp_transfer(from: &NetNs, (there, to): (&NetNs, IpAddr), chunks: 
             let connect = || TcpStream::connect_timeout(&at, LIMIT);
             let mut stream = from.run(connect).unwrap().unwrap();
             stream.set_write_timeout(Some(LIMIT)).unwrap();
+            prepare(&stream);
             let (mut noise, mut chunk) = (Noise::new(seed), vec![0; CHUNK]);
             for _ in 0..chunks {
                 noise.fill(&mut chunk);
