@@ -496,6 +496,28 @@ fn a_device_that_ends_is_reported_once_and_costs_nothing() {
 }
 
 #[test]
+fn an_error_without_a_reason_of_its_own_is_told_once() {
+    let (a, mut b) = pair(Shape::default());
+    // What is written to a socket whose other end is closed is EPIPE, which no device says.
+    b.tun.clear();
+    for sent in 1..=3 {
+        let packet = udp(pod(1), pod(2), (1, 2), 64, b"in vain");
+        write(&a.tun[0], &plain(&packet));
+        let status = idle(&b, 0, sent);
+        assert_eq!(status.total.decap.drops["rejected"], sent);
+    }
+    let events = b.events.lock().unwrap();
+    let rejected = events
+        .iter()
+        .filter(|event| matches!(event, Event::Rejected { .. }));
+    let told: Vec<String> = rejected.map(|event| format!("{event:?}")).collect();
+    assert!(
+        told.len() == 1 && told[0].contains("Broken pipe"),
+        "{told:?}"
+    );
+}
+
+#[test]
 fn a_loose_check_takes_any_outer_source_but_still_only_leased_inner_ones() {
     let (_a, b) = pair(Shape {
         check: SourceCheck::Loose,

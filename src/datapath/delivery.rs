@@ -4,7 +4,7 @@
 //! What the kernel's errors mean here:
 //! - `EINVAL` about a superpacket: it takes none of this kind. Its packets are written one by one, at once, so that no
 //!   later packet of their flow overtakes them, and the capability is withdrawn.
-//! - anything else is the packets' [`DropReason::of_tun_write`].
+//! - anything else is the packets' [`Shared::write_failed`].
 
 use std::io;
 
@@ -93,7 +93,7 @@ pub fn write_unfinished(
                 counts.replays += 1;
             }
             Err(error) => {
-                let reason = DropReason::of_tun_write(&error);
+                let reason = cx.shared.write_failed(&error);
                 return refuse(cx, counts, (reason, packets), received, [packet, &[]]);
             }
         }
@@ -133,7 +133,7 @@ pub fn write_packet(
             });
         }
         Err(error) => {
-            let reason = DropReason::of_tun_write(&error);
+            let reason = cx.shared.write_failed(&error);
             refuse(cx, counts, (reason, 1), received, [header, payload]);
         }
     }
@@ -215,7 +215,7 @@ pub fn write_superpacket<'b>(
             }
         }
         Err(error) => {
-            let reason = DropReason::of_tun_write(&error);
+            let reason = cx.shared.write_failed(&error);
             counts.drop(reason, packets);
             if cx.tap.is_on() {
                 tap(Verdict::Dropped(reason));

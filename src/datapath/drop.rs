@@ -140,3 +140,46 @@ impl DropReason {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Error;
+
+    #[test]
+    fn every_errno_of_a_send_and_of_a_write_has_its_reason() {
+        use DropReason::{
+            DeviceDown, NoMemory, Refused, Rejected, SocketFull, TooBig, UnderlayDown,
+        };
+        for (errno, reason) in [
+            (libc::EAGAIN, SocketFull),
+            (libc::ENOBUFS, NoMemory),
+            (libc::ENOMEM, NoMemory),
+            (libc::EMSGSIZE, TooBig),
+            (libc::EPERM, Refused),
+            (libc::EACCES, Refused),
+            (libc::ENETUNREACH, UnderlayDown),
+            (libc::EHOSTUNREACH, UnderlayDown),
+            (libc::ENETDOWN, UnderlayDown),
+            (libc::EADDRNOTAVAIL, UnderlayDown),
+            (libc::ECONNREFUSED, UnderlayDown),
+            (libc::EINVAL, Rejected),
+        ] {
+            let error = Error::from_raw_os_error(errno);
+            assert_eq!(DropReason::of_send(&error), reason, "send: {error}");
+        }
+        for (errno, reason) in [
+            (libc::EIO, DeviceDown),
+            (libc::EBADFD, DeviceDown),
+            (libc::ENODEV, DeviceDown),
+            (libc::EAGAIN, NoMemory),
+            (libc::ENOBUFS, NoMemory),
+            (libc::ENOMEM, NoMemory),
+            (libc::EINVAL, Rejected),
+            (libc::EMSGSIZE, Rejected),
+        ] {
+            let error = Error::from_raw_os_error(errno);
+            assert_eq!(DropReason::of_tun_write(&error), reason, "write: {error}");
+        }
+    }
+}

@@ -155,6 +155,13 @@ pub enum Event {
         /// The inner source, where one could be read.
         inner: Option<IpAddr>,
     },
+    /// The kernel refused a packet for a reason that has no [`DropReason`] of its own. Told once for each error.
+    Rejected {
+        /// What it was.
+        what: &'static str,
+        /// The kernel's error.
+        error: String,
+    },
     /// The path MTU towards a peer changed.
     PathMtu {
         /// The peer.

@@ -222,7 +222,7 @@ impl SlowPath {
             let head = head.get(..head_len).unwrap_or_default();
             let body = packet.get(piece.payload).unwrap_or_default();
             if let Err(error) = self.send(cx, counts, to, [head, body]) {
-                let reason = DropReason::of_send(&error);
+                let reason = cx.shared.send_failed(&error);
                 counts.drop(reason, 1);
                 return note(cx, to, Verdict::Dropped(reason), [packet, &[]]);
             }
