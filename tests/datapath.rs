@@ -272,8 +272,10 @@ fn an_expiring_packet_is_answered_with_time_exceeded() {
     assert_eq!(ip.header().destination(), pod(1));
     let status = idle(&a, 2, 1);
     assert_eq!(status.total.encap.answered, 1);
+    assert_eq!(status.total.encap.send_calls, 2, "an answer and a packet");
     let status = idle(&b, 0, 1);
     assert_eq!(status.total.decap.answered, 1);
+    assert_eq!(status.total.decap.send_calls, 1, "an answer");
 }
 
 #[test]

@@ -65,6 +65,7 @@ impl SlowPath {
                 gathered.push(&PLAIN);
             }
             gathered.push(answer);
+            counts.send_calls += 1;
             cx.queue.write(gathered).is_ok()
         });
         let verdict = if answered {

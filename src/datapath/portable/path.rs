@@ -96,6 +96,7 @@ impl<'a> Path<'a> {
                 let built =
                     self.answerer
                         .build_local(self.shared, &self.rules, kind, packet, &meta);
+                counts.send_calls += u64::from(built.is_some());
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
                 (told(counts, answered, reason), None)
             }
@@ -183,6 +184,7 @@ impl<'a> Path<'a> {
                 let built =
                     self.answerer
                         .build_remote(self.shared, &self.rules, kind, packet, &meta);
+                counts.send_calls += u64::from(built.is_some());
                 let answered = built.is_some_and(|answer| {
                     let mut datagram = [0; MAX_HEADER_LEN + icmp_error::MAX_LEN];
                     let mut len =
