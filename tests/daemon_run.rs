@@ -421,6 +421,7 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
             "{names}: {error}"
         );
         assert_eq!(node.env(), "");
+        assert!(!node.path("store/subnets").exists(), "no lease was taken");
         node.assert_clean();
     }
 }

@@ -85,6 +85,27 @@ fn bad_value_from_the_environment_is_refused_by_the_name_of_the_variable() {
     assert!(text.contains("192.0.2"), "{text}");
     let text = refusal("loden daemon --public-ip 192.0.2", &[]);
     assert!(!text.contains("from FLANNELD"), "{text}");
+    // The name of a switch is written otherwise.
+    let text = refusal("flanneld", &[("FLANNELD_IP_MASQ", "yes")]);
+    assert!(text.contains("from FLANNELD_IP_MASQ"), "{text}");
+    assert!(!text.contains("loden <COMMAND>"), "{text}");
+}
+
+#[test]
+fn usage_is_that_of_the_name_the_program_was_called_by() {
+    for (line, usage) in [
+        ("flanneld -h", "Usage: flanneld [OPTIONS]"),
+        ("/opt/bin/flanneld --nope", "Usage: flanneld [OPTIONS]"),
+        ("loden daemon --nope", "Usage: loden daemon [OPTIONS]"),
+        (
+            "/run/mk-docker-opts.sh -x",
+            "Usage: mk-docker-opts.sh [OPTIONS]",
+        ),
+        ("install-conf --help", "Usage: install-conf SRC DEST"),
+    ] {
+        let text = refusal(line, &[]);
+        assert!(text.contains(usage), "{line}: {text}");
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a node is, for as long as it holds its lease.
 pub(super) struct Registration {
-    /// What the command line says of the external interface, and the store where that says nothing.
+    /// What is said of the external interface: by the command line, and of the public IPs by the store.
     pub(super) wanted: Wanted,
     pub(super) config: NetworkConfig,
     pub(super) plan: Plan,
@@ -57,17 +57,18 @@ pub(super) async fn register(
     let config = patiently("network configuration", told, || store.network_config()).await?;
     warn_about(&config);
     let set = patiently("node's public IPs", told, || store.public_ips()).await?;
-    let wanted = &options.wanted;
-    let wanted = Wanted {
-        public_ip: wanted.public_ip.or(set.0),
-        public_ipv6: wanted.public_ipv6.or(set.1),
-        ..wanted.clone()
-    };
+    let wanted = options.wanted.clone().with_public_ips(set);
     let snapshot = look(kernel, &wanted).await?;
     let (ends, candidates) = choose(&snapshot, &wanted, &config)?;
     // Somebody may change them later, so the status does not tell of them.
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
+    let networks = udp::networks(&config);
+    // No subnet could help, so none is taken.
+    warn_or_fail(&preflight::swallowed(
+        &networks,
+        ends.iter().map(|end| end.public),
+    ))?;
     let mut plan = Plan::new(&config, ends.clone())?;
     let devices = hold_devices(&plan)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
@@ -108,13 +109,12 @@ pub(super) async fn register(
         time_left(&lease)
     );
     let routes = kernel.routes().await?;
-    let (networks, public) = (udp::networks(&config), ends.primary().public);
     let foreign =
         |route: &&Route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link));
     let foreign: Vec<Route> = routes.iter().filter(foreign).copied().collect();
     let mut seen = snapshot;
     seen.links.retain(|link| !ours.contains(&link.index));
-    let conflicts = preflight::conflicts(&seen, &foreign, &networks, &own, public);
+    let conflicts = preflight::conflicts(&seen, &foreign, &networks, &own);
     warn_or_fail(&conflicts)?;
     Ok(Registration {
         wanted,
