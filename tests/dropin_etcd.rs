@@ -538,6 +538,10 @@ fn health_is_told_in_flannels_words_and_metrics_are_openmetrics() {
     let (code, body) = get("/readyz");
     assert_eq!(code, 503);
     assert_eq!(body.lines().next(), Some("flanneld is not ready yet"));
+    assert!(
+        body.contains("waiting for the network configuration: no network configuration at"),
+        "{body}"
+    );
     assert_eq!(get("/other").0, 404);
     cluster.configure(NFT);
     waiting.wait_for_log("written: ready");

@@ -272,6 +272,25 @@ fn every_flag_of_flannel_and_its_variable_are_understood() {
 }
 
 #[test]
+fn every_flag_is_among_what_was_understood() {
+    let invocation = parsed("flanneld -iface eth7", &[("FLANNELD_V", "1")]).unwrap();
+    let text = format!("{:?}", invocation.understood);
+    let command = DaemonArgs::augment_args(clap::Command::new(DAEMON));
+    let shown = command.get_arguments().filter(|arg| !arg.is_hide_set());
+    for flag in shown.filter_map(|arg| arg.get_long()) {
+        assert!(text.contains(&format!("flag: {flag:?}")), "{flag}: {text}");
+    }
+    for origin in [
+        r#"flag: "iface", value: "eth7", origin: "flag""#,
+        r#"flag: "v", value: "1", origin: "environment FLANNELD_V""#,
+        r#"flag: "ip-masq", value: "false", origin: "default""#,
+        r#"flag: "public-ip", value: "", origin: "not given""#,
+    ] {
+        assert!(text.contains(origin), "{origin}: {text}");
+    }
+}
+
+#[test]
 fn password_is_shown_nowhere() {
     let invocation = parsed("flanneld -etcd-username u -etcd-password hunter2", &[]).unwrap();
     let text = format!("{invocation:?}");

@@ -45,18 +45,17 @@ impl Registration {
     }
 }
 
-/// Registers this node; `previous` are the subnets to ask for.
+/// Registers this node; `previous` are the subnets to ask for. `waits` is told what it waits for, and when it does no more.
 pub(super) async fn register(
     store: &impl LeaseStore,
     kernel: &impl Kernel,
     options: &Options,
     previous: Option<Subnets>,
+    waits: impl Fn(Option<&str>),
 ) -> Result<Registration, DaemonError> {
-    // Who asks the store hears of it, too.
-    let told = |complaint| store.report(&[complaint]);
-    let config = patiently("network configuration", told, || store.network_config()).await?;
+    let config = patiently("network configuration", &waits, || store.network_config()).await?;
     warn_about(&config);
-    let set = patiently("node's public IPs", told, || store.public_ips()).await?;
+    let set = patiently("node's public IPs", &waits, || store.public_ips()).await?;
     let wanted = options.wanted.clone().with_public_ips(set);
     let snapshot = look(kernel, &wanted).await?;
     let (ends, candidates) = choose(&snapshot, &wanted, &config)?;
@@ -97,7 +96,7 @@ pub(super) async fn register(
         previous,
         extension: udp::EXTENSION,
     };
-    let lease = patiently("lease", told, || store.acquire(request.clone())).await?;
+    let lease = patiently("lease", &waits, || store.acquire(request.clone())).await?;
     if let Plan::Outside(outside) = &plan {
         extension::after_lease(outside, &config, &lease).await?;
     }
@@ -308,10 +307,10 @@ async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>,
     Ok(ours)
 }
 
-/// Asks until the store answers. One line per new complaint, which is `told` too, and none per attempt.
+/// Asks until the store answers. One line per new complaint, which `waits` is told too, and none per attempt.
 pub(super) async fn patiently<T, F>(
     what: &str,
-    told: impl Fn(String),
+    waits: impl Fn(Option<&str>),
     mut ask: impl FnMut() -> F,
 ) -> Result<T, StoreError>
 where
@@ -320,14 +319,19 @@ where
     let mut said = String::new();
     loop {
         let error = match ask().await {
-            Ok(answer) => return Ok(answer),
+            Ok(answer) => {
+                if !said.is_empty() {
+                    waits(None);
+                }
+                return Ok(answer);
+            }
             Err(error @ (StoreError::Config { .. } | StoreError::NoPublicIp)) => return Err(error),
             Err(error) => error.to_string(),
         };
         if error != said {
             let complaint = format!("waiting for the {what}: {error}");
             tracing::warn!("{complaint}");
-            told(complaint);
+            waits(Some(&complaint));
             said = error;
         }
         tokio::time::sleep(ASK_EVERY).await;
