@@ -61,7 +61,10 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
         server.condition("n1")["status"] == "False"
     });
 
-    let second = start(2);
+    // What the node says overrules the flag.
+    let mut command = daemon(&cluster, &server, 2, &net_config);
+    command.arg("-public-ip=198.51.100.2");
+    let second = cluster.spawn_command(2, command);
     second.wait_for_log("pod cidr not assigned");
     let (code, why) = cluster.http(2, "/readyz");
     assert_eq!(code, 503, "{why}");

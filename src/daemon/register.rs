@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 
-use super::{DaemonError, Options, VxlanPlace, extension};
+use super::{DaemonError, Options, StoreOptions, VxlanPlace, extension};
 use crate::backend::device::{self, DeviceError};
 use crate::backend::ends::{self, Ends};
 use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
@@ -62,14 +62,21 @@ pub(super) async fn register(
     // Somebody may change them later, so the status does not tell of them.
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
-    let networks = udp::networks(&config);
-    // No subnet could help, so none is taken.
-    warn_or_fail(&preflight::swallowed(
-        &networks,
-        ends.iter().map(|end| end.public),
-    ))?;
+    let mut seen = snapshot;
+    seen.links.retain(|link| !ours.contains(&link.index));
     let mut plan = Plan::new(&config, ends.clone())?;
     let devices = hold_devices(&plan)?;
+    let networks = udp::networks(&config);
+    // Where no subnet could help, none is taken. In Kubernetes one may be the whole network.
+    let possible = match options.store {
+        StoreOptions::Kube(_) => networks.as_slice(),
+        StoreOptions::Local(_) | StoreOptions::Etcd(_) => &[],
+    };
+    let mut hopeless = preflight::swallowed(&networks, ends.iter().map(|end| end.public));
+    let routes = foreign_routes(kernel, &ours).await?;
+    hopeless.extend(preflight::conflicts(&seen, &routes, &networks, possible));
+    hopeless.retain(Conflict::is_fatal);
+    warn_or_fail(&hopeless)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
     if let Plan::Outside(outside) = &mut plan {
         extension::before_lease(outside).await?;
@@ -107,13 +114,8 @@ pub(super) async fn register(
         ends.primary().public,
         time_left(&lease)
     );
-    let routes = kernel.routes().await?;
-    let foreign =
-        |route: &&Route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link));
-    let foreign: Vec<Route> = routes.iter().filter(foreign).copied().collect();
-    let mut seen = snapshot;
-    seen.links.retain(|link| !ours.contains(&link.index));
-    let conflicts = preflight::conflicts(&seen, &foreign, &networks, &own);
+    let routes = foreign_routes(kernel, &ours).await?;
+    let conflicts = preflight::conflicts(&seen, &routes, &networks, &own);
     warn_or_fail(&conflicts)?;
     Ok(Registration {
         wanted,
@@ -305,6 +307,16 @@ async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>,
         ours.extend(link.filter(device::is_flannels).map(|link| link.index));
     }
     Ok(ours)
+}
+
+/// The routes that are neither marked as ours nor lead through `ours`.
+async fn foreign_routes(
+    kernel: &impl Kernel,
+    ours: &HashSet<u32>,
+) -> Result<Vec<Route>, KernelError> {
+    let mut routes = kernel.routes().await?;
+    routes.retain(|route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link)));
+    Ok(routes)
 }
 
 /// Asks until the store answers. One line per new complaint, which `waits` is told too, and none per attempt.
