@@ -133,8 +133,9 @@ fn render(args: &DockerOptsArgs, known: &BTreeMap<String, String>) -> anyhow::Re
     let all = options.iter().map(|(name, option)| (*name, option));
     for (name, option) in all.chain(before) {
         ensure!(
-            !option.contains(['"', '\n']),
-            "{name}: a quotation mark or line break would end the value early: leave it out"
+            !option.contains(['"', '\n', '$', '`', '\\']),
+            "{name}: a quotation mark or line break would end the value early, and $, ` and \\ mean something to a shell \
+             that reads the file: leave them out"
         );
     }
     let mut combined = before.map_or_else(String::new, |(_, before)| format!("{before} "));
@@ -249,8 +250,10 @@ mod tests {
     fn what_makes_no_sense_is_refused() {
         assert!(lines("", &[("FLANNEL_IPMASQ", "yes")]).is_err());
         assert!(lines("-m", &[("FLANNEL_IPMASQ", "yes")]).is_ok());
-        for name in ["DOCKER_OPT_X", "DOCKER_OPTS"] {
-            assert!(lines("", &[(name, "a\"b")]).is_err(), "{name}");
+        for name in ["DOCKER_OPT_X", "DOCKER_OPTS", "FLANNEL_SUBNET"] {
+            for value in ["a\"b", "$(reboot)", "`reboot`", "a\\"] {
+                assert!(lines("", &[(name, value)]).is_err(), "{name}={value}");
+            }
         }
         for flags in ["-k a-b", "-k $(reboot)", "-k 1a", "-x"] {
             assert!(lines(flags, &[]).is_err(), "{flags}");
