@@ -34,7 +34,7 @@ pub(super) fn acquire(
             .scan_near(dir, &previous)
             .map_err(files::unavailable(dir))?;
         let ours = |entry: &Entry| matches!(entry, Entry::Lease(record) if is_ours(record, &previous, request, node));
-        if near.entries.get(&previous).is_some_and(ours)
+        if near.get(&previous).is_some_and(ours)
             && let (Some(own), _) = reuse(dir, config, request, node, &near, now)?
         {
             return Ok(own);
@@ -59,7 +59,7 @@ pub(super) fn acquire(
             expires: Some(whole_seconds(now + LEASE_TTL)),
         };
         // What overlaps the choice has expired, or claims more than anybody may have and is not ours to remove.
-        let expired = listing.entries.iter().filter(|(key, entry)| {
+        let expired = listing.iter().filter(|(key, entry)| {
             key.overlaps(&subnets) && (entry.is_expired(now) || **key == subnets)
         });
         for (key, _) in expired {
@@ -86,7 +86,7 @@ fn reuse(
     now: SystemTime,
 ) -> Result<(Option<Own>, Vec<Subnets>), StoreError> {
     let mut mine: Vec<(Subnets, Option<&Record>, Own)> = Vec::new();
-    for (key, entry) in &listing.entries {
+    for (key, entry) in listing.iter() {
         let (record, sidecar) = match entry {
             Entry::Lease(record) if is_ours(record, key, request, node) => {
                 (Some(record), record.sidecar)
@@ -175,7 +175,7 @@ fn choose_free(
     now: SystemTime,
     mut choose: impl FnMut(usize) -> usize,
 ) -> Result<Subnets, StoreError> {
-    let entries = || listing.entries.iter();
+    let entries = || listing.iter();
     let live = || entries().filter(|(_, entry)| !entry.is_expired(now));
     // Without what can be read and is refused by everybody.
     let standing: Vec<Subnets> = live()
@@ -235,7 +235,7 @@ pub(super) fn renew(
 pub(super) fn give_up(dir: &Path, own: &Own) -> Result<(), StoreError> {
     let still_ours = |entry: &Entry| matches!(entry, Entry::Lease(r) if r.node == own.node);
     let listing = list(dir)?;
-    if own.expires.is_some() && listing.entries.get(&own.subnets).is_some_and(still_ours) {
+    if own.expires.is_some() && listing.get(&own.subnets).is_some_and(still_ours) {
         remove(dir, &own.subnets)?;
     }
     Ok(())
@@ -243,20 +243,18 @@ pub(super) fn give_up(dir: &Path, own: &Own) -> Result<(), StoreError> {
 
 /// Our lease as the directory has it, for a lease that another value of the store acquired.
 pub(super) fn adopt(dir: &Path, lease: &Lease) -> Result<Option<Own>, StoreError> {
-    let mut listing = list(dir)?;
-    Ok(
-        match (listing.entries.remove(&lease.subnets), lease.attrs.node()) {
-            (Some(Entry::Lease(record)), Some(node)) if record.node == node => Some(Own {
-                subnets: lease.subnets,
-                node,
-                attrs: lease.attrs.clone(),
-                extension: lease.extension,
-                claimed: record.claim().0,
-                expires: record.expires(),
-            }),
-            _ => None,
-        },
-    )
+    let listing = list(dir)?;
+    Ok(match (listing.get(&lease.subnets), lease.attrs.node()) {
+        (Some(Entry::Lease(record)), Some(node)) if record.node == node => Some(Own {
+            subnets: lease.subnets,
+            node,
+            attrs: lease.attrs.clone(),
+            extension: lease.extension,
+            claimed: record.claim().0,
+            expires: record.expires(),
+        }),
+        _ => None,
+    })
 }
 
 /// Reads the whole directory.

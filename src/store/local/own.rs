@@ -92,7 +92,6 @@ pub(super) enum Standing {
 pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standing {
     let ours = own.claim(now);
     let stronger = listing
-        .entries
         .iter()
         .filter(|(key, entry)| {
             let hinders = !entry.is_untaken() && !key.is_larger_than(&own.subnets);
@@ -104,7 +103,7 @@ pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standin
     if let Some((_, node)) = stronger {
         return Standing::Lost(node);
     }
-    match listing.entries.get(&own.subnets) {
+    match listing.get(&own.subnets) {
         None => Standing::Missing,
         Some(Entry::Lease(record)) if record.node == own.node => Standing::Held,
         // Taken over after ours ran out, and run out itself: still not ours any more.
