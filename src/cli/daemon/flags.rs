@@ -115,7 +115,7 @@ pub struct DaemonArgs {
           default_value = "false", default_missing_value = "true", value_parser = go_bool)]
     pub(in crate::cli) print_config: bool,
 
-    /// Log verbosity: 0 info, 1 debug, 2 and more trace
+    /// Log verbosity: 0 info, 1 debug, 2 trace, 3 and more also what libraries trace
     #[arg(long = "v", short = 'v', value_name = "N", default_value = "0", value_parser = verbosity)]
     pub(in crate::cli) verbosity: u8,
 

@@ -13,8 +13,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use super::claim::{self, Standing};
+use super::claim;
 use super::files::Lock;
+use super::own::{Standing, standing};
 use super::scan::{Entry, Listing, Record, Scanner};
 use super::{EXPIRY, Inner, LOCK, SUBNETS};
 use crate::lease::{Lease, Subnets};
@@ -235,7 +236,7 @@ impl Watcher {
         problems: &mut BTreeMap<String, Cause>,
     ) -> Option<StoreEvent> {
         let own = self.inner.own(|own| own.clone())?;
-        if claim::standing(&own, listing, wall) == Standing::Held {
+        if standing(&own, listing, wall) == Standing::Held {
             self.unsettled = None;
             return None;
         }
@@ -249,7 +250,7 @@ impl Watcher {
         let own = self.inner.own(|own| own.clone())?;
         let was_complete = listing.complete;
         let listing = claim::list(&self.inner.dir).ok()?;
-        let standing = claim::standing(&own, &listing, wall);
+        let standing = standing(&own, &listing, wall);
         let in_doubt = matches!(standing, Standing::Unsettled(_));
         self.unsettled = in_doubt.then(|| self.unsettled.unwrap_or(monotonic));
         let lost_to = match standing {
