@@ -380,13 +380,7 @@ fn traced_probes_are_followed_on_the_kernels_links_to_where_sight_ends() {
         ]
     };
     let v6 = seen("flannel-v6.1", "[2001:db8::2]");
-    let pods = ["fd00:18:0:1::2", "fd00:18:0:2::2"];
-    let mut lines = Vec::new();
-    // Its own address has to be found unique first.
-    cluster.wait_until("an answer", || {
-        lines = trace_between(&cluster, pods);
-        lines.iter().any(|line| line.starts_with("there and back"))
-    });
+    let lines = trace_between(&cluster, ["fd00:18:0:1::2", "fd00:18:0:2::2"]);
     begin_lines(&lines, &v6.each_ref().map(String::as_str));
 
     let v4 = seen("flannel.1", "192.0.2.2");
