@@ -17,6 +17,7 @@ use std::time::Duration;
 use cluster::{Cluster, DUAL, V4, VXLAN};
 use common::LODEN;
 use etherparse::PacketBuilder;
+use loden::datapath::lock::NameLock;
 use loden::lab::Member;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -287,6 +288,27 @@ fn stranger_gets_nothing_past_the_check_behind_a_datagram_of_another_network() {
         let chain = cluster.shown(1, "nft", "list chain inet loden-vxlan-1 outer");
         !chain.join(" ").contains("@th")
     });
+}
+
+#[test]
+fn check_of_another_daemon_is_not_swept_whichever_family_it_has() {
+    let mut cluster = Cluster::idle(2, V4, VXLAN);
+    let node = cluster.lab.netns(Member::Node(1));
+    // As daemons hold them, of networks with one family.
+    let hold = |device: &str| node.run(|| NameLock::take(&format!("device/{device}")).unwrap());
+    let _held = ["flannel.76", "flannel-v6.77", "flannel.ipip"].map(|name| hold(name).unwrap());
+    let kept = ["loden-vxlan-76", "loden-vxlan-77", "loden-ipip"];
+    for table in kept.iter().chain(&["loden-vxlan-78"]) {
+        let add = format!("add table inet {table}");
+        cluster.run(Member::Node(1), "nft", &add);
+    }
+    cluster.start(1);
+    cluster.wait_until("a status", || cluster.status(1)["ready"] == true);
+    let tables = cluster.shown(1, "nft", "list tables");
+    for table in kept {
+        assert!(tables.contains(&format!("table inet {table}")), "{table}");
+    }
+    assert!(!tables.join(" ").contains("loden-vxlan-78"), "{tables:?}");
 }
 
 #[test]
