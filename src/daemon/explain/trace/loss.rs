@@ -55,12 +55,12 @@ impl Passed {
             self.answers_came,
             Some(self.answered),
         ];
-        // Whatever has come further has passed every point before.
+        // Whatever has come further has passed every point before; and the other node may say what it likes.
         let mut least = 0;
         let mut known = Vec::new();
         for (point, count) in counts.iter().enumerate().rev() {
             if let Some(count) = count {
-                least = least.max(*count);
+                least = least.max((*count).min(self.sent));
                 known.push((point, least));
             }
         }
@@ -157,6 +157,19 @@ mod tests {
             ..ALL
         };
         lost(partly, "1 of 3 get lost between 192.0.2.2 and this node");
+    }
+
+    #[test]
+    fn other_node_cannot_say_that_it_saw_more_than_was_sent() {
+        let lies = Passed {
+            came: Some(u32::MAX),
+            taken: Some(9),
+            answers_left: Some(9),
+            answers_came: Some(0),
+            answered: 0,
+            ..ALL
+        };
+        lost(lies, "3 of 3 get lost between 192.0.2.2 and this node");
     }
 
     #[test]
