@@ -208,6 +208,15 @@ impl fmt::Display for Mac {
     }
 }
 
+/// By what it is told which node sent a packet through a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// The source of the frame that was around it: the node's tunnel device.
+    Frame(Mac),
+    /// The source of the datagram that was around it: the node's address on the underlay.
+    Datagram(IpAddr),
+}
+
 /// The text is not six pairs of hexadecimal digits, or not the address of one station.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected the MAC address of one station, like 02:00:5e:10:00:01")]

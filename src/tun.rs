@@ -110,7 +110,8 @@ impl TunQueue {
     /// Reads one packet with its virtio-net header without waiting.
     ///
     /// # Errors
-    /// `WouldBlock` when none is there; `EBADFD` when the device is gone.
+    /// `WouldBlock` when none is there; `EBADFD` when the device is gone; `EINVAL` when the kernel could not describe
+    /// one in a virtio-net header, which is lost then.
     #[inline]
     pub fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         (&self.read).read(buf)
@@ -150,8 +151,8 @@ pub struct TunDevice {
 }
 
 impl TunDevice {
-    /// Creates the device from a name template with this many queues. Without multi-queue support there is
-    /// one, whatever was asked.
+    /// Creates the device from a name template with this many queues, or as many as the kernel gives it. Without
+    /// multi-queue support there is one, whatever was asked.
     ///
     /// # Errors
     /// [`TunError`]; the device does not exist afterwards.
@@ -193,19 +194,27 @@ impl TunDevice {
             detached_writes: mode.multi_queue,
             offloads,
         };
-        let mut reads = vec![first];
-        while mode.multi_queue && reads.len() < queues {
-            reads.push(attach(&name, mode)?.0);
-        }
-        let mut opened = Vec::with_capacity(reads.len());
-        for read in reads {
+        let mut opened: Vec<TunQueue> = Vec::with_capacity(queues);
+        let mut read = Some(first);
+        while let Some(file) = read {
             let write = if caps.detached_writes {
                 writer(&name, mode)?
             } else {
                 None
             };
-            caps.detached_writes &= write.is_some();
-            opened.push(TunQueue { read, write });
+            if caps.detached_writes && write.is_none() {
+                if !opened.is_empty() {
+                    // The device's last queue: it has none beside it to write through.
+                    break;
+                }
+                caps.detached_writes = false;
+            }
+            opened.push(TunQueue { read: file, write });
+            read = if mode.multi_queue && opened.len() < queues {
+                further(&name, mode)?
+            } else {
+                None
+            };
         }
         Ok(Self {
             name,
@@ -223,8 +232,18 @@ fn attach(name: &str, mode: Mode) -> Result<(File, String), TunError> {
     })
 }
 
-/// A detached queue for writing; `None` when the kernel cannot detach.
+/// One more queue of an open device; `None` when it has as many as the kernel gives it (`MAX_TAP_QUEUES`,
+/// drivers/net/tun.c, which counts detached ones, too).
+fn further(name: &str, mode: Mode) -> Result<Option<File>, TunError> {
+    match attach(name, mode) {
+        Ok((file, _)) => Ok(Some(file)),
+        Err(TunError::Attach(error)) if error.raw_os_error() == Some(libc::E2BIG) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A detached queue for writing; `None` when the kernel has none left or cannot detach.
 fn writer(name: &str, mode: Mode) -> Result<Option<File>, TunError> {
-    let (file, _) = attach(name, mode)?;
-    Ok(tun::detach(&file).is_ok().then_some(file))
+    let file = further(name, mode)?;
+    Ok(file.filter(|file| tun::detach(file).is_ok()))
 }

@@ -16,7 +16,7 @@ use loden::backend::ends::Ends;
 use loden::backend::plan::Plan;
 use loden::backend::settle::settle;
 use loden::config::NetworkConfig;
-use loden::firewall::{SenderCheck, SenderStatus, Senders, Tunnel};
+use loden::firewall::{SenderCheck, SenderStatus, Senders, Tunnel, TunnelKind};
 use loden::iface::{Choice, Stack, Wanted, choose};
 use loden::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
 use loden::netlink::Netlink;
@@ -65,9 +65,11 @@ fn desired(backend: &str, choice: &Choice) -> Desired {
 async fn check_senders(senders: &loden::backend::desired::Senders, devices: &[u32]) -> Duration {
     let programs = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(Into::into);
     let tunnel = Tunnel {
-        vni: 1,
-        port: 8472,
-        devices: vec!["flannel.1".to_owned()],
+        kind: TunnelKind::Vxlan {
+            vni: 1,
+            port: 8472,
+            devices: vec!["flannel.1".to_owned()],
+        },
         outer: true,
     };
     let check = SenderCheck::start(programs.to_vec(), tunnel).await.unwrap();
@@ -76,6 +78,7 @@ async fn check_senders(senders: &loden::backend::desired::Senders, devices: &[u3
         outer: senders.outer.clone(),
         inner: senders.inner.clone(),
         devices: devices.to_vec(),
+        ..Senders::default()
     });
     // Answered after what was wanted before is done.
     let mut status = check.status().await;

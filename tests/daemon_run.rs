@@ -259,9 +259,16 @@ fn second_daemon_on_the_same_network_or_port_is_refused_before_it_writes_anythin
     // The network first, for that is what two daemons on one node share by default.
     let other = node.path("run/other.env");
     let other_env = ["--iface", "eth0", "--subnet-file", other.to_str().unwrap()];
-    let (code, error) = node.fails(&other_env);
-    assert_eq!(code, 1);
-    assert!(error.contains("198.18.0.0/16 on flannel0"), "{error}");
+    // As another node, too, it would take a lease that nobody serves.
+    node.ns.ip("addr add 192.0.2.77/24 dev eth0");
+    let other_node = [&other_env[..], &["--public-ip", "192.0.2.77"]].concat();
+    for args in [&other_env[..], &other_node] {
+        let (code, error) = node.fails(args);
+        assert_eq!(code, 1);
+        assert!(error.contains("198.18.0.0/16 on flannel0"), "{error}");
+        let leases = fs::read_dir(node.path("store/subnets")).unwrap().count();
+        assert_eq!(leases, 1, "{args:?}");
+    }
 
     let store = node.path("other-store");
     fs::create_dir(&store).unwrap();
@@ -421,6 +428,7 @@ fn misuse_ends_with_one_line_that_names_the_thing_and_leaves_nothing() {
             "{names}: {error}"
         );
         assert_eq!(node.env(), "");
+        assert!(!node.path("store/subnets").exists(), "no lease was taken");
         node.assert_clean();
     }
 }

@@ -6,19 +6,23 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
+mod memory;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use etherparse::PacketBuilder;
-use loden::addr::Mtu;
+use loden::addr::{Mac, Mtu};
 use loden::datapath::{
     Datapath, Encapsulation, EngineKind, Event, Local, PeerRoute, Settings, SourceCheck,
     SourcePort, Status,
 };
+use loden::sys::socket::{IntOption, set};
 use loden::sys::tun::{OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, OFFLOAD_USO4, OFFLOAD_USO6};
 use loden::tun::{TunCaps, TunDevice, TunQueue};
 use loden::underlay::Underlay;
@@ -268,8 +272,10 @@ fn an_expiring_packet_is_answered_with_time_exceeded() {
     assert_eq!(ip.header().destination(), pod(1));
     let status = idle(&a, 2, 1);
     assert_eq!(status.total.encap.answered, 1);
+    assert_eq!(status.total.encap.send_calls, 2, "an answer and a packet");
     let status = idle(&b, 0, 1);
     assert_eq!(status.total.decap.answered, 1);
+    assert_eq!(status.total.decap.send_calls, 1, "an answer");
 }
 
 #[test]
@@ -417,6 +423,36 @@ fn wrong_virtio_headers_are_counted_and_survived() {
     });
 }
 
+/// A packet that is described as a superpacket and is no longer than one of its segments may be: what a virtual
+/// machine or a tunnel in a pod may make of its last bytes.
+#[test]
+fn a_superpacket_of_one_segment_is_a_packet() {
+    let (a, b) = pair(Shape::default());
+    let payload = [7; 500];
+    for (sent, gso_size) in (1..).zip([500, 501, 1400]) {
+        let superpacket = memory::udp_superpacket(pod(1), pod(2), (1, 2), gso_size, &payload);
+        write(&a.tun[0], &superpacket);
+        let status = idle(&a, sent, 0);
+        assert_eq!(status.total.encap.sent, sent, "{:?}", status.total.encap);
+        let (vnet, got) = next(&b.tun[0]);
+        assert_eq!(vnet, [0; VNET]);
+        assert_eq!(got, udp(pod(1), pod(2), (1, 2), 62, &payload));
+    }
+    let segment = memory::tcp_superpacket(pod(1), pod(2), 1, 1400, &payload);
+    write(&a.tun[0], &segment);
+    let (_, got) = next(&b.tun[0]);
+    let headers = etherparse::PacketHeaders::from_ip_slice(&got).unwrap();
+    let (Some(etherparse::NetHeaders::Ipv4(ip, _)), Some(transport)) =
+        (headers.net, headers.transport)
+    else {
+        panic!("{got:?}")
+    };
+    let mut complete = transport.clone();
+    complete.update_checksum_ipv4(&ip, &payload).unwrap();
+    assert_eq!(transport, complete, "the checksum was completed");
+    idle(&a, 4, 0);
+}
+
 #[test]
 fn a_new_table_is_used_while_traffic_runs() {
     let (a, b) = pair(Shape::default());
@@ -462,6 +498,28 @@ fn a_device_that_ends_is_reported_once_and_costs_nothing() {
 }
 
 #[test]
+fn an_error_without_a_reason_of_its_own_is_told_once() {
+    let (a, mut b) = pair(Shape::default());
+    // What is written to a socket whose other end is closed is EPIPE, which no device says.
+    b.tun.clear();
+    for sent in 1..=3 {
+        let packet = udp(pod(1), pod(2), (1, 2), 64, b"in vain");
+        write(&a.tun[0], &plain(&packet));
+        let status = idle(&b, 0, sent);
+        assert_eq!(status.total.decap.drops["rejected"], sent);
+    }
+    let events = b.events.lock().unwrap();
+    let rejected = events
+        .iter()
+        .filter(|event| matches!(event, Event::Rejected { .. }));
+    let told: Vec<String> = rejected.map(|event| format!("{event:?}")).collect();
+    assert!(
+        told.len() == 1 && told[0].contains("Broken pipe"),
+        "{told:?}"
+    );
+}
+
+#[test]
 fn a_loose_check_takes_any_outer_source_but_still_only_leased_inner_ones() {
     let (_a, b) = pair(Shape {
         check: SourceCheck::Loose,
@@ -476,4 +534,59 @@ fn a_loose_check_takes_any_outer_source_but_still_only_leased_inner_ones() {
     let status = idle(&b, 0, 2);
     assert_eq!(status.total.decap.drops["unknown_peer"], 1);
     assert!(read(&b.tun[0]).is_none());
+}
+
+/// A TCP packet of 3000 bytes whose checksum is right, and at the same time what a kernel leaves in an unfinished
+/// superpacket: the sum of the pseudo-header.
+fn right_and_unfinished(sequence: u32) -> Vec<u8> {
+    let mut packet = Vec::new();
+    PacketBuilder::ipv4(pod(1), pod(2), 64)
+        .tcp(1, 2, sequence, 1000)
+        .ack(1)
+        .write(&mut packet, &[0; 3000])
+        .unwrap();
+    let sum = |bytes: &[u8]| {
+        let words = bytes
+            .chunks(2)
+            .map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+        words.fold(0, |sum, word| (sum + word) % 0xffff)
+    };
+    let pseudo = (sum(&packet[12..20]) + 6 + 3020) % 0xffff;
+    packet[36..38].copy_from_slice(&u16::try_from(pseudo).unwrap().to_be_bytes());
+    let missing = 0xffff - (pseudo + sum(&packet[20..])) % 0xffff;
+    packet[40..42].copy_from_slice(&u16::try_from(missing).unwrap().to_be_bytes());
+    packet
+}
+
+#[test]
+fn unfinished_superpackets_are_not_merged_whatever_their_checksums() {
+    let (_a, b) = memory::pair(1, true);
+    let mut run = Vec::new();
+    for sequence in [1, 3001] {
+        run.extend([8, 0, 0, 0, 0, 0, 1, 0]);
+        run.extend(Mac::local(2).bytes());
+        run.extend(Mac::local(1).bytes());
+        run.extend([8, 0]);
+        run.extend(right_and_unfinished(sequence));
+    }
+    // As one run, so that both come in one burst.
+    let socket = std::net::UdpSocket::bind("127.0.1.1:0").unwrap();
+    let datagram = i32::try_from(run.len() / 2).unwrap();
+    set(socket.as_fd(), IntOption::UDP_SEGMENT, datagram).unwrap();
+    socket.send_to(&run, b.addr).unwrap();
+    let mut counters = None;
+    wait_for("both", || {
+        let status = b.datapath.status();
+        let enough = status.total.decap.read >= 2;
+        counters = Some(status);
+        enough
+    });
+    let status = counters.unwrap();
+    adds_up(&status);
+    // Of 1472 bytes at most.
+    assert_eq!(status.total.decap.sent, 6, "{:?}", status.total.decap);
+    for _ in 0..2 {
+        let (vnet, packet) = next(&b.tun[0]);
+        assert_eq!((vnet[1], packet.len()), (1, 3040), "a TCP superpacket");
+    }
 }

@@ -15,7 +15,7 @@ use memory::{Node, UDP_PAYLOAD, VNET, pair, pod};
 
 const FLOWS: u16 = 64;
 /// Datagrams per flow.
-const COUNT: u64 = 3000;
+const COUNT: u64 = 1500;
 /// Payload of a datagram: its number and filling.
 const LEN: u16 = 300;
 /// Datagrams in one superpacket.

@@ -18,7 +18,6 @@ mod proxy;
 use std::net::UdpSocket;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use dropin::Cluster;
 use kube_server::{ApiServer, MANIFEST, PREFIX};
@@ -62,7 +61,10 @@ fn daemons_with_the_rights_of_the_manifest_join_their_nodes() {
         server.condition("n1")["status"] == "False"
     });
 
-    let second = start(2);
+    // What the node says overrules the flag.
+    let mut command = daemon(&cluster, &server, 2, &net_config);
+    command.arg("-public-ip=198.51.100.2");
+    let second = cluster.spawn_command(2, command);
     second.wait_for_log("pod cidr not assigned");
     let (code, why) = cluster.http(2, "/readyz");
     assert_eq!(code, 503, "{why}");
@@ -440,10 +442,8 @@ fn pods_are_explained_by_their_names_and_what_is_missing_for_that_is_named() {
     assert!(why.contains("default/web-1"), "{why}");
     // Without an API server, and addresses need none.
     server.kill();
-    let begun = Instant::now();
     let why = explain(&cluster, 1, &["web-1", "shop/db-0"]).unwrap_err();
     assert!(why.contains("Connection refused"), "{why}");
-    assert!(begun.elapsed() < Duration::from_secs(10), "{why}");
     let said = explain(&cluster, 1, &[&a.addr, &b.addr]).unwrap();
     assert_eq!(said["verdict"], named["verdict"]);
     for one in daemons {

@@ -19,8 +19,8 @@ use loden::lab::{Lab, Member, Wire, wait};
 use loden::tun::TunDevice;
 use loden::underlay::Underlay;
 use net::{
-    LIMIT, Node, Shape, adds_up, device_packets, ip, lab, pair, pings, run, tun_v4, udp_at,
-    vtep_mac,
+    LIMIT, Node, Shape, adds_up, device_packets, ip, lab, pair, pings, pings_now, run, tun_v4,
+    udp_at, vtep_mac,
 };
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -372,7 +372,7 @@ fn a_full_socket_drops_with_its_name_and_nothing_else_is_lost() {
     for socket in &sockets {
         setsockopt(&socket.as_fd(), sockopt::SndBuf, &8192).unwrap();
     }
-    assert!(!pings(&a.netns, tun_v4(2)), "there is no node 2");
+    assert!(!pings_now(&a.netns, tun_v4(2)), "there is no node 2");
     choke(&lab, 1 << 20);
     let before = a.status().total.encap.read;
     let socket = a.udp();

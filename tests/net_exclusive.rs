@@ -175,7 +175,34 @@ fn an_address_that_this_node_does_not_have_is_a_bind_error() {
                 if source.kind() == std::io::ErrorKind::AddrNotAvailable),
             "{error}"
         );
+        let said = error.to_string();
+        assert!(
+            said.contains("--iface") && !said.contains("ss -ulnp"),
+            "{said}"
+        );
     }
+    nothing_left(&netns);
+}
+
+/// A device has 256 queues at most (`MAX_TAP_QUEUES`, drivers/net/tun.c), of which a worker takes two.
+#[test]
+fn more_workers_than_a_device_has_queues_for_are_as_many_as_it_has() {
+    let (_lab, netns) = one_node();
+    let many = Settings {
+        workers: 130,
+        ..settings(EngineKind::Mmsg, 1, "flannel%d")
+    };
+    let opened = open(&netns, many).unwrap();
+    let status = opened.status();
+    assert_eq!(status.workers.len(), 128);
+    let detached = |c: &&loden::datapath::status::Capability| c.name == "tun-detached-writes";
+    let capability = status.capabilities.iter().find(detached).unwrap();
+    assert!(capability.used, "every worker has its own to write through");
+    let sockets = || std::fs::read_to_string("/proc/thread-self/net/udp");
+    let lines = netns.run(sockets).unwrap().unwrap();
+    let on_the_port = lines.lines().filter(|line| line.contains(":205D ")).count();
+    assert_eq!(on_the_port, 128, "nothing arrives where nobody reads");
+    drop(opened);
     nothing_left(&netns);
 }
 

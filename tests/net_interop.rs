@@ -8,7 +8,8 @@
 
 mod net;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpStream};
+use std::os::fd::AsFd as _;
 use std::process::Command;
 
 use loden::datapath::EngineKind;
@@ -122,6 +123,32 @@ fn the_portable_engine_carries_both_families_over_both() {
             &[v4, v6],
         );
     }
+}
+
+/// Puts destination options with nothing but padding into every packet of a socket (ipv6(7)). Done by another program,
+/// because no library types the option.
+fn with_destination_options(socket: &TcpStream) {
+    let (level, option) = (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS);
+    let line = format!("setsockopt(STDIN, {level}, {option}, pack('C8', 0, 0, 1, 4)) or die $!");
+    let stdin = socket.as_fd().try_clone_to_owned().unwrap();
+    let status = Command::new("perl")
+        .args(["-e", &line])
+        .stdin(stdin)
+        .status();
+    assert!(status.unwrap().success(), "perl");
+}
+
+#[test]
+fn superpackets_with_ipv6_extension_headers_arrive_as_the_packets_they_are() {
+    let lab = lab(2, 0, Wire::Packet);
+    let (a, b) = pair(&lab, &Shape::default());
+    let to = (&b.netns, v6(2));
+    net::tcp_transfer_with(&a.netns, to, CHUNKS, with_destination_options);
+    let status = a.status();
+    adds_up(&status);
+    let encap = &status.total.encap;
+    assert!(encap.read_superpackets > 0, "{encap:?}");
+    assert_eq!(encap.drops["bad_vnet_header"], 0, "{encap:?}");
 }
 
 #[test]

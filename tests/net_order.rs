@@ -220,8 +220,10 @@ fn offloads_engage(shape: &Shape) {
     assert!(encap.sent_superpackets > 0, "UDP_SEGMENT: {encap:?}");
     assert!(decap.read_superpackets > 0, "UDP_GRO: {decap:?}");
     assert!(decap.sent_superpackets > 0, "coalescing: {decap:?}");
+    // A superpacket of forty segments costs a read, a look whether there is another, and one or two sends, however
+    // fast the machine. One packet at a time would be two calls for each.
     assert!(
-        per_call(encap) >= 16 && per_call(decap) >= 16,
+        per_call(encap) >= 4 && per_call(decap) >= 4,
         "{encap:?} {decap:?}"
     );
     for name in ["tun-tso", "tun-uso", "udp-gso", "udp-gro"] {

@@ -18,7 +18,8 @@ use loden::sys::socket::{IntOption, set};
 use loden::tun::TunDevice;
 use loden::underlay::Underlay;
 use net::{
-    Node, Shape, adds_up, ip, lab, pair, pings, run, tcp_transfer, tun_v4, tun_v6, wait_for,
+    Node, Shape, adds_up, ip, lab, pair, pings, pings_now, run, tcp_transfer, tun_v4, tun_v6,
+    wait_for,
 };
 
 /// Makes a socket send UDP over IPv4 without checksums, or with them again. Without, the kernel refuses runs
@@ -81,8 +82,8 @@ fn behind_a_router() -> Lab {
             format!("route add {v6} via {}", plan::underlay_v6(3)),
         ],
     );
-    wait_for("IPv4 through the router", || pings(&first, v4));
-    wait_for("IPv6 through the router", || pings(&first, v6));
+    wait_for("IPv4 through the router", || pings_now(&first, v4));
+    wait_for("IPv6 through the router", || pings_now(&first, v6));
     lab
 }
 

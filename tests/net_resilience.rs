@@ -15,7 +15,8 @@ use loden::datapath::{EngineKind, Event, Status};
 use loden::lab::{Member, Wire, plan};
 use loden::sys::socket::{IntOption, set};
 use net::{
-    Node, Noise, Shape, adds_up, ip, lab, pair, pings, tcp_transfer, tun_v4, udp_at, wait_for,
+    Node, Noise, Shape, adds_up, ip, lab, pair, pings, pings_now, tcp_transfer, tun_v4, udp_at,
+    wait_for,
 };
 
 const ENGINES: [EngineKind; 2] = [EngineKind::Mmsg, EngineKind::Portable];
@@ -49,7 +50,7 @@ fn traffic_stops_and_resumes_with_the_underlay_link() {
             ip(&a.netns, "link set eth0 down");
             send_until(&a, 2, "the drops", |status| down(status) >= before + 20);
             ip(&a.netns, "link set eth0 up");
-            wait_for("traffic", || pings(&a.netns, tun_v4(2)));
+            wait_for("traffic", || pings_now(&a.netns, tun_v4(2)));
         }
         tcp_transfer(&a.netns, (&b.netns, tun_v4(2).into()), 16);
         adds_up(&a.status());
@@ -68,7 +69,7 @@ fn traffic_stops_and_resumes_with_the_underlay_address() {
         ip(&a.netns, &format!("addr del {addr} dev eth0"));
         send_until(&a, 2, "the drops", |status| down(status) >= 20);
         ip(&a.netns, &format!("addr add {addr} dev eth0"));
-        wait_for("traffic", || pings(&a.netns, tun_v4(2)));
+        wait_for("traffic", || pings_now(&a.netns, tun_v4(2)));
         tcp_transfer(&b.netns, (&a.netns, tun_v4(1).into()), 16);
         assert_eq!(a.status().peers[0].gso_withdrawn, None);
         assert!(a.events().is_empty(), "{:?}", a.events());
@@ -93,7 +94,7 @@ fn a_peer_without_a_daemon_is_reported_once_and_what_was_sent_counts_as_sent() {
     assert_eq!(status.total.encap.sent, status.total.encap.read);
     assert_eq!(a.events().len(), 1, "{:?}", a.events());
     let _b = Node::start(&lab, 2, &shape, &[1, 2]);
-    wait_for("traffic", || pings(&a.netns, tun_v4(2)));
+    wait_for("traffic", || pings_now(&a.netns, tun_v4(2)));
 }
 
 #[test]
@@ -177,7 +178,7 @@ fn a_device_that_is_set_down_and_up_again_carries_on() {
             &b.netns,
             &format!("route replace {} dev {device}", plan::NETWORK),
         );
-        wait_for("traffic", || pings(&a.netns, tun_v4(2)));
+        wait_for("traffic", || pings_now(&a.netns, tun_v4(2)));
         tcp_transfer(&a.netns, (&b.netns, tun_v4(2).into()), 16);
         adds_up(&b.status());
         assert!(

@@ -366,6 +366,46 @@ fn a_checksum_field_outside_the_packet_is_refused() {
     assert_eq!(refused, Err(ChecksumError::Superpacket));
 }
 
+/// Of extension headers those are passed that a sender's kernel puts in front of TCP as options of a socket, up to 64
+/// bytes of them.
+#[test]
+fn what_stands_behind_ipv6_extension_headers_is_split_or_refused_by_name() {
+    let behind = |extensions: &[(u8, u8)]| Fields {
+        v6: true,
+        extensions: extensions.to_vec(),
+        payload: vec![3; 200],
+        ..Fields::default()
+    };
+    for extensions in [&[(60, 0)][..], &[(0, 0), (60, 1)], &[(0, 7)], &[(60, 0); 8]] {
+        let packet = behind(extensions).build();
+        assert_eq!(unfinished_split(&packet, 100), split_slowly(&packet, 100));
+    }
+    let refusal = |packet: &[u8]| Split::new(&vnet_for(packet, 100), packet).unwrap_err();
+    for (extensions, next_header) in [
+        (&[(0, 8)][..], 0),
+        (&[(60, 0); 9], 60),
+        (&[(0, 0), (60, 7)], 60),
+        (&[(43, 0)], 43),
+        (&[(60, 0), (44, 0)], 44),
+    ] {
+        let refused = HeaderError::ExtensionHeader { next_header };
+        let packet = behind(extensions).build();
+        assert_eq!(refusal(&packet), refused.into(), "{extensions:?}");
+    }
+    let mut icmp = behind(&[(60, 0)]).build();
+    icmp[40] = 58;
+    let vnet = vnet_for(&behind(&[(60, 0)]).build(), 100);
+    let refused = HeaderError::NotTcpOrUdp { protocol: 58 };
+    assert_eq!(Split::new(&vnet, &icmp).unwrap_err(), refused.into());
+    let mut cut = behind(&[(60, 0)]).build();
+    cut.truncate(47);
+    cut[4..6].copy_from_slice(&[0, 7]);
+    assert_eq!(
+        Split::new(&vnet, &cut).unwrap_err(),
+        HeaderError::Truncated.into()
+    );
+}
+
 proptest! {
     #[test]
     fn random_superpackets_split_like_the_oracle(fields in superpacket(), gso_size in 8_u16..2000) {
@@ -423,8 +463,12 @@ fn superpacket() -> impl Strategy<Value = Fields> {
         words(10),
     );
     let payload = vec(any::<u8>(), 1..9000);
-    (ip, any::<bool>(), tcp, payload, any::<[u8; 2]>()).prop_map(
-        |((v6, tos, ttl, id, df, ip_options), udp, tcp, payload, [src, dst])| {
+    // In the order of RFC 8200 section 4.1, which etherparse insists on.
+    let extensions = [0, 60].map(|kind| vec((Just(kind), 0..=3_u8), 0..=1));
+    let extensions = extensions.prop_map(|kinds| kinds.concat());
+    let ends = (any::<[u8; 2]>(), extensions);
+    (ip, any::<bool>(), tcp, payload, ends).prop_map(
+        |((v6, tos, ttl, id, df, ip_options), udp, tcp, payload, ([src, dst], extensions))| {
             let (seq, ack, flags, window, urgent, tcp_options) = tcp;
             Fields {
                 v6,
@@ -436,6 +480,7 @@ fn superpacket() -> impl Strategy<Value = Fields> {
                 id,
                 frag: if df { packet::DF } else { 0 },
                 ip_options,
+                extensions,
                 seq,
                 ack,
                 flags: u16::from(flags),
@@ -482,13 +527,18 @@ fn split(vnet: &VnetHdr, packet: &[u8]) -> Result<Vec<Vec<u8>>, SplitError> {
         .collect())
 }
 
-fn assert_splits_like_the_oracle(packet: &[u8], gso_size: u16) {
-    // The kernel leaves a partial checksum in the field; it must not find its way into the segments.
+/// The segments of a superpacket with the partial checksum that the kernel leaves in the field, which must not find its
+/// way into them.
+fn unfinished_split(packet: &[u8], gso_size: u16) -> Vec<Vec<u8>> {
     let mut given = packet.to_vec();
     let at = checksum_at(packet);
     let partial = naive_sum(&pseudo_header(packet)).to_be_bytes();
     given[at..at + 2].copy_from_slice(&partial);
-    let segments = split(&vnet_for(packet, gso_size), &given).unwrap();
+    split(&vnet_for(packet, gso_size), &given).unwrap()
+}
+
+fn assert_splits_like_the_oracle(packet: &[u8], gso_size: u16) {
+    let segments = unfinished_split(packet, gso_size);
     assert_eq!(segments, split_slowly(packet, usize::from(gso_size)));
     for segment in &segments {
         assert_etherparse_agrees(segment);

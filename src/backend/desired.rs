@@ -2,12 +2,12 @@
 //! to every peer. Plain values; how they differ from what is there is [`super::diff`]'s to say.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
 use super::kernel::TunnelLink;
-use crate::addr::{Mac, Mtu};
+use crate::addr::{Mac, Mtu, Origin};
 use crate::lease::Subnets;
 
 /// All of it. Without devices and peers it still says what of ours is stale.
@@ -45,6 +45,17 @@ pub struct Device {
     pub tunnel: TunnelLink,
     /// Its address: the base of this node's subnet, as a whole address.
     pub addr: IpNet,
+}
+
+impl Device {
+    /// The address whose every packet of its protocol it takes; none for a device that looks for a number of its own.
+    #[must_use]
+    pub const fn receives_all_to(&self) -> Option<Ipv4Addr> {
+        match self.tunnel {
+            TunnelLink::Ipip(ipip) => ipip.local,
+            TunnelLink::Vxlan(_) => None,
+        }
+    }
 }
 
 /// A peer in one family.
@@ -168,13 +179,17 @@ pub struct Retained {
     pub public: Option<IpAddr>,
 }
 
-/// Who may send through the VXLAN devices.
+/// Who may send through the tunnel devices.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Senders {
     /// The nodes' addresses on the underlay.
     pub outer: BTreeSet<IpAddr>,
-    /// Their devices' MAC addresses, each with the subnet whose packets its frames hold.
-    pub inner: BTreeSet<(Mac, IpNet)>,
+    /// Where inner packets come from, each with the subnet that they may be from.
+    pub inner: BTreeSet<(Origin, IpNet)>,
+    /// Where the devices receive, of those that take all that comes to an address.
+    pub own: BTreeSet<IpAddr>,
+    /// Whose packets the kernel gives to tunnels of other people, although they come to such an address.
+    pub others: BTreeSet<IpAddr>,
 }
 
 /// A peer that gets no way, or a wrong one, and why.

@@ -190,7 +190,9 @@ async fn double(kernel: &impl Kernel, device: &Device) -> Result<Option<Link>, K
     let key = |vxlan: &VxlanLink| (vxlan.vni, vxlan.port, is_v6(vxlan));
     let same = |link: &Link| match (&link.tunnel, &device.tunnel) {
         (Some(TunnelLink::Vxlan(is)), TunnelLink::Vxlan(wanted)) => key(is) == key(wanted),
-        (Some(TunnelLink::Ipip(is)), TunnelLink::Ipip(wanted)) => is.local == wanted.local,
+        (Some(TunnelLink::Ipip(is)), TunnelLink::Ipip(wanted)) => {
+            (is.local, is.remote) == (wanted.local, wanted.remote)
+        }
         (Some(_) | None, _) => false,
     };
     Ok(kernel.links().await?.into_iter().find(same))
@@ -251,8 +253,10 @@ fn incompatible_ipip(is: &IpipLink, wanted: &IpipLink) -> Option<String> {
             .local
             .map_or_else(|| "any address".to_owned(), |ip| ip.to_string());
         Some(format!("it sends from {local}"))
+    } else if let Some(remote) = is.remote {
+        Some(format!("it receives from {remote} alone"))
     } else if is.extras {
-        Some("it has a remote, or other options that ours has not".to_owned())
+        Some("it has options that ours has not".to_owned())
     } else {
         None
     }

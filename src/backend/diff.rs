@@ -8,9 +8,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::desired::{Candidate, Desired, Refused, Senders, Way};
+use super::desired::{Candidate, Desired, Device, Refused, Senders, Way};
 use super::kernel::{Edit, Forward, Neighbour, PROTOCOL_BOOT, PROTOCOL_LODEN, Route};
 use super::on_link::OnLink;
+use crate::addr::Origin;
 use crate::lease::Subnets;
 use resolved::Resolved;
 
@@ -29,6 +30,8 @@ pub struct Observed {
     pub neighbours: Vec<Neighbour>,
     /// The permanent forwarding entries of the devices.
     pub forwards: Vec<Forward>,
+    /// Whom tunnels of other people receive from, of the kind of our devices.
+    pub others: BTreeSet<IpAddr>,
 }
 
 /// One change, and the peer for whom it is made.
@@ -146,20 +149,38 @@ impl<'a> Observer<'a> {
 /// The peers, and whoever uses another backend for now and is still reached through a device: by the entries that
 /// stay there for it.
 fn senders(desired: &Desired, observed: &Observed, resolved: &Resolved) -> Senders {
-    let mut senders = Senders::default();
+    let own = desired.devices.iter().filter_map(Device::receives_all_to);
+    let mut senders = Senders {
+        own: own.map(IpAddr::V4).collect(),
+        others: observed.others.clone(),
+        ..Senders::default()
+    };
     for peer in &desired.peers {
-        if let Way::Vxlan { mac, .. } = peer.way
-            && resolved.routes.contains(&peer.net)
-        {
+        let origin = match peer.way {
+            Way::Vxlan { mac, .. } => Origin::Frame(mac),
+            Way::Ipip { .. } => Origin::Datagram(peer.public),
+            Way::Gateway { .. } | Way::Tunnel { .. } => continue,
+        };
+        if resolved.routes.contains(&peer.net) {
             senders.outer.insert(peer.public);
-            senders.inner.insert((mac, peer.net));
+            senders.inner.insert((origin, peer.net));
         }
     }
     for lease in &desired.retained {
+        let reaches_us = |from: &IpAddr| {
+            senders
+                .own
+                .iter()
+                .any(|own| own.is_ipv4() == from.is_ipv4())
+        };
+        if let Some(public) = lease.public.filter(reaches_us) {
+            senders.outer.insert(public);
+            senders.inner.insert((Origin::Datagram(public), lease.net));
+        }
         let inside = |it: &&Neighbour| lease.net.contains(&it.ip);
         let macs = observed.neighbours.iter().filter(inside).map(|it| it.mac);
         for mac in macs {
-            senders.inner.insert((mac, lease.net));
+            senders.inner.insert((Origin::Frame(mac), lease.net));
             let forwards = observed.forwards.iter().filter(|it| it.mac == mac);
             senders.outer.extend(forwards.map(|it| it.to));
         }

@@ -11,7 +11,7 @@ use super::ends::Ends;
 use super::kernel::{IpipLink, TunnelLink};
 use super::plan::PlanError;
 use crate::addr::Mtu;
-use crate::config::IpipBackend;
+use crate::config::{IpipBackend, SourceCheck};
 use crate::iface::Family;
 use crate::lease::{Lease, LeaseAttrs, Subnets};
 
@@ -63,6 +63,12 @@ impl Ipip {
         self.backend.direct_routing
     }
 
+    /// Whether it is checked who sends, and what; `None`: not at all.
+    #[must_use]
+    pub const fn source_check(&self) -> Option<SourceCheck> {
+        self.backend.source_check
+    }
+
     /// The device, with the address of these subnets. It sends from the interface's address, also where the public one
     /// is another. Before a lease is there, its own address is unspecified.
     #[must_use]
@@ -79,6 +85,7 @@ impl Ipip {
             mtu: self.mtu,
             tunnel: TunnelLink::Ipip(IpipLink {
                 local,
+                remote: None,
                 extras: false,
             }),
             addr: IpNet::from(IpAddr::V4(base)),

@@ -102,6 +102,16 @@ pub fn settings(kernel: &impl Kernel, config: &NetworkConfig) -> Vec<Conflict> {
     found
 }
 
+/// The networks that one of the addresses lies in that other nodes send to.
+#[must_use]
+pub fn swallowed(networks: &[IpNet], public: impl Iterator<Item = IpAddr>) -> Vec<Conflict> {
+    let inside = |addr: IpAddr| {
+        let around = networks.iter().filter(move |net| net.contains(&addr));
+        around.map(move |&network| Conflict::PublicIp { addr, network })
+    };
+    public.flat_map(inside).collect()
+}
+
 /// Looks for what competes with `networks`, of which `own` are this node's subnets. The tunnel device does not
 /// exist yet.
 #[must_use]
@@ -110,14 +120,9 @@ pub fn conflicts(
     routes: &[Route],
     networks: &[IpNet],
     own: &[IpNet],
-    public: IpAddr,
 ) -> Vec<Conflict> {
     let mut found = Vec::new();
     for &network in networks {
-        if network.contains(&public) {
-            let addr = public;
-            found.push(Conflict::PublicIp { addr, network });
-        }
         let competing = routes.iter().filter(|route| {
             network.contains(&route.net) && !own.iter().any(|own| own.contains(&route.net))
         });
@@ -158,7 +163,11 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn found(routes: &[(&str, u32)], addrs: &[(&str, &str)], public: &str) -> Vec<String> {
+    fn networks() -> [IpNet; 2] {
+        [net("198.18.0.0/16"), net("fd00:1::/48")]
+    }
+
+    fn found(routes: &[(&str, u32)], addrs: &[(&str, &str)]) -> Vec<String> {
         let link = |(index, &(name, ip)): (u32, &(&str, &str))| Link {
             index,
             name: name.to_owned(),
@@ -185,10 +194,8 @@ mod tests {
             protocol: PROTOCOL_BOOT,
         };
         let routes: Vec<Route> = routes.iter().map(route).collect();
-        let networks = [net("198.18.0.0/16"), net("fd00:1::/48")];
         let own = [net("198.18.3.0/24"), net("fd00:1:0:3::/64")];
-        let public = public.parse().unwrap();
-        let conflicts = conflicts(&snapshot, &routes, &networks, &own, public);
+        let conflicts = conflicts(&snapshot, &routes, &networks(), &own);
         conflicts.iter().map(ToString::to_string).collect()
     }
 
@@ -203,14 +210,14 @@ mod tests {
             ("fd00:1:0:3::/64", 2),
         ];
         let addrs = [("eth0", "192.0.2.1"), ("cni0", "198.18.3.1")];
-        assert_eq!(found(&routes, &addrs, "192.0.2.1"), Vec::<String>::new());
+        assert_eq!(found(&routes, &addrs), Vec::<String>::new());
     }
 
     #[test]
     fn leftover_route_is_named_with_the_command_that_removes_it() {
         let addrs = [("eth0", "192.0.2.1"), ("flannel.1", "192.0.2.9")];
         for dst in ["198.18.4.0/24", "198.18.0.0/16", "fd00:1:0:4::/64"] {
-            let conflicts = found(&[(dst, 2)], &addrs, "192.0.2.1");
+            let conflicts = found(&[(dst, 2)], &addrs);
             assert_eq!(conflicts.len(), 1, "{dst}");
             let command = format!("ip route del {dst} dev flannel.1");
             assert!(conflicts[0].contains(&command), "{conflicts:?}");
@@ -219,19 +226,27 @@ mod tests {
 
     #[test]
     fn address_of_the_node_inside_the_overlay_is_named() {
-        let conflicts = found(&[], &[("docker0", "198.18.77.1")], "192.0.2.1");
+        let conflicts = found(&[], &[("docker0", "198.18.77.1")]);
         assert_eq!(conflicts.len(), 1);
         assert!(conflicts[0].contains("docker0 has the address 198.18.77.1"));
     }
 
     #[test]
-    fn public_ip_inside_the_overlay_is_fatal_and_nothing_else_is() {
-        let conflicts = found(&[], &[], "198.18.3.1");
-        assert_eq!(conflicts.len(), 1);
-        assert!(conflicts[0].contains("the public IP 198.18.3.1"));
+    fn public_ips_inside_the_overlay_and_routes_in_its_place_are_fatal() {
+        let inside = |addrs: &[&str]| {
+            let addrs = addrs.iter().map(|addr| addr.parse().unwrap());
+            swallowed(&networks(), addrs)
+        };
+        assert_eq!(inside(&["192.0.2.1", "2001:db8::1"]), []);
+        for (addrs, named) in [
+            (&["198.18.3.1"][..], "the public IP 198.18.3.1"),
+            (&["192.0.2.1", "fd00:1::7"], "the public IP fd00:1::7"),
+        ] {
+            let conflicts = inside(addrs);
+            assert!(conflicts.len() == 1 && conflicts[0].is_fatal());
+            assert!(conflicts[0].to_string().contains(named));
+        }
         let network = net("198.18.0.0/16");
-        let addr = "198.18.3.1".parse().unwrap();
-        assert!(Conflict::PublicIp { addr, network }.is_fatal());
         let route = |blocks| Conflict::Route {
             net: network,
             device: "eth0".to_owned(),

@@ -2,13 +2,14 @@
 //! should be, and never gives up on all peers because of one.
 
 use std::collections::{BTreeSet, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
-use super::desired::{Candidate, Desired, Refused, Senders};
+use super::desired::{Candidate, Desired, Device, Refused, Senders};
 use super::device::{self, DeviceError};
 use super::diff::{Observed, Step, difference};
-use super::kernel::{Edit, Kernel, KernelError, Link, PROTOCOL_LODEN};
+use super::kernel::{Edit, Kernel, KernelError, Link, PROTOCOL_LODEN, TunnelLink};
 
 /// Failures that are told one by one; the rest is a number.
 const MAX_FAILURES: usize = 8;
@@ -86,6 +87,10 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
         observed.neighbours.extend(kernel.neighbours(index).await?);
         observed.forwards.extend(kernel.forwards(index).await?);
     }
+    if let Some(local) = desired.devices.iter().find_map(Device::receives_all_to) {
+        let links = kernel.links().await?;
+        observed.others = other_remotes(&links, local, &report.devices);
+    }
     let difference = difference(desired, &observed);
     report.refused = difference.refused;
     report.direct = difference.direct;
@@ -109,6 +114,21 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
         report.note(step, result);
     }
     Ok(report)
+}
+
+/// From whom IPIP devices that are not ours receive what comes to this address: the kernel prefers those that name a
+/// remote, as long as they are up (`ip_tunnel_lookup`, net/ipv4/ip_tunnel.c).
+fn other_remotes(links: &[Link], to: Ipv4Addr, ours: &[u32]) -> BTreeSet<IpAddr> {
+    let others = links
+        .iter()
+        .filter(|link| link.up && !ours.contains(&link.index));
+    let remote = |link: &Link| match link.tunnel {
+        Some(TunnelLink::Ipip(ipip)) if ipip.local.is_none_or(|local| local == to) => {
+            ipip.remote.map(IpAddr::V4)
+        }
+        Some(TunnelLink::Ipip(_) | TunnelLink::Vxlan(_)) | None => None,
+    };
+    others.filter_map(remote).collect()
 }
 
 impl Report {

@@ -129,14 +129,19 @@ fn render(args: &DockerOptsArgs, known: &BTreeMap<String, String>) -> anyhow::Re
         };
         options.insert("DOCKER_OPT_IPMASQ", format!("--ip-masq={inverse}"));
     }
-    let mut combined = value(&args.key).map_or_else(String::new, |before| format!("{before} "));
+    let before = value(&args.key).map(|before| (args.key.as_str(), before));
+    let all = options.iter().map(|(name, option)| (*name, option));
+    for (name, option) in all.chain(before) {
+        ensure!(
+            !option.contains(['"', '\n', '$', '`', '\\']),
+            "{name}: a quotation mark or line break would end the value early, and $, ` and \\ mean something to a shell \
+             that reads the file: leave them out"
+        );
+    }
+    let mut combined = before.map_or_else(String::new, |(_, before)| format!("{before} "));
     let both = !args.individual && !args.combined;
     let mut content = String::new();
     for (name, option) in &options {
-        ensure!(
-            !option.contains(['"', '\n']),
-            "{name}: a quotation mark or line break would end the value early: leave it out"
-        );
         if args.individual || both {
             writeln!(content, "{name}=\"{option}\"")?;
         }
@@ -245,7 +250,11 @@ mod tests {
     fn what_makes_no_sense_is_refused() {
         assert!(lines("", &[("FLANNEL_IPMASQ", "yes")]).is_err());
         assert!(lines("-m", &[("FLANNEL_IPMASQ", "yes")]).is_ok());
-        assert!(lines("", &[("DOCKER_OPT_X", "a\"b")]).is_err());
+        for name in ["DOCKER_OPT_X", "DOCKER_OPTS", "FLANNEL_SUBNET"] {
+            for value in ["a\"b", "$(reboot)", "`reboot`", "a\\"] {
+                assert!(lines("", &[(name, value)]).is_err(), "{name}={value}");
+            }
+        }
         for flags in ["-k a-b", "-k $(reboot)", "-k 1a", "-x"] {
             assert!(lines(flags, &[]).is_err(), "{flags}");
         }

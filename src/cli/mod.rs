@@ -39,10 +39,11 @@ const FLANNELD: &str = "flanneld";
 /// The subcommand that is `flanneld`.
 const DAEMON: &str = "daemon";
 
-/// Names under which the program takes the place of others of flannel's, each with its subcommand.
-const HELPERS: [(&str, &str); 2] = [
-    ("mk-docker-opts.sh", "docker-opts"),
-    ("install-conf", "install-conf"),
+/// Names under which the program takes the place of flannel's, each with its subcommand and what it is given.
+const STAND_INS: [(&str, &str, &str); 3] = [
+    (FLANNELD, DAEMON, "[OPTIONS]"),
+    ("mk-docker-opts.sh", "docker-opts", "[OPTIONS]"),
+    ("install-conf", "install-conf", "SRC DEST"),
 ];
 
 /// A parsed command line.
@@ -78,7 +79,7 @@ enum Command {
     Doctor(DoctorArgs),
     /// Show rates, peers and drops as they happen
     Top(TopArgs),
-    /// Remove the traffic rules that a daemon has left on this node
+    /// Remove the traffic rules, routes and devices that a daemon has left on this node
     Cleanup,
     /// Write what Docker has to be started with; what `mk-docker-opts.sh` is
     DockerOpts(docker_opts::DockerOptsArgs),
@@ -114,13 +115,15 @@ pub fn parse_from(
     let called = args.first().map(|arg| Path::new(arg).file_name());
     let called = called.flatten();
     let as_flanneld = called == Some(OsStr::new(FLANNELD));
-    let helper = HELPERS
+    let stand_in = STAND_INS
         .into_iter()
-        .find(|(name, _)| called == Some(OsStr::new(name)));
-    if as_flanneld {
-        args.insert(1, DAEMON.into());
-    } else if let Some((_, subcommand)) = helper {
+        .find(|(name, ..)| called == Some(OsStr::new(name)));
+    let mut cli = Cli::command();
+    if let Some((name, subcommand, given)) = stand_in {
         args.insert(1, subcommand.into());
+        // Else the usage would name the subcommand, which is no argument under that name.
+        let usage = format!("{name} {given}");
+        cli = cli.mut_subcommand(subcommand, |command| command.override_usage(usage));
     }
     let mut invocation = Invocation {
         command: Command::Version,
@@ -129,21 +132,20 @@ pub fn parse_from(
         understood: Vec::new(),
     };
     if args.get(1).is_none_or(|arg| arg != DAEMON) {
-        invocation.command = Cli::try_parse_from(args)?.command;
+        let matches = cli.try_get_matches_from(args)?;
+        invocation.command = Cli::from_arg_matches(&matches)?.command;
         return Ok(invocation);
     }
     let given = args.split_off(2);
     let flags = go_flags::valued(&DaemonArgs::augment_args(clap::Command::new(DAEMON)));
     let rewritten = go_flags::rewrite(given, &flags, env);
     args.extend(rewritten.args.iter().cloned());
-    let command = Cli::command()
-        .try_get_matches_from(args)
-        .and_then(|matches| {
-            if let Some(matches) = matches.subcommand_matches(DAEMON) {
-                invocation.understood = understood(matches, &rewritten);
-            }
-            Cli::from_arg_matches(&matches)
-        });
+    let command = cli.try_get_matches_from(args).and_then(|matches| {
+        if let Some(matches) = matches.subcommand_matches(DAEMON) {
+            invocation.understood = understood(matches, &rewritten);
+        }
+        Cli::from_arg_matches(&matches)
+    });
     let command = command.map_err(|error| name_variable(error, &rewritten))?;
     if !rewritten.version {
         invocation.command = command.command;
@@ -153,26 +155,21 @@ pub fn parse_from(
 }
 
 /// Says which variable a bad value came from, if it did not come from the command line.
-fn name_variable(error: clap::Error, rewritten: &Rewritten) -> clap::Error {
+fn name_variable(mut error: clap::Error, rewritten: &Rewritten) -> clap::Error {
     let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else {
         return error;
     };
     let flag = argument.trim_start_matches('-');
-    let flag = flag.split([' ', '=']).next().unwrap_or(flag);
-    let Some(variable) = rewritten.from_env.get(flag) else {
-        return error;
-    };
-    let text = error.to_string();
-    let text = text.strip_prefix("error: ").unwrap_or(&text);
-    let text = text.split("\n\n").next().unwrap_or(text);
-    Cli::command().error(
-        clap::error::ErrorKind::ValueValidation,
-        format!("{text} (from {variable})"),
-    )
+    let flag = flag.split([' ', '=', '[']).next().unwrap_or(flag);
+    if let Some(variable) = rewritten.from_env.get(flag) {
+        let named = ContextValue::String(format!("{argument} from {variable}"));
+        error.insert(ContextKind::InvalidArg, named);
+    }
+    error
 }
 
 impl Invocation {
-    /// How much to log: 0 info, 1 debug, 2 and more trace.
+    /// How much to log; [`log::init`](crate::telemetry::log::init).
     #[must_use]
     pub const fn verbosity(&self) -> u8 {
         match &self.command {

@@ -154,7 +154,7 @@ fn render(answer: &Value) -> String {
     page.text
 }
 
-/// Which senders the kernel's VXLAN device is kept from.
+/// Which senders the kernel's tunnel device is kept from.
 fn senders(page: &mut Page, check: &Value) {
     if !check.is_object() {
         return;

@@ -85,6 +85,27 @@ fn bad_value_from_the_environment_is_refused_by_the_name_of_the_variable() {
     assert!(text.contains("192.0.2"), "{text}");
     let text = refusal("loden daemon --public-ip 192.0.2", &[]);
     assert!(!text.contains("from FLANNELD"), "{text}");
+    // The name of a switch is written otherwise.
+    let text = refusal("flanneld", &[("FLANNELD_IP_MASQ", "yes")]);
+    assert!(text.contains("from FLANNELD_IP_MASQ"), "{text}");
+    assert!(!text.contains("loden <COMMAND>"), "{text}");
+}
+
+#[test]
+fn usage_is_that_of_the_name_the_program_was_called_by() {
+    for (line, usage) in [
+        ("flanneld -h", "Usage: flanneld [OPTIONS]"),
+        ("/opt/bin/flanneld --nope", "Usage: flanneld [OPTIONS]"),
+        ("loden daemon --nope", "Usage: loden daemon [OPTIONS]"),
+        (
+            "/run/mk-docker-opts.sh -x",
+            "Usage: mk-docker-opts.sh [OPTIONS]",
+        ),
+        ("install-conf --help", "Usage: install-conf SRC DEST"),
+    ] {
+        let text = refusal(line, &[]);
+        assert!(text.contains(usage), "{line}: {text}");
+    }
 }
 
 #[test]
@@ -247,6 +268,25 @@ fn every_flag_of_flannel_and_its_variable_are_understood() {
         assert_eq!(from_env, given, "{variable}");
         let (empty, _) = daemon("flanneld", &[(&variable, "")]);
         assert_eq!(empty, default, "{variable}");
+    }
+}
+
+#[test]
+fn every_flag_is_among_what_was_understood() {
+    let invocation = parsed("flanneld -iface eth7", &[("FLANNELD_V", "1")]).unwrap();
+    let text = format!("{:?}", invocation.understood);
+    let command = DaemonArgs::augment_args(clap::Command::new(DAEMON));
+    let shown = command.get_arguments().filter(|arg| !arg.is_hide_set());
+    for flag in shown.filter_map(|arg| arg.get_long()) {
+        assert!(text.contains(&format!("flag: {flag:?}")), "{flag}: {text}");
+    }
+    for origin in [
+        r#"flag: "iface", value: "eth7", origin: "flag""#,
+        r#"flag: "v", value: "1", origin: "environment FLANNELD_V""#,
+        r#"flag: "ip-masq", value: "false", origin: "default""#,
+        r#"flag: "public-ip", value: "", origin: "not given""#,
+    ] {
+        assert!(text.contains(origin), "{origin}: {text}");
     }
 }
 

@@ -54,7 +54,7 @@ const VXLAN_KEYS: &[&str] = &[
 ];
 
 /// The keys of an `ipip` backend.
-const IPIP_KEYS: &[&str] = &[TYPE, DIRECT_ROUTING];
+const IPIP_KEYS: &[&str] = &[TYPE, DIRECT_ROUTING, SOURCE_CHECK];
 
 /// The keys of a `host-gw` backend, and of `alloc`.
 const HOST_GW_KEYS: &[&str] = &[TYPE];
@@ -78,10 +78,12 @@ pub enum Backend {
 }
 
 /// Options of the `ipip` backend; specification section 8.4.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IpipBackend {
     /// Peers that are on a link of this node are reached by a plain route.
     pub direct_routing: bool,
+    /// Which packets are accepted from the underlay; `None`: all.
+    pub source_check: Option<SourceCheck>,
 }
 
 /// Options of the `udp` backend.
@@ -217,6 +219,7 @@ impl Backend {
                 direct_routing: object
                     .plain(DIRECT_ROUTING, "true or false")?
                     .unwrap_or_default(),
+                source_check: source_check(object)?,
             })),
             "alloc" => Ok(Self::Alloc),
             "extension" => ExtensionBackend::read(object).map(Self::Extension),
@@ -226,6 +229,22 @@ impl Backend {
             }),
         }
     }
+}
+
+/// `SourceCheck` of the kernel's tunnels, which without it take everything.
+fn source_check(object: &Object) -> Result<Option<SourceCheck>, ConfigError> {
+    let given = object.text(
+        SOURCE_CHECK,
+        "\"strict\", \"loose\" or \"off\"",
+        Null::Skipped,
+        |text| match text {
+            "strict" => Some(Some(SourceCheck::Strict)),
+            "loose" => Some(Some(SourceCheck::Loose)),
+            "off" => Some(None),
+            _ => None,
+        },
+    )?;
+    Ok(given.unwrap_or(Some(SourceCheck::default())))
 }
 
 /// A whole number that `accept` takes; `None` if the key is not there.
@@ -315,19 +334,8 @@ impl VxlanBackend {
             "a UDP port from 1 to 65535, or 0 for 8472",
             |given| u16::try_from(given).ok(),
         )?;
-        let source_check = object.text(
-            SOURCE_CHECK,
-            "\"strict\", \"loose\" or \"off\"",
-            Null::Skipped,
-            |text| match text {
-                "strict" => Some(Some(SourceCheck::Strict)),
-                "loose" => Some(Some(SourceCheck::Loose)),
-                "off" => Some(None),
-                _ => None,
-            },
-        )?;
         Ok(Self {
-            source_check: source_check.unwrap_or(defaults.source_check),
+            source_check: source_check(object)?,
             vni: vni.unwrap_or(defaults.vni),
             port: port.filter(|&port| port != 0).unwrap_or(defaults.port),
             mtu: mtu(object)?,

@@ -302,8 +302,19 @@ fn vxlan_and_host_gw_are_read_with_flannels_defaults_and_unknown_keys_are_told()
     assert_eq!(host_gw.backend, Backend::HostGw);
     assert_eq!(host_gw.unknown_keys, ["Backend.VNI"]);
     let ipip = read(r#"{"type":"IPIP","directrouting":true,"Port":1}"#);
-    let direct_routing = true;
-    assert_eq!(ipip.backend, Backend::Ipip(IpipBackend { direct_routing }));
+    let strict = IpipBackend {
+        direct_routing: true,
+        source_check: Some(SourceCheck::Strict),
+    };
+    assert_eq!(ipip.backend, Backend::Ipip(strict));
+    for (text, source_check) in [("loose", Some(SourceCheck::Loose)), ("off", None)] {
+        let text = format!(r#"{{"Type":"ipip","DirectRouting":true,"SourceCheck":"{text}"}}"#);
+        let wanted = IpipBackend {
+            source_check,
+            ..strict
+        };
+        assert_eq!(read(&text).backend, Backend::Ipip(wanted));
+    }
     assert_eq!(ipip.unknown_keys, ["Backend.Port"]);
     for v4 in ["true", "false"] {
         let v6 = format!(

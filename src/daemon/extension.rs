@@ -51,7 +51,9 @@ pub enum CommandError {
         source: io::Error,
     },
     /// It ended otherwise than with success.
-    #[error("Backend.{key} failed ({status}): {output}")]
+    #[error(
+        "Backend.{key} failed ({status}): {}", if output.is_empty() { "it printed nothing" } else { output }
+    )]
     Failed {
         /// The key of the configuration.
         key: &'static str,
@@ -399,6 +401,8 @@ mod tests {
             .await
             .unwrap_err();
         assert!(error.to_string().contains("/no/such/place"), "{error}");
+        let error = run("K", &argv(&["false"]), &[], "").await.unwrap_err();
+        assert!(error.to_string().ends_with("it printed nothing"), "{error}");
         let error = run("K", &argv(&["/no/such/program"]), &[], "")
             .await
             .unwrap_err();

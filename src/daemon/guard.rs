@@ -1,16 +1,18 @@
-//! Owns the source check of the kernel's VXLAN devices for as long as a session lasts. Never decides who the peers
+//! Owns the source check of the kernel's tunnel devices for as long as a session lasts. Never decides who the peers
 //! are, and never keeps packets from flowing because it cannot check them.
 
 use serde::Serialize;
 
 use super::TrafficOptions;
 use super::register::Registration;
-use crate::backend::desired;
 use crate::backend::plan::Plan;
+use crate::backend::{desired, device};
 use crate::config::SourceCheck;
 use crate::datapath::DropReason;
 use crate::datapath::lock::NameLock;
-use crate::firewall::{SenderCheck, SenderScope, SenderStatus, Senders, Tunnel, sweep_senders};
+use crate::firewall::{
+    SenderCheck, SenderScope, SenderStatus, Senders, TableOf, Tunnel, TunnelKind, sweep_senders,
+};
 
 /// The check, or why there is none.
 pub(super) enum Guard {
@@ -40,13 +42,25 @@ impl Guard {
     pub(super) async fn start(options: &TrafficOptions, registration: &Registration) -> Self {
         let wanted = wanted(&registration.plan);
         let own = match &registration.plan {
-            Plan::Vxlan(vxlan) => Some(vxlan.vni()),
-            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Ipip(_) | Plan::Outside(_) => None,
+            Plan::Vxlan(vxlan) => Some(TableOf::Vxlan(vxlan.vni())),
+            Plan::Ipip(_) => Some(TableOf::Ipip),
+            Plan::Udp { .. } | Plan::HostGw(_) | Plan::Outside(_) => None,
         };
-        let kept = |vni| match own {
-            Some(own) if own == vni => wanted.is_some(),
+        let kept = |of| match own {
+            Some(own) if own == of => wanted.is_some(),
             // A daemon that keeps it holds the name of its device.
-            _ => NameLock::take(&super::register::device_lock(&format!("flannel.{vni}"))).is_err(),
+            _ => {
+                // One daemon has the devices of both families, or that of one.
+                let devices = match of {
+                    TableOf::Vxlan(vni) => [device::NAME_V4, device::NAME_V6]
+                        .map(|prefix| format!("{prefix}{vni}"))
+                        .to_vec(),
+                    TableOf::Ipip => vec![device::NAME_IPIP.to_owned()],
+                };
+                let is_held =
+                    |name: &String| NameLock::take(&super::register::device_lock(name)).is_err();
+                devices.iter().any(is_held)
+            }
         };
         match sweep_senders(options.programs.clone(), kept).await {
             Ok(swept) => {
@@ -59,15 +73,16 @@ impl Guard {
         let Some(tunnel) = wanted else {
             return Self::Idle;
         };
+        let kind = tunnel.kind.to_string();
         match SenderCheck::start(options.programs.clone(), tunnel).await {
             Ok(check) => {
                 if let Some(why) = check.last_status().lacking {
-                    tracing::warn!("inner packets from VXLAN peers are not checked: {why}");
+                    tracing::warn!("inner packets from {kind} peers are not checked: {why}");
                 }
                 Self::Kept(check)
             }
             Err(error) => {
-                tracing::warn!("who sends to the VXLAN device is not checked: {error}");
+                tracing::warn!("who sends to the {kind} device is not checked: {error}");
                 Self::Lacking(error.to_string())
             }
         }
@@ -79,6 +94,8 @@ impl Guard {
             check.want(Senders {
                 outer: senders.outer.clone(),
                 inner: senders.inner.clone(),
+                own: senders.own.clone(),
+                others: senders.others.clone(),
                 devices: devices.to_vec(),
             });
         }
@@ -89,6 +106,15 @@ impl Guard {
         match self {
             Self::Kept(check) => Some(check.last_status().scope),
             Self::Lacking(_) | Self::Idle => None,
+        }
+    }
+
+    /// Why it checks nothing; none where it checks something.
+    pub(super) fn idle(&self) -> Option<&str> {
+        match self {
+            Self::Kept(_) => None,
+            Self::Lacking(why) => Some(why),
+            Self::Idle => Some("Backend.SourceCheck is off"),
         }
     }
 
@@ -140,14 +166,20 @@ fn drops(status: &SenderStatus) -> Vec<(DropReason, u64)> {
 
 /// The devices to check; none where the kernel has none, or where it is switched off.
 fn wanted(plan: &Plan) -> Option<Tunnel> {
-    let Plan::Vxlan(vxlan) = plan else {
-        return None;
+    let (kind, check) = match plan {
+        Plan::Vxlan(vxlan) if vxlan.in_user_space().is_none() => {
+            let kind = TunnelKind::Vxlan {
+                vni: vxlan.vni(),
+                port: vxlan.port(),
+                devices: vxlan.device_names().map(str::to_owned).collect(),
+            };
+            (kind, vxlan.source_check()?)
+        }
+        Plan::Ipip(ipip) => (TunnelKind::Ipip, ipip.source_check()?),
+        Plan::Vxlan(_) | Plan::Udp { .. } | Plan::HostGw(_) | Plan::Outside(_) => return None,
     };
-    let check = vxlan.source_check()?;
-    vxlan.in_user_space().is_none().then(|| Tunnel {
-        vni: vxlan.vni(),
-        port: vxlan.port(),
-        devices: vxlan.device_names().map(str::to_owned).collect(),
+    Some(Tunnel {
+        kind,
         outer: check == SourceCheck::Strict,
     })
 }

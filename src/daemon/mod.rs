@@ -18,6 +18,7 @@ mod backoff;
 mod carrier;
 mod checksums;
 mod doctor;
+mod error;
 mod explain;
 mod extension;
 mod guard;
@@ -36,7 +37,6 @@ mod status;
 mod traffic;
 mod tunnel;
 
-use std::io;
 use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::PathBuf;
@@ -46,21 +46,17 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 
-use crate::backend::device::DeviceError;
-use crate::backend::kernel::{Change, Kernel, KernelError};
-use crate::backend::plan::PlanError;
-use crate::backend::preflight::Conflict;
+use crate::backend::kernel::{Change, Kernel};
 use crate::config::NetworkConfig;
-use crate::datapath::{EngineKind, OpenError};
+use crate::datapath::EngineKind;
 use crate::debug::socket::{Asked, Server};
-use crate::file::FileError;
 use crate::firewall::ResyncInterval;
-use crate::iface::{NoInterface, Wanted};
+use crate::iface::Wanted;
 use crate::netlink::Netlink;
 use crate::shutdown::Shutdown;
 use crate::store::env_file::PreviousEnv;
-use crate::store::etcd::{EtcdSettings, EtcdSettingsError};
-use crate::store::kube::{KubeSettings, KubeSettingsError};
+use crate::store::etcd::EtcdSettings;
+use crate::store::kube::KubeSettings;
 use crate::store::{EtcdStore, KubeStore, LeaseStore, LocalStore, StoreError};
 use crate::sys::heap;
 use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
@@ -68,6 +64,7 @@ use crate::telemetry::health::{self, Health, SCRAPES, Scrape};
 use probes::Probes;
 use session::Ended;
 
+pub use error::DaemonError;
 pub use extension::CommandError;
 pub use lock::LockError;
 
@@ -157,90 +154,6 @@ pub enum VxlanPlace {
     User,
 }
 
-/// Why the daemon ended by itself. Each text names the missing thing and the remedy.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    /// Another daemon, or no place for the subnet file.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// The process itself cannot be set up.
-    #[error("cannot {action}: {source}")]
-    Process {
-        /// What was tried.
-        action: &'static str,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// The kernel refuses to configure the network.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The network configuration is not valid, or no lease can be asked for.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The options for etcd contradict each other, or name files that cannot be read.
-    #[error(transparent)]
-    Etcd(#[from] EtcdSettingsError),
-    /// The options for Kubernetes, or the credentials for it, cannot be used.
-    #[error(transparent)]
-    Kube(#[from] KubeSettingsError),
-    /// The traffic rules that were asked for cannot be put in place.
-    #[error("traffic rules: {0}")]
-    Firewall(String),
-    /// Nobody can ask about health.
-    #[error(
-        "cannot answer about health on {addr}: {source}: give another --healthz-ip or --healthz-port"
-    )]
-    Health {
-        /// Where.
-        addr: SocketAddr,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// There is no external interface.
-    #[error(transparent)]
-    Interface(#[from] NoInterface),
-    /// The backend cannot be run on this node.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// A device that the backend needs cannot be had.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The kernel has no VXLAN, and nothing else may do its work.
-    #[error("{0}, or let --vxlan auto carry the packets in user space")]
-    NoVxlan(DeviceError),
-    /// Another daemon in this network namespace has the device that ours would have.
-    #[error(
-        "another daemon (pid {pid}) has the device {name} of this node: stop it, or, where that is a VXLAN device, give one \
-         of the two networks another Backend.VNI"
-    )]
-    DeviceHeld {
-        /// The device.
-        name: String,
-        /// The other daemon.
-        pid: i32,
-    },
-    /// A command of the `extension` backend did not do what it was to.
-    #[error(transparent)]
-    Extension(#[from] CommandError),
-    /// Something on the node rules the overlay out.
-    #[error("{0}")]
-    Conflict(Conflict),
-    /// The data plane cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The data plane's device vanished while it was configured.
-    #[error("device {0} vanished while it was configured: find out who removes it")]
-    DeviceVanished(String),
-    /// A worker could not be started.
-    #[error("cannot start the workers: {0}: raise the limit on threads (ulimit -u, pids.max)")]
-    Workers(io::Error),
-    /// `subnet.env` cannot be written or read.
-    #[error(
-        "{0}: make it a writable regular file, with room to write it, or give another --subnet-file"
-    )]
-    EnvFile(#[from] FileError),
-}
-
 /// Runs the agent until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -279,7 +192,7 @@ pub fn network_config(options: &Options) -> Result<NetworkConfig, DaemonError> {
             Ok(answer) => answer,
             Err(_elapsed) => Err(StoreError::Unavailable {
                 location: "the store".to_owned(),
-                source: io::ErrorKind::TimedOut.into(),
+                source: std::io::ErrorKind::TimedOut.into(),
             }),
         }
     }
@@ -395,8 +308,8 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                 }
                 Ok(Ended::LeaseMoved { subnets, to }) => {
                     tracing::error!(
-                        "lease {subnets} was deleted and is taken: this node has {to} now; restart \
-                         its pods"
+                        "lease {subnets} was deleted and cannot be had again: this node has {to} now; \
+                         restart its pods"
                     );
                     previous = Some(to);
                 }

@@ -27,6 +27,7 @@ pub(super) fn sentence(event: &Event) -> String {
             let (name, remedy) = (reason.name(), reason.remedy());
             format!("dropping packets from {outer}{inner}: {name}: {remedy}")
         }
+        Event::Rejected { what, error } => format!("the kernel refuses {what}: {error}"),
         Event::PathMtu { next_hop, mtu } => format!("path MTU towards {next_hop} is {mtu}"),
         Event::PeerRefused { next_hop } => {
             format!("nothing listens at {next_hop}: is its daemon running?")

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 
-use super::{DaemonError, Options, VxlanPlace, extension};
+use super::{DaemonError, Options, StoreOptions, VxlanPlace, extension};
 use crate::backend::device::{self, DeviceError};
 use crate::backend::ends::{self, Ends};
 use crate::backend::kernel::{Kernel, KernelError, PROTOCOL_LODEN, Route};
@@ -26,7 +26,7 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a node is, for as long as it holds its lease.
 pub(super) struct Registration {
-    /// What the command line says of the external interface, and the store where that says nothing.
+    /// What is said of the external interface: by the command line, and of the public IPs by the store.
     pub(super) wanted: Wanted,
     pub(super) config: NetworkConfig,
     pub(super) plan: Plan,
@@ -45,31 +45,38 @@ impl Registration {
     }
 }
 
-/// Registers this node; `previous` are the subnets to ask for.
+/// Registers this node; `previous` are the subnets to ask for. `waits` is told what it waits for, and when it does no more.
 pub(super) async fn register(
     store: &impl LeaseStore,
     kernel: &impl Kernel,
     options: &Options,
     previous: Option<Subnets>,
+    waits: impl Fn(Option<&str>),
 ) -> Result<Registration, DaemonError> {
-    // Who asks the store hears of it, too.
-    let told = |complaint| store.report(&[complaint]);
-    let config = patiently("network configuration", told, || store.network_config()).await?;
+    let config = patiently("network configuration", &waits, || store.network_config()).await?;
     warn_about(&config);
-    let set = patiently("node's public IPs", told, || store.public_ips()).await?;
-    let wanted = &options.wanted;
-    let wanted = Wanted {
-        public_ip: wanted.public_ip.or(set.0),
-        public_ipv6: wanted.public_ipv6.or(set.1),
-        ..wanted.clone()
-    };
+    let set = patiently("node's public IPs", &waits, || store.public_ips()).await?;
+    let wanted = options.wanted.clone().with_public_ips(set);
     let snapshot = look(kernel, &wanted).await?;
     let (ends, candidates) = choose(&snapshot, &wanted, &config)?;
     // Somebody may change them later, so the status does not tell of them.
     warn_or_fail(&preflight::settings(kernel, &config))?;
     let ours = ours(kernel, &snapshot).await?;
+    let mut seen = snapshot;
+    seen.links.retain(|link| !ours.contains(&link.index));
     let mut plan = Plan::new(&config, ends.clone())?;
     let devices = hold_devices(&plan)?;
+    let networks = udp::networks(&config);
+    // Where no subnet could help, none is taken. In Kubernetes one may be the whole network.
+    let possible = match options.store {
+        StoreOptions::Kube(_) => networks.as_slice(),
+        StoreOptions::Local(_) | StoreOptions::Etcd(_) => &[],
+    };
+    let mut hopeless = preflight::swallowed(&networks, ends.iter().map(|end| end.public));
+    let routes = foreign_routes(kernel, &ours).await?;
+    hopeless.extend(preflight::conflicts(&seen, &routes, &networks, possible));
+    hopeless.retain(Conflict::is_fatal);
+    warn_or_fail(&hopeless)?;
     prepare(kernel, &mut plan, options.vxlan).await?;
     if let Plan::Outside(outside) = &mut plan {
         extension::before_lease(outside).await?;
@@ -96,7 +103,7 @@ pub(super) async fn register(
         previous,
         extension: udp::EXTENSION,
     };
-    let lease = patiently("lease", told, || store.acquire(request.clone())).await?;
+    let lease = patiently("lease", &waits, || store.acquire(request.clone())).await?;
     if let Plan::Outside(outside) = &plan {
         extension::after_lease(outside, &config, &lease).await?;
     }
@@ -107,14 +114,8 @@ pub(super) async fn register(
         ends.primary().public,
         time_left(&lease)
     );
-    let routes = kernel.routes().await?;
-    let (networks, public) = (udp::networks(&config), ends.primary().public);
-    let foreign =
-        |route: &&Route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link));
-    let foreign: Vec<Route> = routes.iter().filter(foreign).copied().collect();
-    let mut seen = snapshot;
-    seen.links.retain(|link| !ours.contains(&link.index));
-    let conflicts = preflight::conflicts(&seen, &foreign, &networks, &own, public);
+    let routes = foreign_routes(kernel, &ours).await?;
+    let conflicts = preflight::conflicts(&seen, &routes, &networks, &own);
     warn_or_fail(&conflicts)?;
     Ok(Registration {
         wanted,
@@ -308,10 +309,20 @@ async fn ours(kernel: &impl Kernel, snapshot: &Snapshot) -> Result<HashSet<u32>,
     Ok(ours)
 }
 
-/// Asks until the store answers. One line per new complaint, which is `told` too, and none per attempt.
+/// The routes that are neither marked as ours nor lead through `ours`.
+async fn foreign_routes(
+    kernel: &impl Kernel,
+    ours: &HashSet<u32>,
+) -> Result<Vec<Route>, KernelError> {
+    let mut routes = kernel.routes().await?;
+    routes.retain(|route| !(route.protocol == PROTOCOL_LODEN || ours.contains(&route.link)));
+    Ok(routes)
+}
+
+/// Asks until the store answers. One line per new complaint, which `waits` is told too, and none per attempt.
 pub(super) async fn patiently<T, F>(
     what: &str,
-    told: impl Fn(String),
+    waits: impl Fn(Option<&str>),
     mut ask: impl FnMut() -> F,
 ) -> Result<T, StoreError>
 where
@@ -320,14 +331,19 @@ where
     let mut said = String::new();
     loop {
         let error = match ask().await {
-            Ok(answer) => return Ok(answer),
+            Ok(answer) => {
+                if !said.is_empty() {
+                    waits(None);
+                }
+                return Ok(answer);
+            }
             Err(error @ (StoreError::Config { .. } | StoreError::NoPublicIp)) => return Err(error),
             Err(error) => error.to_string(),
         };
         if error != said {
             let complaint = format!("waiting for the {what}: {error}");
             tracing::warn!("{complaint}");
-            told(complaint);
+            waits(Some(&complaint));
             said = error;
         }
         tokio::time::sleep(ASK_EVERY).await;

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::future::pending;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::register::{patiently, time_left};
 use crate::lease::{Lease, LeaseAttrs, Subnets};
@@ -38,6 +38,20 @@ pub(super) struct Held {
     pub(super) renewals: Cell<u64>,
     pub(super) failures: Cell<u64>,
     pub(super) reacquired: Cell<u64>,
+    /// Whoever tells of the lease has something else to tell.
+    changed: Notify,
+}
+
+impl Held {
+    fn set_lost(&self, lost: bool) {
+        self.lost.set(lost);
+        self.changed.notify_one();
+    }
+
+    /// Returns when the lease was lost, or registered again, since the last call.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
 }
 
 /// How the keeping ended.
@@ -72,14 +86,14 @@ pub(super) async fn keep(
             LostTo::Node(_) => return End::Lost(to),
             LostTo::Nobody => {}
         }
-        held.lost.set(true);
+        held.set_lost(true);
         tracing::warn!("lease {} was deleted: registering it again", lease.subnets);
         let again = acquire_again(store, &lease).await;
         if again.subnets != lease.subnets {
             return End::Moved(again.subnets);
         }
         lease = again;
-        held.lost.set(false);
+        held.set_lost(false);
         held.reacquired.set(held.reacquired.get() + 1);
         held.expires.set(lease.expires);
         tracing::info!(
@@ -107,7 +121,7 @@ async fn acquire_again(store: &impl LeaseStore, lease: &Lease) -> Lease {
     let mut said = String::new();
     loop {
         // What is missing meanwhile the session tells.
-        match patiently("lease", drop, || store.acquire(request.clone())).await {
+        match patiently("lease", |_| (), || store.acquire(request.clone())).await {
             Ok(lease) => return lease,
             Err(error) => {
                 let text = error.to_string();
@@ -202,6 +216,7 @@ fn until_renewal(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::LocalStore;
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -224,5 +239,37 @@ mod tests {
             Some(Duration::ZERO)
         );
         assert_eq!(wait(None, HOUR), None);
+    }
+
+    #[tokio::test]
+    async fn whoever_tells_of_the_lease_hears_at_once_that_it_is_lost_and_that_it_is_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("config");
+        let network = r#"{"Network": "198.18.0.0/16", "Backend": {"Type": "udp"}}"#;
+        std::fs::write(&config, network).unwrap();
+        let store = LocalStore::new(dir.path());
+        let attrs = LeaseAttrs::parse(br#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#).unwrap();
+        let request = AcquireRequest {
+            attrs,
+            previous: None,
+            extension: Default::default(),
+        };
+        let lease = store.acquire(request).await.unwrap();
+        std::fs::remove_file(&config).unwrap();
+
+        let held = Held::default();
+        let (orders, received) = mpsc::unbounded_channel();
+        orders.send(Order::Lost(LostTo::Nobody)).ok().unwrap();
+        let tells = async {
+            held.changed().await;
+            assert!(held.lost.get());
+            std::fs::write(&config, network).unwrap();
+            held.changed().await;
+            assert!(!held.lost.get());
+        };
+        tokio::select! {
+            _end = keep(&store, lease, HOUR, &held, received) => unreachable!("it is kept"),
+            () = tells => {}
+        }
     }
 }

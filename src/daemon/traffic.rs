@@ -1,6 +1,7 @@
 //! Owns what the node's traffic rules should be, and having them kept. Never runs a program itself; the firewall
 //! does. Flannel specification sections 10, 11.3 and 11.4.
 
+use std::future::pending;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -279,6 +280,16 @@ impl Traffic {
         self.missing
             .clone()
             .or_else(|| status.and_then(|status| status.borrow().error.clone()))
+    }
+
+    /// Returns when the keeper has looked: there may be another problem, or none any more.
+    pub(super) async fn looked(&mut self) {
+        if let Some(status) = &mut self.status
+            && status.changed().await.is_ok()
+        {
+            return;
+        }
+        pending().await
     }
 
     /// What the keeper has done.

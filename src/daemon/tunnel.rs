@@ -151,6 +151,7 @@ pub(super) fn event_channels() -> (OnEvent, Events) {
             Event::CapabilityWithdrawn { .. }
             | Event::CapabilityRestored { .. }
             | Event::FirstDrop { .. }
+            | Event::Rejected { .. }
             | Event::PathMtu { .. }
             | Event::PeerRefused { .. } => &news_sender,
         };

@@ -4,7 +4,7 @@
 //! What the kernel's errors mean here:
 //! - `EINVAL` about a superpacket: it takes none of this kind. Its packets are written one by one, at once, so that no
 //!   later packet of their flow overtakes them, and the capability is withdrawn.
-//! - anything else is the packets' [`DropReason::of_tun_write`].
+//! - anything else is the packets' [`Shared::write_failed`].
 
 use std::io;
 
@@ -23,9 +23,13 @@ use crate::sys::mmsg::Received;
 /// What may be merged, by what the device takes.
 pub fn limits(shared: &Shared) -> Limits {
     let caps = shared.tun_caps;
+    let Settings {
+        encapsulation, mtu, ..
+    } = shared.settings;
     Limits {
         tcp: caps.tso4() && caps.tso6() && shared.usable(&shared.tun_tcp, "tun-tso", None),
         udp: caps.uso() && shared.usable(&shared.tun_udp, "tun-uso", None),
+        max_packet_len: encapsulation.max_single_len(mtu),
         ..Limits::default()
     }
 }
@@ -40,7 +44,7 @@ pub fn unfinished(
     let Settings {
         encapsulation, mtu, ..
     } = cx.shared.settings;
-    if packet.len() <= usize::from(mtu.get()) {
+    if packet.len() <= usize::from(encapsulation.max_single_len(mtu)) {
         return None;
     }
     let segment_len = (received.stride < received.len)
@@ -89,7 +93,7 @@ pub fn write_unfinished(
                 counts.replays += 1;
             }
             Err(error) => {
-                let reason = DropReason::of_tun_write(&error);
+                let reason = cx.shared.write_failed(&error);
                 return refuse(cx, counts, (reason, packets), received, [packet, &[]]);
             }
         }
@@ -129,7 +133,7 @@ pub fn write_packet(
             });
         }
         Err(error) => {
-            let reason = DropReason::of_tun_write(&error);
+            let reason = cx.shared.write_failed(&error);
             refuse(cx, counts, (reason, 1), received, [header, payload]);
         }
     }
@@ -211,7 +215,7 @@ pub fn write_superpacket<'b>(
             }
         }
         Err(error) => {
-            let reason = DropReason::of_tun_write(&error);
+            let reason = cx.shared.write_failed(&error);
             counts.drop(reason, packets);
             if cx.tap.is_on() {
                 tap(Verdict::Dropped(reason));

@@ -42,7 +42,7 @@ macro_rules! drop_reasons {
 drop_reasons! {
     /// Not a well-formed IPv4 or IPv6 packet.
     Malformed => "malformed", "find the sender of broken packets: capture on the device named in status";
-    /// The virtio-net header of a TUN read contradicts its packet.
+    /// The virtio-net header of a TUN read contradicts its packet, or the kernel had none for it.
     BadVnetHeader => "bad_vnet_header", "report it: the kernel described a superpacket that cannot be segmented";
     /// No lease covers the destination and no answer was due.
     NoRoute => "no_route", "check that a lease exists for the destination (loden status, peers)";
@@ -137,6 +137,49 @@ impl DropReason {
             Some(libc::EIO | libc::EBADFD | libc::ENODEV) => Self::DeviceDown,
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Self::NoMemory,
             _ => Self::Rejected,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Error;
+
+    #[test]
+    fn every_errno_of_a_send_and_of_a_write_has_its_reason() {
+        use DropReason::{
+            DeviceDown, NoMemory, Refused, Rejected, SocketFull, TooBig, UnderlayDown,
+        };
+        for (errno, reason) in [
+            (libc::EAGAIN, SocketFull),
+            (libc::ENOBUFS, NoMemory),
+            (libc::ENOMEM, NoMemory),
+            (libc::EMSGSIZE, TooBig),
+            (libc::EPERM, Refused),
+            (libc::EACCES, Refused),
+            (libc::ENETUNREACH, UnderlayDown),
+            (libc::EHOSTUNREACH, UnderlayDown),
+            (libc::ENETDOWN, UnderlayDown),
+            (libc::EADDRNOTAVAIL, UnderlayDown),
+            (libc::ECONNREFUSED, UnderlayDown),
+            (libc::EINVAL, Rejected),
+        ] {
+            let error = Error::from_raw_os_error(errno);
+            assert_eq!(DropReason::of_send(&error), reason, "send: {error}");
+        }
+        for (errno, reason) in [
+            (libc::EIO, DeviceDown),
+            (libc::EBADFD, DeviceDown),
+            (libc::ENODEV, DeviceDown),
+            (libc::EAGAIN, NoMemory),
+            (libc::ENOBUFS, NoMemory),
+            (libc::ENOMEM, NoMemory),
+            (libc::EINVAL, Rejected),
+            (libc::EMSGSIZE, Rejected),
+        ] {
+            let error = Error::from_raw_os_error(errno);
+            assert_eq!(DropReason::of_tun_write(&error), reason, "write: {error}");
         }
     }
 }

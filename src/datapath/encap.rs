@@ -104,7 +104,7 @@ impl Encap {
                         outbox.flush(cx, &self.slots, counts);
                     }
                 }
-                Err(error) => progress = after_tun_read(&error),
+                Err(error) => progress = after_tun_read(&error, counts),
             }
             if progress != Progress::More || bytes >= BURST_BYTES {
                 break;
@@ -150,7 +150,7 @@ impl Encap {
             return refuse(cx, counts, DropReason::Malformed, packets, packet);
         };
         let whole = packet.len().min(meta.total_len());
-        let longest = if packets > 1 {
+        let longest = if vnet.is_superpacket() {
             split.segment_len(0)
         } else {
             whole
@@ -158,7 +158,7 @@ impl Encap {
         match cx.rules.encap(cx.table, packet, &meta, longest) {
             EncapVerdict::Send { hop, peer, tos } => {
                 let to = destination(cx, &meta, packet, (hop, peer), tos);
-                if packets > 1 {
+                if vnet.is_superpacket() {
                     // Described again: its sums were over the header before the TTL changed.
                     let Ok(split) = Split::new(&vnet, packet) else {
                         return refuse(cx, counts, DropReason::BadVnetHeader, packets, packet);
@@ -172,7 +172,8 @@ impl Encap {
             }
             EncapVerdict::Fragment { hop, peer, max_len } => {
                 let to = destination(cx, &meta, packet, (hop, peer), 0);
-                if packets == 1 && finish_checksum(&vnet, packet, cx.shared.sum).is_err() {
+                if !vnet.is_superpacket() && finish_checksum(&vnet, packet, cx.shared.sum).is_err()
+                {
                     return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
                 }
                 // What is collected may be of the same flow: it goes first.
@@ -205,7 +206,7 @@ impl Encap {
         let Ok(split) = Split::new(vnet, packet) else {
             return refuse(cx, counts, DropReason::BadVnetHeader, 1, packet);
         };
-        if split.count() == 1 {
+        if !vnet.is_superpacket() {
             return outbox.slow.fragment(cx, counts, to, packet, max_len);
         }
         for i in 0..split.count() {

@@ -134,6 +134,17 @@ impl Encapsulation {
         }
     }
 
+    /// The longest packet that is surely a single one: with an overlay's MTU of `mtu`, what is longer may be a
+    /// superpacket of a kernel on this machine.
+    #[inline]
+    #[must_use]
+    pub const fn max_single_len(self, mtu: Mtu) -> u16 {
+        match self {
+            Self::Plain => u16::MAX,
+            Self::Vxlan { .. } => mtu.get(),
+        }
+    }
+
     /// How to cut a packet that came whole though the overlay's MTU is less: a superpacket of a kernel on this
     /// machine. `segment_len` is what the socket told about it, if anything.
     #[inline]
@@ -144,8 +155,8 @@ impl Encapsulation {
         mtu: Mtu,
         segment_len: Option<u16>,
     ) -> Option<(VnetHdr, Split)> {
-        let max_len = usize::from(mtu.get());
-        if packet.len() <= max_len || matches!(self, Self::Plain) {
+        let max_len = usize::from(self.max_single_len(mtu));
+        if packet.len() <= max_len {
             return None;
         }
         let vnet = unfinished::describe(packet, max_len, segment_len)?;

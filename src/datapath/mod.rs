@@ -11,6 +11,7 @@ pub mod foretell;
 pub mod forward;
 pub mod limiter;
 pub mod lock;
+mod open_error;
 pub mod outbox;
 pub mod pending;
 mod plane;
@@ -32,6 +33,7 @@ use serde::Serialize;
 
 pub use drop::DropReason;
 pub use encapsulation::Encapsulation;
+pub use open_error::OpenError;
 pub use plane::Datapath;
 pub use status::Status;
 
@@ -153,6 +155,13 @@ pub enum Event {
         /// The inner source, where one could be read.
         inner: Option<IpAddr>,
     },
+    /// The kernel refused a packet for a reason that has no [`DropReason`] of its own. Told once for each error.
+    Rejected {
+        /// What it was.
+        what: &'static str,
+        /// The kernel's error.
+        error: String,
+    },
     /// The path MTU towards a peer changed.
     PathMtu {
         /// The peer.
@@ -172,63 +181,4 @@ pub enum Event {
         /// Its last words.
         error: String,
     },
-}
-
-/// Why the data plane could not be opened. Each message names the missing thing and the remedy.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Another daemon in this network namespace holds the name, the port or the device.
-    #[error(
-        "{what} is already in use by another daemon in this network namespace (pid {pid}): stop it first"
-    )]
-    Locked {
-        /// `device flannel0`, `port 192.0.2.1:8285`.
-        what: String,
-        /// The holder, where known (0 otherwise).
-        pid: i32,
-    },
-    /// The port is bound by something else.
-    #[error(
-        "cannot bind {bind}: {source}: stop what holds the port (ss -ulnp) or set Backend.Port"
-    )]
-    Bind {
-        /// The address and port.
-        bind: SocketAddr,
-        /// The kernel's error.
-        source: std::io::Error,
-    },
-    /// No `/dev/net/tun`.
-    #[error(
-        "cannot open /dev/net/tun: {0}: load the tun module (modprobe tun), and give the container the device"
-    )]
-    NoTun(std::io::Error),
-    /// The device could not be created.
-    #[error("cannot create TUN device {device}: {source}: run as root or with CAP_NET_ADMIN")]
-    Device {
-        /// The name asked for.
-        device: String,
-        /// The kernel's error.
-        source: std::io::Error,
-    },
-    /// Any other step.
-    #[error("cannot set up the data plane: {step}: {source}")]
-    Step {
-        /// What was being done.
-        step: String,
-        /// The kernel's error.
-        source: std::io::Error,
-    },
-}
-
-impl OpenError {
-    /// A TUN device that could not be created.
-    pub(crate) fn device(template: &str, source: std::io::Error) -> Self {
-        match source.raw_os_error() {
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::EACCES) => Self::NoTun(source),
-            _ => Self::Device {
-                device: template.to_owned(),
-                source,
-            },
-        }
-    }
 }

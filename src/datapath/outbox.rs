@@ -292,7 +292,7 @@ fn settle(
                 too_big = true;
             }
             Err(error) => {
-                let reason = DropReason::of_send(&error);
+                let reason = cx.shared.send_failed(&error);
                 counts.drop(reason, 1);
                 note(cx, to, Verdict::Dropped(reason), packet);
             }

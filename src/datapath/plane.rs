@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::lock::{LockError, NameLock};
 use super::portable::{Opened, Portable};
-use super::shared::{Shared, TABLE_TAKE_BOUNDS, Withdrawable, WorkerCounts};
+use super::shared::{Shared, TABLE_TAKE_BOUNDS, Told, Withdrawable, WorkerCounts};
 use super::stats::Counts;
 use super::status::{self, Status};
 use super::table::{Clock, Table};
@@ -328,6 +328,7 @@ impl Shared {
             table_takes: Histogram::new(TABLE_TAKE_BOUNDS),
             taps: Arc::new(Taps::new(workers, transport)),
             answers_as_self: AtomicBool::new(false),
+            rejections: Told::default(),
             device_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }

@@ -2,11 +2,13 @@
 //! counters. Never touches a packet.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::drop::DropReason;
 use super::stats::SharedCounts;
 use super::table::{Clock, Peer, RETRY_AFTER_MS, Table};
 use super::tap::Taps;
@@ -98,6 +100,20 @@ pub struct WorkerCounts {
     pub decap: SharedCounts,
 }
 
+/// Error numbers that were told, one bit each.
+#[derive(Default)]
+pub struct Told([AtomicU64; 3]);
+
+impl Told {
+    /// Whether this one was not told yet; true for one caller. Numbers beyond what Linux has count as one.
+    fn is_news(&self, errno: i32) -> bool {
+        let bit = usize::try_from(errno).unwrap_or(usize::MAX).min(191);
+        let mask = 1 << (bit % 64);
+        let word = self.0.get(bit / 64);
+        word.is_some_and(|word| word.fetch_or(mask, Ordering::Relaxed) & mask == 0)
+    }
+}
+
 /// Shared by the workers of one data plane.
 pub struct Shared {
     /// As opened.
@@ -127,6 +143,8 @@ pub struct Shared {
     /// The kernel takes IPv4 packets from the device that come from an address of this node, so our answers
     /// to local senders may name us (`accept_local`, Documentation/networking/ip-sysctl.rst).
     pub answers_as_self: AtomicBool,
+    /// Error numbers that have no drop reason of their own.
+    pub rejections: Told,
     /// That the device vanished was told.
     pub device_gone: AtomicBool,
     /// Workers end after the burst in hand.
@@ -164,8 +182,38 @@ impl Shared {
         }
     }
 
+    /// Why the underlay did not take a datagram. What has no reason of its own is told with its error, once.
+    #[cold]
+    pub fn send_failed(&self, error: &io::Error) -> DropReason {
+        self.tell_rejected(DropReason::of_send(error), "a datagram for a peer", error)
+    }
+
+    /// Why the device did not take a packet. Likewise.
+    #[cold]
+    pub fn write_failed(&self, error: &io::Error) -> DropReason {
+        self.tell_rejected(
+            DropReason::of_tun_write(error),
+            "a packet from a peer",
+            error,
+        )
+    }
+
+    fn tell_rejected(
+        &self,
+        reason: DropReason,
+        what: &'static str,
+        error: &io::Error,
+    ) -> DropReason {
+        let errno = error.raw_os_error().unwrap_or(i32::MAX);
+        if reason == DropReason::Rejected && self.rejections.is_news(errno) {
+            let error = error.to_string();
+            self.event(Event::Rejected { what, error });
+        }
+        reason
+    }
+
     /// Stops using GSO runs towards `peer`.
-    pub fn withdraw_gso(&self, peer: &Peer, reason: &std::io::Error) {
+    pub fn withdraw_gso(&self, peer: &Peer, reason: &io::Error) {
         if peer.gso.withdraw(self.clock.now_ms()) {
             self.udp_gso_withdrawals.fetch_add(1, Ordering::Relaxed);
             self.event(Event::CapabilityWithdrawn {
@@ -312,6 +360,16 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_error_number_is_told_once() {
+        let told = Told::default();
+        for errno in [0, 1, 63, 64, 133, 191, i32::MAX] {
+            assert_eq!(told.is_news(errno), errno != i32::MAX, "{errno}");
+            assert!(!told.is_news(errno), "{errno}");
+        }
+        assert!(!told.is_news(-1) && told.is_news(2));
+    }
 
     #[test]
     fn a_withdrawn_capability_comes_back_once_after_a_while() {

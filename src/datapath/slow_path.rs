@@ -65,6 +65,7 @@ impl SlowPath {
                 gathered.push(&PLAIN);
             }
             gathered.push(answer);
+            counts.send_calls += 1;
             cx.queue.write(gathered).is_ok()
         });
         let verdict = if answered {
@@ -222,7 +223,7 @@ impl SlowPath {
             let head = head.get(..head_len).unwrap_or_default();
             let body = packet.get(piece.payload).unwrap_or_default();
             if let Err(error) = self.send(cx, counts, to, [head, body]) {
-                let reason = DropReason::of_send(&error);
+                let reason = cx.shared.send_failed(&error);
                 counts.drop(reason, 1);
                 return note(cx, to, Verdict::Dropped(reason), [packet, &[]]);
             }

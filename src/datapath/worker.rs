@@ -14,6 +14,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::decap::Decap;
+use super::drop::DropReason;
 use super::encap::Encap;
 use super::outbox::Outbox;
 use super::shared::Shared;
@@ -43,11 +44,17 @@ pub enum Progress {
     Gone,
 }
 
-/// What a failed TUN read means.
-pub fn after_tun_read(error: &io::Error) -> Progress {
+/// What a failed TUN read means. A packet that went with it is counted.
+pub fn after_tun_read(error: &io::Error, counts: &mut Counts) -> Progress {
     match error.raw_os_error() {
         Some(libc::EAGAIN) => Progress::Drained,
         Some(libc::EINTR) => Progress::More,
+        // The kernel found no virtio-net header for a packet, and freed it (`tun_put_user`, drivers/net/tun.c).
+        Some(libc::EINVAL) => {
+            counts.read += 1;
+            counts.drop(DropReason::BadVnetHeader, 1);
+            Progress::More
+        }
         // EBADFD: detached because the device was deleted; anything else on a character device that worked
         // until now means the same, and reading on would spin.
         _ => Progress::Gone,
@@ -225,6 +232,29 @@ impl Worker {
                 published.decap.publish(&decap_counts);
             }
             tap.end();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_that_cost_a_packet_is_told_from_an_empty_and_from_a_vanished_device() {
+        for (errno, progress, lost) in [
+            (libc::EAGAIN, Progress::Drained, 0),
+            (libc::EINTR, Progress::More, 0),
+            (libc::EINVAL, Progress::More, 1),
+            (libc::EBADFD, Progress::Gone, 0),
+            (libc::EFAULT, Progress::Gone, 0),
+            (libc::EIO, Progress::Gone, 0),
+        ] {
+            let mut counts = Counts::default();
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(after_tun_read(&error, &mut counts), progress, "{error}");
+            assert_eq!(counts.drops[DropReason::BadVnetHeader as usize], lost);
+            assert_eq!((counts.read, counts.queued()), (lost, 0), "{error}");
         }
     }
 }

@@ -144,7 +144,7 @@ pub enum SocketError {
     #[error("{}: exists and is not a socket: remove it, or give another path with --status-socket", .0.display())]
     NotASocket(PathBuf),
     /// Nobody listens.
-    #[error("no daemon answers at {}: is it running, with this --subnet-file or --status-socket? ({source})", path.display())]
+    #[error("no daemon answers at {} ({source}): is it running, with this --subnet-file or --status-socket? One that still waits for its lease says so in its log", path.display())]
     NoDaemon {
         /// The socket.
         path: PathBuf,

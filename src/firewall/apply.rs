@@ -271,7 +271,7 @@ pub async fn remove(search: Vec<PathBuf>) -> Removed {
 async fn sweep(search: &SearchPath, keep: Option<&Holder>) -> Removed {
     let mut removed = Removed::default();
     if keep.is_none() {
-        match super::senders::sweep(search.0.clone(), |_vni| false).await {
+        match super::senders::sweep(search.0.clone(), |_of| false).await {
             Ok(found) => removed.places.extend(found),
             Err(error) => removed.errors.push(error),
         }

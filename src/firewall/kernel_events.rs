@@ -38,7 +38,7 @@ impl Interest {
             Self::OwnTables => {
                 table == "loden-notrack" || table == "flannel-ipv4" || table == "flannel-ipv6"
             }
-            Self::SenderTables => table.starts_with(super::senders::PREFIX),
+            Self::SenderTables => super::senders::is_ours(table),
             Self::CompatChains => super::iptables::SLOTS.iter().any(|slot| {
                 slot.table == table
                     && chain.is_none_or(|name| name == slot.chain || slot.hooks.contains(&name))

@@ -14,6 +14,7 @@
 //! | forward | chain `forward` of the same tables | chain `FLANNEL-FWD` of `filter` |
 //! | tunnel untracked | table `inet loden-notrack` | chain `LODEN-NOTRACK` of `raw` |
 //! | senders to the kernel's VXLAN | table `inet loden-vxlan-VNI` | likewise in nftables |
+//! | senders to the kernel's IPIP | table `inet loden-ipip` | likewise in nftables |
 //!
 //! The first two rows are flannel's, to the byte as `iptables -S` and `nft list chain` show them; the others are
 //! ours. In nftables an `accept` does not overrule a drop in another table, so there the forward rules cannot
@@ -38,6 +39,7 @@ pub use error::{Difference, Error, What};
 pub use keeper::{Keeper, KeeperStatus, ResyncInterval};
 pub use rules::{Family, FamilyRules, Masquerade, Notrack, Rules, Underlay};
 pub use senders::{
-    Scope as SenderScope, SenderCheck, SenderStatus, Senders, Tunnel, sweep as sweep_senders,
+    Scope as SenderScope, SenderCheck, SenderStatus, Senders, TableOf, Tunnel, TunnelKind,
+    sweep as sweep_senders,
 };
 pub use variant::{Flavor, Mode};

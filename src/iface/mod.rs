@@ -215,6 +215,17 @@ impl Wanted {
         }
     }
 
+    /// With the public IPs that an operator has set for this node in the store, which overrule those of the command
+    /// line; specification section 3.1.
+    #[must_use]
+    pub fn with_public_ips(self, (v4, v6): (Option<Ipv4Addr>, Option<Ipv6Addr>)) -> Self {
+        Self {
+            public_ip: v4.or(self.public_ip),
+            public_ipv6: v6.or(self.public_ipv6),
+            ..self
+        }
+    }
+
     /// Whether an interface is asked for by an address of this family.
     #[must_use]
     pub fn names_address_of(&self, family: Family) -> bool {

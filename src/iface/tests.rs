@@ -162,6 +162,18 @@ fn public_ip_without_selector_is_the_selector_and_with_one_need_not_be_local() {
 }
 
 #[test]
+fn public_ip_of_the_store_overrules_that_of_the_command_line_in_its_family() {
+    let flags = Wanted {
+        public_ip: Some("192.0.2.1".parse().unwrap()),
+        public_ipv6: Some("2001:db8::1".parse().unwrap()),
+        ..Wanted::default()
+    };
+    let set = flags.with_public_ips((Some("192.0.2.2".parse().unwrap()), None));
+    assert_eq!(set.public_ip.unwrap().to_string(), "192.0.2.2");
+    assert_eq!(set.public_ipv6.unwrap().to_string(), "2001:db8::1");
+}
+
+#[test]
 fn first_default_route_of_the_preferred_family_decides_even_if_it_leads_nowhere() {
     let links = ["eth0 1500 192.0.2.1 2001:db8::1", "eth1 1500 192.0.2.9"];
     let no_device = snapshot(&links, &[(Family::V4, None), (Family::V4, Some(1))]);

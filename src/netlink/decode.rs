@@ -78,15 +78,15 @@ fn tunnel(infos: &[LinkInfo]) -> Option<TunnelLink> {
 fn ipip(attributes: &[InfoIpTunnel]) -> IpipLink {
     let mut ipip = IpipLink {
         local: None,
+        remote: None,
         extras: false,
     };
+    let given = |addr: &Ipv4Addr| Some(*addr).filter(|addr| !addr.is_unspecified());
     for attribute in attributes {
         #[expect(clippy::wildcard_enum_match_arm, reason = "decides nothing")]
         match attribute {
-            InfoIpTunnel::Local(IpAddr::V4(local)) => {
-                ipip.local = Some(*local).filter(|local| !local.is_unspecified());
-            }
-            InfoIpTunnel::Remote(remote) => ipip.extras |= !remote.is_unspecified(),
+            InfoIpTunnel::Local(IpAddr::V4(local)) => ipip.local = given(local),
+            InfoIpTunnel::Remote(IpAddr::V4(remote)) => ipip.remote = given(remote),
             InfoIpTunnel::Ttl(value) | InfoIpTunnel::Tos(value) => ipip.extras |= *value != 0,
             InfoIpTunnel::Link(value) | InfoIpTunnel::FwMark(value) => ipip.extras |= *value != 0,
             InfoIpTunnel::PMtuDisc(on) => ipip.extras |= *on,

@@ -10,6 +10,8 @@ use thiserror::Error;
 pub(super) const IPV4_LEN: usize = 20;
 /// IPv6 header without extension headers.
 pub(super) const IPV6_LEN: usize = 40;
+/// The most of IPv6 extension headers that is passed: options of a socket are a few bytes.
+pub(super) const MAX_EXTENSIONS_LEN: usize = 64;
 /// TCP header without options.
 pub(super) const TCP_LEN: usize = 20;
 /// UDP header.
@@ -22,6 +24,7 @@ const IPV4_FRAGMENT: u16 = 0x3fff;
 
 const PROTOCOL_TCP: u8 = 6;
 const PROTOCOL_UDP: u8 = 17;
+const PROTOCOL_ICMPV6: u8 = 58;
 
 /// Address family of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +63,7 @@ impl Transport {
 pub(super) struct Headers {
     pub(super) family: Family,
     pub(super) transport: Transport,
-    /// IP header with IPv4 options; the offset of the transport header.
+    /// IP header with IPv4 options or IPv6 extension headers; the offset of the transport header.
     pub(super) l3_len: u8,
     /// Transport header with TCP options.
     pub(super) l4_len: u8,
@@ -89,8 +92,8 @@ pub enum HeaderError {
     /// A fragment: it lacks either its transport header or the end of its payload.
     #[error("packet is an IPv4 fragment")]
     Fragment,
-    /// IPv6 extension headers are not followed.
-    #[error("IPv6 next header {next_header} is an extension header or unknown")]
+    /// An IPv6 extension header that is not passed, or another protocol.
+    #[error("IPv6 next header {next_header} is an extension header that is not passed, or unknown")]
     ExtensionHeader {
         /// The number found.
         next_header: u8,
@@ -149,16 +152,63 @@ impl Headers {
 
     #[inline]
     fn parse_v6(packet: &[u8]) -> Result<Self, HeaderError> {
-        const ICMPV6: u8 = 58;
         let ip: &[u8; IPV6_LEN] = packet.first_chunk().ok_or(HeaderError::Truncated)?;
         let transport = match ip[6] {
             PROTOCOL_TCP => Transport::Tcp,
             PROTOCOL_UDP => Transport::Udp,
-            ICMPV6 => return Err(HeaderError::NotTcpOrUdp { protocol: ICMPV6 }),
+            PROTOCOL_ICMPV6 => {
+                return Err(HeaderError::NotTcpOrUdp {
+                    protocol: PROTOCOL_ICMPV6,
+                });
+            }
             next_header => return Err(HeaderError::ExtensionHeader { next_header }),
         };
         let header = usize::from(be16(ip, 4)) + IPV6_LEN;
         Self::behind_ip(packet, header, Family::V6, transport, 40)
+    }
+
+    /// Likewise, also where IPv6 extension headers precede the transport header that are options of a socket (ipv6(7)),
+    /// up to [`MAX_EXTENSIONS_LEN`]. A routing header is not passed: the pseudo header is of another destination.
+    #[inline]
+    pub(super) fn parse_extended(packet: &[u8]) -> Result<Self, HeaderError> {
+        match Self::parse(packet) {
+            Err(HeaderError::ExtensionHeader { next_header }) => {
+                Self::behind_extensions(packet, next_header)
+            }
+            parsed => parsed,
+        }
+    }
+
+    #[cold]
+    fn behind_extensions(packet: &[u8], mut next_header: u8) -> Result<Self, HeaderError> {
+        const HOP_BY_HOP: u8 = 0;
+        const DESTINATION: u8 = 60;
+        let ip: &[u8; IPV6_LEN] = packet.first_chunk().ok_or(HeaderError::Truncated)?;
+        let mut l3_len = IPV6_LEN;
+        let transport = loop {
+            match next_header {
+                HOP_BY_HOP | DESTINATION => {}
+                PROTOCOL_TCP => break Transport::Tcp,
+                PROTOCOL_UDP => break Transport::Udp,
+                PROTOCOL_ICMPV6 => {
+                    return Err(HeaderError::NotTcpOrUdp {
+                        protocol: next_header,
+                    });
+                }
+                _ => return Err(HeaderError::ExtensionHeader { next_header }),
+            }
+            let extension = packet.get(l3_len..).and_then(<[u8]>::first_chunk::<8>);
+            let &[next, units, ..] = extension.ok_or(HeaderError::Truncated)?;
+            l3_len += 8 + 8 * usize::from(units);
+            if l3_len > IPV6_LEN + MAX_EXTENSIONS_LEN {
+                return Err(HeaderError::ExtensionHeader { next_header });
+            }
+            next_header = next;
+        };
+        let header = usize::from(be16(ip, 4)) + IPV6_LEN;
+        // At most 104.
+        let l3_len = u8::try_from(l3_len).unwrap_or(u8::MAX);
+        Self::behind_ip(packet, header, Family::V6, transport, l3_len)
     }
 
     #[inline]

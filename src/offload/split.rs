@@ -10,15 +10,15 @@ use std::ops::Range;
 use thiserror::Error;
 
 use super::header::{
-    Family, HeaderError, Headers, IPV4_LEN, IPV6_LEN, TCP_LEN, Transport, UDP_LEN, be16, be32,
-    fold, pseudo_sum, put16, put32, sum_words,
+    Family, HeaderError, Headers, IPV4_LEN, IPV6_LEN, MAX_EXTENSIONS_LEN, TCP_LEN, Transport,
+    UDP_LEN, be16, be32, fold, pseudo_sum, put16, put32, sum_words,
 };
 use super::vnet_hdr::{Gso, VnetHdr};
 use crate::wire::checksum::SumFn;
 
-/// The longest header of a segment: IPv4 with all options and TCP with all options, 60 bytes each.
-/// (IPv6 without extension headers and TCP need 100.)
-pub const MAX_HEADER_LEN: usize = 60 + 60;
+/// The longest header of a segment: IPv6 with as many extension headers as are passed, and TCP with all options, which
+/// has 60 bytes. (IPv4 with all options has 60, too.)
+pub const MAX_HEADER_LEN: usize = IPV6_LEN + MAX_EXTENSIONS_LEN + 60;
 
 /// The most segments one superpacket may hold. Linux sends no TCP payload below 8 bytes
 /// (`TCP_MIN_SND_MSS` 48 less 40 of options), and 65535 / 8 rounds up to this. A header slab may be smaller:
@@ -26,7 +26,7 @@ pub const MAX_HEADER_LEN: usize = 60 + 60;
 pub const MAX_SEGMENTS: usize = 8192;
 
 const _: () = assert!(MAX_SEGMENTS == 65535_usize.div_ceil(8));
-const _: () = assert!(MAX_HEADER_LEN >= IPV6_LEN + 60);
+const _: () = assert!(MAX_HEADER_LEN >= 60 + 60);
 
 const TCP_FIN: u16 = 0x01;
 const TCP_PSH: u16 = 0x08;
@@ -134,7 +134,7 @@ impl Split {
                 template: None,
             });
         }
-        let headers = Headers::parse(packet)?;
+        let headers = Headers::parse_extended(packet)?;
         match (vnet.gso, headers.family, headers.transport) {
             (Gso::TcpV4 { .. }, Family::V4, Transport::Tcp)
             | (Gso::TcpV6 { .. }, Family::V6, Transport::Tcp)
@@ -316,7 +316,8 @@ impl Template {
                 let Some(ip) = ip.first_chunk_mut::<IPV6_LEN>() else {
                     return;
                 };
-                put16(ip, 4, l4_len);
+                let extensions_len = u16::from(self.headers.l3_len) - low16(IPV6_LEN);
+                put16(ip, 4, extensions_len + l4_len);
             }
         }
         let sum = self.l4_sum + u32::from(l4_len) + u32::from(at.payload_sum);

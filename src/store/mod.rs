@@ -44,7 +44,7 @@ pub trait LeaseStore: Send + Sync {
     /// others but [`StoreError::Config`], which an operator has to repair first.
     fn network_config(&self) -> impl Future<Output = Result<NetworkConfig, StoreError>> + Send;
 
-    /// The public IPs that an operator has set for this node in the store, for where its command line names none.
+    /// The public IPs that an operator has set for this node in the store; they overrule its command line.
     ///
     /// # Errors
     ///

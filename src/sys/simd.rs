@@ -33,9 +33,8 @@ mod avx2 {
     /// [`sum`] as a plain function pointer. Private to the module above, which hands it out only
     /// after detection.
     pub(super) fn sum_detected(bytes: &[u8]) -> u16 {
-        // SAFETY: `sum` needs a CPU with AVX2. This function is reachable only through the pointer
-        // that
-        // `super::sum` returns after `is_x86_feature_detected!("avx2")`; a CPU loses no features.
+        // SAFETY: `sum` needs a CPU with AVX2. This function is reachable only through the pointer that `super::sum`
+        // returns after `is_x86_feature_detected!("avx2")`; a CPU loses no features.
         unsafe { sum(bytes) }
     }
 
@@ -88,9 +87,8 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     #[inline]
     fn load(bytes: &[u8; 32]) -> __m256i {
-        // SAFETY: the pointer comes from a reference to 32 initialised bytes, exactly what the load
-        // reads, and
-        // `loadu` asks for no alignment.
+        // SAFETY: the pointer comes from a reference to 32 initialised bytes, exactly what the load reads, and `loadu`
+        // asks for no alignment.
         unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
     }
 

@@ -428,7 +428,7 @@ impl Ping {
     fn answers(&self) -> usize {
         let text = fs::read_to_string(&self.out).unwrap();
         text.lines()
-            .filter(|line| line.contains("icmp_seq="))
+            .filter(|line| line.contains("bytes from "))
             .count()
     }
 
@@ -459,6 +459,7 @@ impl Ping {
         let text = fs::read_to_string(&self.out).unwrap();
         let seen: std::collections::BTreeSet<usize> = text
             .lines()
+            .filter(|line| line.contains("bytes from "))
             .filter_map(|line| line.split_once("icmp_seq="))
             .map(|(_, rest)| rest.split(' ').next().unwrap().parse().unwrap())
             .collect();

@@ -33,7 +33,7 @@ pub(crate) const TCP_PAYLOAD: usize = 40;
 pub(crate) struct Node {
     pub(crate) datapath: Datapath,
     pub(crate) tun: Vec<File>,
-    addr: SocketAddr,
+    pub(crate) addr: SocketAddr,
 }
 
 fn subnet(n: u8) -> ipnet::IpNet {

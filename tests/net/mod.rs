@@ -340,9 +340,19 @@ pub(crate) fn udp_at(netns: &NetNs, at: SocketAddr) -> UdpSocket {
     socket
 }
 
+/// Whether an answer comes, however long a busy machine takes for it.
 pub(crate) fn pings(netns: &NetNs, to: impl Into<IpAddr>) -> bool {
-    let to = to.into().to_string();
-    command::run(Some(netns), "ping", &["-n", "-q", "-c1", "-W2", &to]).is_ok()
+    ping(netns, to.into(), LIMIT.as_secs())
+}
+
+/// Whether an answer comes within a second: for who asks again, or expects none.
+pub(crate) fn pings_now(netns: &NetNs, to: impl Into<IpAddr>) -> bool {
+    ping(netns, to.into(), 1)
+}
+
+fn ping(netns: &NetNs, to: IpAddr, seconds: u64) -> bool {
+    let (wait, to) = (format!("-W{seconds}"), to.to_string());
+    command::run(Some(netns), "ping", &["-n", "-q", "-c1", &wait, &to]).is_ok()
 }
 
 /// Waits until `done` says so, or fails with what was waited for.
@@ -408,7 +418,17 @@ const CHUNK: usize = 1 << 16;
 
 /// Sends `chunks` of 64 KiB over one TCP connection to `to` in another namespace, and compares every byte
 /// that arrives.
-pub(crate) fn tcp_transfer(from: &NetNs, (there, to): (&NetNs, IpAddr), chunks: usize) {
+pub(crate) fn tcp_transfer(from: &NetNs, to: (&NetNs, IpAddr), chunks: usize) {
+    tcp_transfer_with(from, to, chunks, |_| {});
+}
+
+/// The same, of a socket that `prepare` changes once it is connected.
+pub(crate) fn tcp_transfer_with(
+    from: &NetNs,
+    (there, to): (&NetNs, IpAddr),
+    chunks: usize,
+    prepare: impl FnOnce(&TcpStream) + Send,
+) {
     let listener = there.run(|| TcpListener::bind((to, 0))).unwrap().unwrap();
     let at = listener.local_addr().unwrap();
     let seed = u64::from(at.port());
@@ -417,6 +437,7 @@ pub(crate) fn tcp_transfer(from: &NetNs, (there, to): (&NetNs, IpAddr), chunks: 
             let connect = || TcpStream::connect_timeout(&at, LIMIT);
             let mut stream = from.run(connect).unwrap().unwrap();
             stream.set_write_timeout(Some(LIMIT)).unwrap();
+            prepare(&stream);
             let (mut noise, mut chunk) = (Noise::new(seed), vec![0; CHUNK]);
             for _ in 0..chunks {
                 noise.fill(&mut chunk);

@@ -39,6 +39,8 @@ pub struct Fields {
     pub frag: u16,
     pub flow_label: u32,
     pub ip_options: Vec<u8>,
+    /// IPv6 extension headers: kind, and units of eight bytes behind the first.
+    pub extensions: Vec<(u8, u8)>,
     pub seq: u32,
     pub ack: u32,
     /// The 12 bits behind the data offset.
@@ -70,6 +72,7 @@ impl Default for Fields {
             frag: DF,
             flow_label: 0x12345,
             ip_options: vec![],
+            extensions: vec![],
             seq: 1000,
             ack: 77,
             flags: ACK,
@@ -105,11 +108,16 @@ impl Fields {
         if self.v6 {
             let word = (6 << 28) | (u32::from(self.tos) << 20) | self.flow_label;
             packet.extend(word.to_be_bytes());
-            packet.extend((l4.len() as u16).to_be_bytes());
-            packet.extend([protocol, self.ttl]);
+            let extensions = self.extension_bytes(protocol);
+            packet.extend(((extensions.len() + l4.len()) as u16).to_be_bytes());
+            packet.extend([
+                self.extensions.first().map_or(protocol, |first| first.0),
+                self.ttl,
+            ]);
             for host in [self.src, self.dst] {
                 packet.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, host]);
             }
+            packet.extend(extensions);
         } else {
             let ip_len = 20 + self.ip_options.len();
             packet.extend([0x40 | (ip_len / 4) as u8, self.tos]);
@@ -124,23 +132,46 @@ impl Fields {
         fix_checksums(&mut packet);
         packet
     }
+
+    /// RFC 8200 section 4.2: what follows, the length, and one option of padding that fills the rest.
+    fn extension_bytes(&self, protocol: u8) -> Vec<u8> {
+        const PAD_N: u8 = 1;
+        let mut bytes = Vec::new();
+        for (i, &(_, units)) in self.extensions.iter().enumerate() {
+            let next = self.extensions.get(i + 1).map_or(protocol, |next| next.0);
+            bytes.extend([next, units, PAD_N, 4 + 8 * units]);
+            bytes.extend(vec![0; 4 + 8 * usize::from(units)]);
+        }
+        bytes
+    }
 }
 
 pub fn is_v6(packet: &[u8]) -> bool {
     packet[0] >> 4 == 6
 }
 
+/// The transport protocol, and the offset of its header.
+fn l4(packet: &[u8]) -> (u8, usize) {
+    const HOP_BY_HOP: u8 = 0;
+    const DESTINATION: u8 = 60;
+    if !is_v6(packet) {
+        return (packet[9], usize::from(packet[0] & 15) * 4);
+    }
+    let (mut protocol, mut at) = (packet[6], 40);
+    while matches!(protocol, HOP_BY_HOP | DESTINATION) && at + 8 <= packet.len() {
+        protocol = packet[at];
+        at += 8 + 8 * usize::from(packet[at + 1]);
+    }
+    (protocol, at)
+}
+
 /// Offset of the transport header.
 pub fn l4_at(packet: &[u8]) -> usize {
-    if is_v6(packet) {
-        40
-    } else {
-        usize::from(packet[0] & 15) * 4
-    }
+    l4(packet).1
 }
 
 pub fn is_udp(packet: &[u8]) -> bool {
-    (if is_v6(packet) { packet[6] } else { packet[9] }) == 17
+    l4(packet).0 == 17
 }
 
 /// Offset of the payload.

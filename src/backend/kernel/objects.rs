@@ -93,7 +93,9 @@ pub struct VxlanLink {
 pub struct IpipLink {
     /// The address it sends from and receives on.
     pub local: Option<Ipv4Addr>,
-    /// It has something that is never asked for: a remote, a link of its own, a TTL, TOS or mark that is not the inner
+    /// The only address it receives from, ahead of a device that receives from any; never asked for.
+    pub remote: Option<Ipv4Addr>,
+    /// It has something else that is never asked for: a link of its own, a TTL, TOS or mark that is not the inner
     /// packet's, a "don't fragment" of its own, another protocol inside, metadata from elsewhere, or UDP around it.
     pub extras: bool,
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::addr::{Mac, Mtu};
+use crate::addr::{Mac, Mtu, Origin};
 use crate::backend::ends::Ends;
 use crate::backend::fake::{FakeKernel, State};
 use crate::backend::kernel::{
@@ -151,9 +151,7 @@ fn overlay(kernel: &FakeKernel) -> BTreeSet<String> {
         let link = state.links.iter().find(|link| link.index == index);
         link.map_or_else(|| "?".to_owned(), |link| link.name.clone())
     };
-    let inside = |ip: &std::net::IpAddr| {
-        net("198.18.0.0/16").contains(ip) || net("fd00:1::/48").contains(ip)
-    };
+    let inside = |ip: &IpAddr| net("198.18.0.0/16").contains(ip) || net("fd00:1::/48").contains(ip);
     let mut lines = BTreeSet::new();
     for link in state.links.iter().filter(|link| link.tunnel.is_some()) {
         let (mac, tunnel) = (link.mac, link.tunnel.unwrap());
@@ -272,8 +270,7 @@ fn peers_over_ipip_get_flannels_route_each_and_a_second_look_finds_nothing() {
     let leases = [lease(2, "ipip"), far];
     let plain = desired(IPIP, &leases);
     look(&kernel, &plain);
-    let device =
-        "link flannel.ipip None 1480 true Ipip(IpipLink { local: Some(192.0.2.1), extras: false })";
+    let device = "link flannel.ipip None 1480 true Ipip(IpipLink { local: Some(192.0.2.1), remote: None, extras: false })";
     let through = |n: u8, by: &str| match n {
         3 => format!("route 198.18.3.0/24 Some(203.0.113.3) {by} 108"),
         n => format!("route 198.18.{n}.0/24 Some(192.0.2.{n}) {by} 108"),
@@ -326,10 +323,12 @@ fn ipip_device_is_kept_made_anew_or_left_to_whom_it_belongs() {
     };
     let local = |ip: &str| IpipLink {
         local: Some(ip.parse().unwrap()),
+        remote: None,
         extras: false,
     };
     let any = IpipLink {
         local: None,
+        remote: None,
         extras: false,
     };
     let wanted = desired(IPIP, &[lease(2, "ipip")]);
@@ -669,6 +668,53 @@ fn network_that_changes_its_backend_keeps_what_is_there_for_nodes_that_have_not_
 }
 
 #[test]
+fn senders_of_ipip_are_the_peers_those_that_still_use_another_backend_and_whom_other_tunnels_serve()
+{
+    let kernel = kernel();
+    for (index, name, local, remote, up) in [
+        (7, "any", None, Some("198.51.100.7"), true),
+        (8, "same", Some("192.0.2.1"), Some("198.51.100.8"), true),
+        // The kernel prefers none of these to ours.
+        (9, "another", Some("192.0.2.99"), Some("198.51.100.9"), true),
+        (10, "down", None, Some("198.51.100.10"), false),
+        (11, "tunl0", None, None, true),
+    ] {
+        let link = Link {
+            index,
+            name: name.to_owned(),
+            mtu: 1400,
+            tx_queue_len: 1000,
+            up,
+            makes_ipv6_addresses: false,
+            tx_dropped: 0,
+            mac: None,
+            tunnel: Some(TunnelLink::Ipip(IpipLink {
+                local: local.map(|ip| ip.parse().unwrap()),
+                remote: remote.map(|ip| ip.parse().unwrap()),
+                extras: false,
+            })),
+        };
+        kernel.state().links.push(link);
+    }
+    let report = look(
+        &kernel,
+        &desired(IPIP, &[lease(2, "ipip"), lease(3, "host-gw")]),
+    );
+    let ips = |texts: &[&str]| texts.iter().map(|ip| ip.parse().unwrap()).collect();
+    let pair = |n: u8| {
+        let from = IpAddr::from([192, 0, 2, n]);
+        (Origin::Datagram(from), net(&format!("198.18.{n}.0/24")))
+    };
+    let wanted = Senders {
+        outer: ips(&["192.0.2.2", "192.0.2.3"]),
+        inner: [pair(2), pair(3)].into(),
+        own: ips(&["192.0.2.1"]),
+        others: ips(&["198.51.100.7", "198.51.100.8"]),
+    };
+    assert_eq!(report.senders, Some(wanted));
+}
+
+#[test]
 fn cleanup_removes_what_is_marked_as_ours_and_flannels_devices_and_nothing_else() {
     let kernel = kernel();
     let all = || {
@@ -808,16 +854,24 @@ impl World {
     /// Who may send through the kernel's device, from the leases alone.
     fn senders(&self) -> Senders {
         let mut senders = Senders::default();
+        if matches!(self.kind, Kind::Ipip | Kind::IpipDirect) {
+            let own = format!("192.0.2.{}", self.external.0);
+            senders.own.insert(own.parse().unwrap());
+            for lease in &self.leases {
+                let public = lease.attrs.public_ip.map(IpAddr::V4).unwrap();
+                let net = lease.subnets.v4().map(IpNet::V4).unwrap();
+                senders.outer.insert(public);
+                senders.inner.insert((Origin::Datagram(public), net));
+            }
+        }
         if !matches!(self.kind, Kind::Vxlan | Kind::Direct | Kind::Auto) {
             return senders;
         }
         for lease in &self.leases {
             let attrs = &lease.attrs;
-            let v4 = attrs.public_ip.map(std::net::IpAddr::V4);
+            let v4 = attrs.public_ip.map(IpAddr::V4);
             senders.outer.extend(v4);
-            senders
-                .outer
-                .extend(attrs.public_ipv6.map(std::net::IpAddr::V6));
+            senders.outer.extend(attrs.public_ipv6.map(IpAddr::V6));
             for (data, net) in [
                 (&attrs.backend_data, lease.subnets.v4().map(IpNet::V4)),
                 (&attrs.backend_v6_data, lease.subnets.v6().map(IpNet::V6)),
@@ -825,7 +879,7 @@ impl World {
                 let data: serde_json::Value =
                     serde_json::from_str(data.as_ref().unwrap().get()).unwrap();
                 let mac = data["VtepMAC"].as_str().unwrap().parse().unwrap();
-                senders.inner.insert((mac, net.unwrap()));
+                senders.inner.insert((Origin::Frame(mac), net.unwrap()));
             }
         }
         senders

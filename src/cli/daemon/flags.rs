@@ -80,7 +80,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = health_port, help_heading = "Health")]
     pub(super) healthz_port: HealthPort,
 
-    /// Number of workers [default: the CPUs this process may use, by affinity and cgroup quota]
+    /// Number of workers, 128 at most [default: the CPUs this process may use, by affinity and cgroup quota]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024), help_heading = "Data plane")]
     pub(super) workers: Option<usize>,
 
@@ -115,7 +115,7 @@ pub struct DaemonArgs {
           default_value = "false", default_missing_value = "true", value_parser = go_bool)]
     pub(in crate::cli) print_config: bool,
 
-    /// Log verbosity: 0 info, 1 debug, 2 and more trace
+    /// Log verbosity: 0 info, 1 debug, 2 trace, 3 and more also what libraries trace
     #[arg(long = "v", short = 'v', value_name = "N", default_value = "0", value_parser = verbosity)]
     pub(in crate::cli) verbosity: u8,
 

@@ -38,10 +38,13 @@ pub(in crate::cli) fn understood(matches: &ArgMatches, rewritten: &Rewritten) ->
             continue;
         };
         // Not every argument of a command is one of its matches: help, for one.
-        let Ok(Some(values)) = matches.try_get_raw(id) else {
+        let Ok(values) = matches.try_get_raw(id) else {
             continue;
         };
-        let values = values.map(|value| match id {
+        if arg.is_hide_set() && values.is_none() {
+            continue;
+        }
+        let values = values.into_iter().flatten().map(|value| match id {
             SECRET if !value.is_empty() => "***".to_owned(),
             ENDPOINTS => without_users(&value.to_string_lossy()),
             _ => value.to_string_lossy().into_owned(),
@@ -50,7 +53,8 @@ pub(in crate::cli) fn understood(matches: &ArgMatches, rewritten: &Rewritten) ->
         let origin = match (matches.value_source(id), rewritten.from_env.get(flag)) {
             (Some(ValueSource::CommandLine), Some(variable)) => format!("environment {variable}"),
             (Some(ValueSource::CommandLine), None) => "flag".to_owned(),
-            _ => "default".to_owned(),
+            (Some(_), _) => "default".to_owned(),
+            (None, _) => "not given".to_owned(),
         };
         all.push(Understood {
             flag: flag.to_owned(),

@@ -8,20 +8,44 @@ use regex::bytes::Regex;
 /// What stands where a secret was.
 const HIDDEN: &str = "***";
 
+/// What is called a secret.
+macro_rules! called {
+    ($before:literal, $behind:literal) => {
+        concat!(
+            "(?i-u)(",
+            $before,
+            "[a-z0-9_.-]*(?:password|passwd|passphrase|token|secret|api[_-]?key|key[_-]data|private[_-]?key|credential)\
+             [a-z0-9_.-]*",
+            $behind
+        )
+    };
+}
+
 /// What a secret looks like, and what is kept of it. Each is a constant that a test compiles.
-const PATTERNS: [(&str, &str); 4] = [
+const PATTERNS: [(&str, &str); 7] = [
     // Keys in PEM, whatever their kind.
     (
         "(?s-u)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY-----|$)",
         "***",
     ),
-    // The user of a URL.
+    // The user of a URL, and of an endpoint that is given without a scheme.
     ("(?-u)://[^/ \t\r\n\"'@]+@", "://***@"),
+    ("(?-u)[^/ \t\r\n\0\"'@,=:]+:[^/ \t\r\n\0\"'@,=]+@", "***@"),
     // An HTTP authorisation.
     ("(?i-u)(bearer|basic)[ \t]+[a-z0-9._~+/=-]+", "$1 ***"),
-    // Whatever is called a secret: as a flag, a variable, in JSON or YAML.
+    // A flag in a command line as /proc has it, whose values may hold anything.
+    (called!("-", ")([=\0])[^\0]*\0"), "$1$2***\0"),
+    // As a variable or another flag, whose values end with the word.
     (
-        "(?i-u)([a-z0-9_.-]*(?:password|passwd|passphrase|token|secret|api[_-]?key|key[_-]data|private[_-]?key|credential)[a-z0-9_.-]*\"?)([ \t]*[:=][ \t]*|[ \t]+|\0)(\"[^\"]*\"|'[^']*'|[^ \t\r\n\0,}]+)",
+        called!("", "[ \t]*=[ \t]*)(\"[^\"]*\"|'[^']*'|[^ \t\r\n\0]+)"),
+        "$1***",
+    ),
+    // In JSON or YAML, or behind a space.
+    (
+        called!(
+            "",
+            "\"?)([ \t]*:[ \t]*|[ \t]+|\0)(\"[^\"]*\"|'[^']*'|[^ \t\r\n\0,}]+)"
+        ),
         "$1$2***",
     ),
 ];
@@ -76,6 +100,23 @@ mod tests {
                 r#"{"password": "hunter 2", "a": 1}"#,
                 r#"{"password": ***, "a": 1}"#,
             ),
+            // The value is one argument, whatever is in it.
+            (
+                "loden\0--etcd-password\0hun ter,2\0--iface\0eth0\0",
+                "loden\0--etcd-password\0***\0--iface\0eth0\0",
+            ),
+            (
+                "loden\0-etcd-password=hun ter,2\0-v\0",
+                "loden\0-etcd-password=***\0-v\0",
+            ),
+            (
+                "FLANNELD_ETCD_PASSWORD=hunter,2}\n",
+                "FLANNELD_ETCD_PASSWORD=***\n",
+            ),
+            (
+                "--etcd-endpoints=me:hunter2@a:2379,b:2379",
+                "--etcd-endpoints=***@a:2379,b:2379",
+            ),
             ("token: eyJhbGciOi.x.y\nuser: me", "token: ***\nuser: me"),
             ("client-key-data: LS0tLS1C", "client-key-data: ***"),
             (
@@ -103,6 +144,7 @@ mod tests {
             "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----",
             "udp dport 8285 counter packets 3 bytes 99 drop",
             r#"{"reach":"answers","rtt_us":12}"#,
+            "5: p1@if4: <UP> mtu 1500 link/ether 02:00:5e:10:00:01",
             "http://127.0.0.1:2379/v3?a@b",
         ] {
             assert_eq!(redacted(text), text);

@@ -3,8 +3,11 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::Case;
 use super::way::Coming;
+use crate::addr::Origin;
 use crate::backend::kernel::Kernel;
 use crate::daemon::traffic::Admitting;
 use crate::daemon::tunnel::Tunnel;
@@ -120,7 +123,8 @@ impl<'a, K: Kernel> Case<'a, K> {
     /// Whether the source check in front of the kernel's devices takes it.
     fn is_checked(&mut self, outer: IpAddr) -> bool {
         let Some(scope) = self.session.guard.scope() else {
-            self.step("source check", "none: Backend.SourceCheck is not set");
+            let why = self.session.guard.idle().unwrap_or_default();
+            self.step("source check", format!("none: {why}"));
             return true;
         };
         let carrier = self.session.carrier.as_ref();
@@ -132,9 +136,16 @@ impl<'a, K: Kernel> Case<'a, K> {
             return true;
         };
         let from = self.question.from;
+        // The MAC address of a frame is of the same lease as the outer address.
+        let may_send = |(origin, net): &(Origin, IpNet)| {
+            net.contains(&from)
+                && (!scope.outer
+                    || matches!(origin, Origin::Frame(_))
+                    || *origin == Origin::Datagram(outer))
+        };
         let reason = if scope.outer && !senders.outer.contains(&outer) {
             Some(DropReason::UnknownPeer)
-        } else if scope.inner && !senders.inner.iter().any(|(_, net)| net.contains(&from)) {
+        } else if scope.inner && !senders.inner.iter().any(may_send) {
             Some(DropReason::SpoofedSource)
         } else {
             None

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::{Options, VxlanPlace, network_config, register, traffic};
 use crate::backend::device;
-use crate::backend::ends;
+use crate::backend::ends::{self, Ends};
 use crate::backend::kernel::{Kernel, PROTOCOL_LODEN, Route};
 use crate::backend::plan::Plan;
 use crate::backend::preflight;
@@ -168,7 +168,7 @@ async fn network(
         }
     }
     let choice = ends.primary().clone();
-    overlaps(checks, &kernel, options, config, &snapshot, &choice).await?;
+    overlaps(checks, &kernel, options, config, &snapshot, &ends).await?;
     let plan = match Plan::new(config, ends) {
         Ok(plan) => plan,
         Err(error) => {
@@ -224,7 +224,7 @@ async fn overlaps(
     options: &Options,
     config: &NetworkConfig,
     snapshot: &Snapshot,
-    choice: &Choice,
+    ends: &Ends,
 ) -> Result<(), String> {
     let routes = kernel.routes().await.map_err(|error| error.to_string())?;
     let previous = PreviousEnv::read(&options.subnet_file).ok();
@@ -240,7 +240,8 @@ async fn overlaps(
     let foreign =
         |route: &&Route| route.protocol != PROTOCOL_LODEN && !name_of(route).starts_with("flannel");
     let foreign: Vec<Route> = routes.iter().filter(foreign).copied().collect();
-    let conflicts = preflight::conflicts(snapshot, &foreign, &networks, &own, choice.public);
+    let mut conflicts = preflight::swallowed(&networks, ends.iter().map(|end| end.public));
+    conflicts.extend(preflight::conflicts(snapshot, &foreign, &networks, &own));
     let mut clean = conflicts.is_empty();
     for conflict in conflicts {
         match conflict.is_fatal() {

@@ -4,10 +4,10 @@
 mod follow;
 mod looks;
 mod peers;
+mod said;
 mod told;
 mod watches;
 
-use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use tokio::time::{sleep_until, timeout};
 use super::asked;
 use super::backoff::Backoff;
 use super::carrier::Carrier;
-use super::checksums::{Checksums, Finding, Test};
+use super::checksums::{Checksums, Test};
 use super::extension;
 use super::guard::Guard;
 use super::hold::Hold;
@@ -34,12 +34,12 @@ use super::{Daemon, DaemonError, notify};
 use crate::backend::desired::Refused;
 use crate::backend::kernel::Kernel;
 use crate::backend::udp;
-use crate::datapath::Event;
 use crate::debug::socket::Server;
 use crate::lease::{LeaseSet, Subnets};
 use crate::probe::Directory;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
+use said::{Said, ended, looked, next_event};
 use watches::Watches;
 pub(super) use watches::{Part, Whose};
 
@@ -133,9 +133,18 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         previous: Option<Subnets>,
         established: &mut bool,
     ) -> Result<Ended, DaemonError> {
-        self.health.set(vec!["no lease yet".to_owned()]);
-        let mut registration =
-            register::register(self.store, self.kernel, self.options, previous).await?;
+        let (store, health) = (self.store, &self.health);
+        let waits = |complaint: Option<&str>| {
+            let missing = ["no lease yet"].into_iter().chain(complaint);
+            health.set(missing.map(str::to_owned).collect());
+            if let Some(complaint) = complaint {
+                // Who asks the store hears of it, too.
+                store.report(&[complaint.to_owned()]);
+            }
+        };
+        waits(None);
+        let registered = register::register(store, self.kernel, self.options, previous, waits);
+        let mut registration = registered.await?;
         let prepared = traffic::prepare(&self.options.traffic, &mut registration).await?;
         let mut events = self.store.watch();
         let now = Instant::now();
@@ -288,6 +297,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     Said::News(event) => session.log_limited(sentence(&event)),
                     Said::Fatal(event) => session.close(&sentence(&event)),
                 },
+                // What is missing is told anew with every turn.
+                () = held.changed() => {}
+                () = looked(&mut session.traffic) => {}
                 Some(change) = self.changes.recv() => session.notice(change),
                 () = session.ways.changed() => if session.ways.take() {
                     session.publish();
@@ -353,31 +365,5 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
             }
         }
         session.blackhole_at = Some(Instant::now() + self.options.traffic.resync.get());
-    }
-}
-
-/// What a test has found; never, while there is none.
-async fn ended(test: &mut Option<Test<'_>>) -> (u32, String, Finding) {
-    match test {
-        Some(test) => test.await,
-        None => pending().await,
-    }
-}
-
-/// What the workers said.
-enum Said {
-    News(Event),
-    Fatal(Event),
-}
-
-/// The next event; never, while nothing is open.
-async fn next_event(carrier: &mut Option<Carrier>) -> Said {
-    let Some(Carrier { events, .. }) = carrier else {
-        return pending().await;
-    };
-    tokio::select! {
-        Some(event) = events.fatal.recv() => Said::Fatal(event),
-        Some(event) = events.news.recv() => Said::News(event),
-        else => pending().await,
     }
 }

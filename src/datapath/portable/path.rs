@@ -67,7 +67,7 @@ impl<'a> Path<'a> {
         let (header, packet) = self.buffer.split_at_mut(header_len);
         let len = match self.opened.iface.recv(packet) {
             Ok(len) => len,
-            Err(error) => return after_tun_read(&error),
+            Err(error) => return after_tun_read(&error, counts),
         };
         self.tap.stamp();
         counts.read += 1;
@@ -88,13 +88,15 @@ impl<'a> Path<'a> {
             EncapVerdict::Send { peer, .. } | EncapVerdict::Fragment { peer, .. } => {
                 self.encapsulation.write_header(peer.mac, packet, header);
                 let datagram = self.buffer.get(..header_len + len).unwrap_or_default();
-                let verdict = send(&self.opened.socket, datagram, peer, (counts, len));
+                let socket = (&self.opened.socket, self.shared);
+                let verdict = send(socket, datagram, peer, (counts, len));
                 (verdict, Some(peer.addr))
             }
             EncapVerdict::Answer(kind, reason) => {
                 let built =
                     self.answerer
                         .build_local(self.shared, &self.rules, kind, packet, &meta);
+                counts.send_calls += u64::from(built.is_some());
                 let answered = built.is_some_and(|answer| self.opened.iface.send(answer).is_ok());
                 (told(counts, answered, reason), None)
             }
@@ -161,13 +163,14 @@ impl<'a> Path<'a> {
                 let mtu = self.shared.settings.mtu;
                 self.encapsulation.finish(packet, mtu, self.shared.sum);
                 match self.encapsulation.superpacket(packet, mtu, None) {
-                    None => write(&self.opened.iface, packet, peer, counts),
+                    None => write((&self.opened.iface, self.shared), packet, peer, counts),
                     Some((_, split)) => {
                         // It was read as one packet.
                         counts.read += split.count() as u64 - 1;
                         for i in 0..split.count() {
                             let segment = segment(packet, &split, i, self.shared.sum);
-                            let verdict = write(&self.opened.iface, &segment, peer, counts);
+                            let device = (&self.opened.iface, self.shared);
+                            let verdict = write(device, &segment, peer, counts);
                             self.tap.note(Form::Any, || {
                                 let seen = seen(self.shared, Direction::Decap, from, verdict);
                                 (seen, [segment.as_slice()])
@@ -181,6 +184,7 @@ impl<'a> Path<'a> {
                 let built =
                     self.answerer
                         .build_remote(self.shared, &self.rules, kind, packet, &meta);
+                counts.send_calls += u64::from(built.is_some());
                 let answered = built.is_some_and(|answer| {
                     let mut datagram = [0; MAX_HEADER_LEN + icmp_error::MAX_LEN];
                     let mut len =
@@ -240,7 +244,12 @@ const fn told(counts: &mut Counts, answered: bool, reason: DropReason) -> Verdic
 }
 
 /// Writes one packet of `peer` to the device.
-fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) -> Verdict {
+fn write(
+    (iface, shared): (&Iface, &Shared),
+    packet: &[u8],
+    peer: &Peer,
+    counts: &mut Counts,
+) -> Verdict {
     counts.send_calls += 1;
     match iface.send(packet) {
         Ok(_) => {
@@ -250,7 +259,7 @@ fn write(iface: &Iface, packet: &[u8], peer: &Peer, counts: &mut Counts) -> Verd
             Verdict::Delivered
         }
         Err(error) => {
-            let reason = DropReason::of_tun_write(&error);
+            let reason = shared.write_failed(&error);
             counts.drop(reason, 1);
             Verdict::Dropped(reason)
         }
@@ -268,12 +277,12 @@ fn segment(packet: &[u8], split: &Split, i: usize, sum: SumFn) -> Vec<u8> {
 /// Sends one packet of `len` bytes in its datagram; a pending error of an earlier datagram is told once instead, so
 /// once more.
 fn send(
-    socket: &UdpSocket,
+    (socket, shared): (&UdpSocket, &Shared),
     datagram: &[u8],
     peer: &Peer,
     (counts, len): (&mut Counts, usize),
 ) -> Verdict {
-    let mut reason = DropReason::Rejected;
+    let mut failure = None;
     for _ in 0..2 {
         counts.send_calls += 1;
         match socket.send_to(datagram, peer.addr) {
@@ -283,9 +292,10 @@ fn send(
                 peer.sent.fetch_add(1, Ordering::Relaxed);
                 return Verdict::Sent;
             }
-            Err(error) => reason = DropReason::of_send(&error),
+            Err(error) => failure = Some(error),
         }
     }
+    let reason = failure.map_or(DropReason::Rejected, |error| shared.send_failed(&error));
     counts.drop(reason, 1);
     Verdict::Dropped(reason)
 }

@@ -17,21 +17,21 @@ pub mod filter;
 mod reader;
 pub mod record;
 pub mod run;
+mod seen;
 
 use std::cell::{Cell, RefCell};
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rtrb::{Producer, RingBuffer};
 
-use super::DropReason;
 use filter::{Facts, Filter};
 use reader::LostCounts;
 pub use reader::{Capture, Lost};
 use record::HEADER_LEN;
 pub use record::{Direction, Record, RecordError, Transport, Verdict};
+pub use seen::{Cut, Form, Seen};
 
 /// Bytes a ring holds; resident only as far as used. At 1 Gb/s, whole packets, that is 30 ms.
 pub const RING_LEN: usize = 4 << 20;
@@ -163,58 +163,6 @@ impl Taps {
             running: vec![Arc::clone(running)],
         })
     }
-}
-
-/// Which captures a record is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// All: it is one packet, or was never cut.
-    Any,
-    /// Those that want superpackets whole.
-    Whole,
-    /// Those that want segments.
-    Segment,
-}
-
-/// What a worker says about one packet or superpacket.
-#[derive(Clone, Copy, Debug)]
-pub struct Seen {
-    /// Where.
-    pub direction: Direction,
-    /// What became of it.
-    pub verdict: Verdict,
-    /// The other end's outer address.
-    pub outer: Option<SocketAddr>,
-    /// Our outer port.
-    pub local_port: u16,
-    /// Outer TOS byte.
-    pub tos: u8,
-    /// Inner packets it stands for.
-    pub packets: u64,
-}
-
-impl Seen {
-    /// Packets that ended before anything about their outer side was known.
-    #[must_use]
-    pub const fn dropped(direction: Direction, reason: DropReason, packets: u64) -> Self {
-        Self {
-            direction,
-            verdict: Verdict::Dropped(reason),
-            outer: None,
-            local_port: 0,
-            tos: 0,
-            packets,
-        }
-    }
-}
-
-/// What is particular about bytes that are shown.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Cut {
-    /// Bytes of outer headers in front of the inner packet.
-    pub inner_at: u8,
-    /// Length of the inner packet, if there are not all of its bytes.
-    pub len: Option<usize>,
 }
 
 /// One worker's tap.

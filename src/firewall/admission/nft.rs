@@ -36,7 +36,9 @@ pub(super) fn read(
                     _ => false,
                 };
                 let compat = without_compat && *name == "filter" && *family != "inet";
-                if seen && !compat {
+                // What our own source check refuses is no peer's.
+                let ours = *family == "inet" && crate::firewall::senders::is_ours(name);
+                if seen && !compat && !ours {
                     table = Some(Ruleset {
                         name: format!("{family} {name}"),
                         ..Ruleset::default()

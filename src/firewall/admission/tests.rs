@@ -220,3 +220,20 @@ proptest::proptest! {
         judge(PROBE, Some(&text), &[("iptables", text.clone())]);
     }
 }
+
+#[test]
+fn what_our_own_source_check_refuses_is_no_refusal_of_the_hosts() {
+    let probe = Probe {
+        arrival: Arrival::Ipip,
+        ..PROBE
+    };
+    let listing = |name: &str| {
+        format!(
+            "table inet {name} {{\n\tset own-v4 {{\n\t\ttype ipv4_addr\n\t}}\n\n\tchain outer {{\n\t\ttype filter hook input \
+             priority raw; policy accept;\n\t\tip protocol ipencap counter drop\n\t}}\n}}\n"
+        )
+    };
+    let refusal = |name| judge(probe, Some(&listing(name)), &[]).refusal().is_some();
+    assert!(!refusal("loden-ipip"));
+    assert!(refusal("loden-ipip2"));
+}

@@ -16,20 +16,19 @@
 //!
 //! The coalescer holds handles, not bytes; it looks back through the caller's resolver.
 
+mod fence;
 mod rules;
 mod write;
 
 use thiserror::Error;
 
+use self::fence::Fences;
 use self::rules::Candidate;
 pub use self::rules::{Limits, Mismatch, Unmergeable};
 pub use self::write::{HEAD_LEN, Superpacket, Write};
-use super::header::{Family, HeaderError, Headers, Transport, addresses};
+use super::header::{Family, Headers, Transport, addresses};
 use super::table::{Table, finish, mix};
 use crate::wire::checksum::SumFn;
-
-/// Address pairs are told apart by this many fences; a collision closes an item too early, no more.
-const FENCES: usize = 64;
 
 /// The end of a chain of links.
 const NIL: u16 = u16::MAX;
@@ -105,9 +104,7 @@ pub struct Coalescer {
     table: Table,
     /// The item last opened or appended to: most packets follow one of their own flow.
     latest: u16,
-    /// Items below this index, by address pair, take no more packets.
-    fences: [u16; FENCES],
-    fenced: bool,
+    fences: Fences,
 }
 
 impl Coalescer {
@@ -123,8 +120,7 @@ impl Coalescer {
             items: Vec::with_capacity(capacity),
             table: Table::new(capacity),
             latest: NIL,
-            fences: [0; FENCES],
-            fenced: false,
+            fences: Fences::new(),
         }
     }
 
@@ -151,9 +147,7 @@ impl Coalescer {
         self.items.clear();
         self.table.clear();
         self.latest = NIL;
-        if std::mem::take(&mut self.fenced) {
-            self.fences = [0; FENCES];
-        }
+        self.fences.clear();
     }
 
     /// Adds a packet, final in every byte (TTL included), behind all packets pushed before.
@@ -175,7 +169,7 @@ impl Coalescer {
         let headers = match Headers::parse(bytes) {
             Ok(headers) => headers,
             Err(error) => {
-                self.fence_unknown_flow(bytes, error);
+                self.fences.raise(bytes, error, self.items.len());
                 return Ok(self.pass(packet, None, Unmergeable::Header(error)));
             }
         };
@@ -223,14 +217,7 @@ impl Coalescer {
         headers: Headers,
         bytes_of: &impl Fn(PacketRef) -> &'b [u8],
     ) -> (Option<u32>, Option<Found<'b>>) {
-        let fence = if self.fenced {
-            self.fences
-                .get(fence_of(bytes, headers.family))
-                .copied()
-                .unwrap_or(NIL)
-        } else {
-            0
-        };
+        let fence = self.fences.before(bytes, headers.family);
         let open_item = |at: u16| {
             let item = self
                 .items
@@ -349,22 +336,6 @@ impl Coalescer {
             item.open = false;
         }
     }
-
-    /// Keeps later packets from overtaking one whose ports are unknown.
-    #[cold]
-    fn fence_unknown_flow(&mut self, bytes: &[u8], error: HeaderError) {
-        let is_v6 = bytes.first().is_some_and(|byte| byte >> 4 == 6);
-        let family = if is_v6 { Family::V6 } else { Family::V4 };
-        let is_no_flow = matches!(error, HeaderError::NotIp | HeaderError::NotTcpOrUdp { .. });
-        if is_no_flow || addresses(bytes, family).is_empty() {
-            return;
-        }
-        let items = u16::try_from(self.items.len()).unwrap_or(NIL);
-        if let Some(fence) = self.fences.get_mut(fence_of(bytes, family)) {
-            *fence = items;
-            self.fenced = true;
-        }
-    }
 }
 
 /// An open item and its first packet.
@@ -400,9 +371,4 @@ fn address_hash(seed: u64, addresses: &[u8]) -> u64 {
     words
         .iter()
         .fold(seed, |hash, &word| mix(hash, u64::from_ne_bytes(word)))
-}
-
-/// Which fence a packet's address pair is behind.
-fn fence_of(bytes: &[u8], family: Family) -> usize {
-    finish(address_hash(0, addresses(bytes, family))) as usize % FENCES
 }

@@ -26,11 +26,13 @@ pub struct Limits {
     pub udp_segments: u16,
     /// Bytes of a superpacket with its headers.
     pub max_bytes: u16,
+    /// Bytes of the longest packet that is merged. What is longer is known to be no single packet.
+    pub max_packet_len: u16,
 }
 
 impl Default for Limits {
     /// Everything on: `UIO_MAXIOV` (1024) less the head; 64 UDP segments, the `UDP_MAX_SEGMENTS` of kernels
-    /// before 6.9 (128 since); 65535 bytes, the most an IPv4 total length can say.
+    /// before 6.9 (128 since); 65535 bytes, the most an IPv4 total length can say, also of one packet.
     fn default() -> Self {
         Self {
             tcp: true,
@@ -38,6 +40,7 @@ impl Default for Limits {
             tcp_segments: 1023,
             udp_segments: 64,
             max_bytes: u16::MAX,
+            max_packet_len: u16::MAX,
         }
     }
 }
@@ -60,6 +63,9 @@ pub enum Unmergeable {
     /// The TUN does not take superpackets of this transport, or was told not to.
     #[error("coalescing is off for this transport")]
     Off,
+    /// It may be a superpacket already.
+    #[error("packet is longer than single packets are")]
+    TooLong,
     /// IPv4 options may mean something per packet (RFC 791 section 3.1).
     #[error("packet has IPv4 options")]
     Ipv4Options,
@@ -132,6 +138,9 @@ impl Candidate {
         headers: Headers,
         limits: &Limits,
     ) -> Result<Self, Unmergeable> {
+        if bytes.len() > usize::from(limits.max_packet_len) {
+            return Err(Unmergeable::TooLong);
+        }
         if headers.family == Family::V4 {
             let ip: &[u8; IPV4_LEN] = bytes.first_chunk().ok_or(HeaderError::Truncated)?;
             if usize::from(headers.l3_len) != IPV4_LEN {

@@ -5,12 +5,12 @@
 use super::super::header::{
     Family, Headers, IPV4_LEN, IPV6_LEN, TCP_LEN, Transport, UDP_LEN, fold, put16, sum_words,
 };
-use super::super::split::MAX_HEADER_LEN;
 use super::super::vnet_hdr::{Gso, VNET_HDR_LEN, VnetHdr};
 use super::{Item, Link, PacketRef, rules};
 
 /// Room for what precedes a superpacket's first payload: its vnet header and its headers.
-pub const HEAD_LEN: usize = VNET_HDR_LEN + MAX_HEADER_LEN;
+/// What is merged has neither IPv4 options nor IPv6 extension headers; TCP with all options has 60 bytes.
+pub const HEAD_LEN: usize = VNET_HDR_LEN + IPV6_LEN + 60;
 
 /// One write to the TUN.
 #[derive(Clone, Copy, Debug)]

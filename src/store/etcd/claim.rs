@@ -4,17 +4,16 @@
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
-use etcd_client::{
-    Compare, CompareOp, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse,
-};
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 
 use super::Inner;
 use super::cluster::Connection;
+use super::entry::{Entry, entries, get, list};
 use super::extension;
 use super::failure::{Failure, FailureCause};
-use super::keys::{Keys, Meaning};
+use super::keys::Keys;
 use crate::config::NetworkConfig;
-use crate::lease::{KeyError, Lease, LeaseAttrs, LeaseExtension, Subnets};
+use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
 use crate::store::allocator::{Kept, allocate, compatible, exceeds_share};
 use crate::store::backoff::Backoff;
 use crate::store::random::random_below;
@@ -43,49 +42,6 @@ impl Own {
             expires: self.expires,
             extension: self.extension,
         }
-    }
-}
-
-/// A key where leases are.
-struct Entry {
-    subnets: Subnets,
-    /// None if the value is not a lease value, or was not asked for.
-    attrs: Option<LeaseAttrs>,
-    etcd_lease: i64,
-    create_revision: i64,
-    mod_revision: i64,
-}
-
-impl Entry {
-    /// Other spellings of a key count too: somebody took these addresses.
-    fn read(keys: &Keys, kv: &KeyValue) -> Option<Self> {
-        let subnets = match keys.meaning(kv.key()) {
-            Meaning::Lease(subnets) => subnets,
-            Meaning::NoLease(_, KeyError::NotCanonical { canonical }) => canonical,
-            Meaning::NoLease(..) | Meaning::Extension(_) | Meaning::Foreign => return None,
-        };
-        let canonical = kv.key() == keys.lease(&subnets).as_bytes();
-        Some(Self {
-            subnets,
-            attrs: LeaseAttrs::parse(kv.value()).ok().filter(|_| canonical),
-            etcd_lease: kv.lease(),
-            create_revision: kv.create_revision(),
-            mod_revision: kv.mod_revision(),
-        })
-    }
-
-    fn node(&self) -> Option<IpAddr> {
-        self.attrs.as_ref().and_then(LeaseAttrs::node)
-    }
-
-    /// Whether somebody else claimed a part of it earlier. A claim larger than ours is one that every node refuses.
-    fn is_beaten(&self, all: &[Self]) -> bool {
-        all.iter().any(|other| {
-            other.create_revision < self.create_revision
-                && other.subnets.overlaps(&self.subnets)
-                && (other.attrs.is_none() || !other.subnets.is_larger_than(&self.subnets))
-                && other.node() != self.node()
-        })
     }
 }
 
@@ -270,33 +226,6 @@ impl Own {
 fn unchanged(keys: &Keys, entry: &Entry) -> Compare {
     let key = keys.lease(&entry.subnets);
     Compare::mod_revision(key, CompareOp::Equal, entry.mod_revision)
-}
-
-async fn list(inner: &Inner, connection: &Connection) -> Result<Vec<Entry>, Failure> {
-    let (mut kv, options) = (connection.kv(), GetOptions::new().with_prefix());
-    let listing = connection
-        .call(kv.get(inner.keys.subnets(), Some(options)))
-        .await?;
-    Ok(entries(&inner.keys, listing.kvs()))
-}
-
-fn entries(keys: &Keys, kvs: &[KeyValue]) -> Vec<Entry> {
-    kvs.iter().filter_map(|kv| Entry::read(keys, kv)).collect()
-}
-
-async fn get(
-    inner: &Inner,
-    connection: &Connection,
-    subnets: &Subnets,
-) -> Result<Option<Entry>, Failure> {
-    let mut kv = connection.kv();
-    let answer = connection
-        .call(kv.get(inner.keys.lease(subnets), None))
-        .await?;
-    Ok(answer
-        .kvs()
-        .first()
-        .and_then(|kv| Entry::read(&inner.keys, kv)))
 }
 
 /// Gives back a lease of ours that does not fit any more. False if it has changed since it was read.

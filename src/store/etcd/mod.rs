@@ -26,6 +26,7 @@
 
 mod claim;
 mod cluster;
+mod entry;
 mod extension;
 mod failure;
 mod keys;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::Uri;
 use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
@@ -81,6 +82,15 @@ pub enum KubeSettingsError {
         /// What is wrong.
         reason: String,
     },
+    /// The proxy is of a kind that we do not speak to.
+    #[error(
+        "the proxy for the Kubernetes API (proxy-url of the kubeconfig, or HTTPS_PROXY) is at {host:?}, not at http://HOST:PORT \
+         or https://HOST:PORT: give it in one of these forms, or name the server in NO_PROXY"
+    )]
+    Proxy {
+        /// Its scheme, if it has one, and its host; no user, no password.
+        host: String,
+    },
     /// There is no service account here.
     #[error(
         "no service account of a pod is found here ({0}): run as a pod with its token mounted, or give \
@@ -112,6 +122,19 @@ impl Identity {
     }
 }
 
+/// The proxy as `kube` takes it: Go, and so flannel, takes one without a scheme for one of HTTP.
+fn proxy(given: Uri) -> Result<Uri, KubeSettingsError> {
+    let (scheme, host) = (given.scheme_str(), given.host().unwrap_or_default());
+    let wrong = || KubeSettingsError::Proxy {
+        host: scheme.map_or_else(|| host.to_owned(), |scheme| format!("{scheme}://{host}")),
+    };
+    match scheme {
+        Some("http" | "https") => Ok(given),
+        None => format!("http://{given}").parse().map_err(|_no_uri| wrong()),
+        Some(_) => Err(wrong()),
+    }
+}
+
 impl KubeSettings {
     /// How to reach the API server.
     pub(super) async fn config(&self) -> Result<Config, KubeSettingsError> {
@@ -137,11 +160,77 @@ impl KubeSettings {
                 _ => return Err(KubeSettingsError::Url { url: url.clone() }),
             };
         }
+        config.proxy_url = config.proxy_url.map(proxy).transpose()?;
         config.connect_timeout = Some(CONNECT);
         // A connection may die without a word. A watch has a limit of its own, which is shorter.
         config.read_timeout = Some(self.watch + MARGIN);
         // How long to wait before another attempt is ours to decide.
         config.default_retry = false;
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tokio::io::AsyncReadExt as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::store::{KubeStore, LeaseStore as _};
+
+    /// Settings with a kubeconfig for a server that is reached through `proxy` alone.
+    fn behind(proxy: &str, dir: &std::path::Path) -> KubeSettings {
+        let path = dir.join("kubeconfig");
+        let cluster = format!(r#"{{"server": "https://192.0.2.9:6443", "proxy-url": {proxy:?}}}"#);
+        let text = format!(
+            r#"{{"clusters": [{{"name": "c", "cluster": {cluster}}}], "users": [{{"name": "u", "user": {{}}}}],
+                "contexts": [{{"name": "x", "context": {{"cluster": "c", "user": "u"}}}}], "current-context": "x"}}"#
+        );
+        fs::write(&path, text).unwrap();
+        KubeSettings {
+            api_url: None,
+            kubeconfig: Some(path),
+            annotations: "flannel.alpha.coreos.com".parse().unwrap(),
+            net_config: NET_CONFIG.into(),
+            report_condition: false,
+            identity: Identity::Node("n1".to_owned()),
+            watch: WATCH,
+        }
+    }
+
+    #[tokio::test]
+    async fn server_is_asked_through_the_proxy_that_is_set() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        for proxy in [format!("http://{addr}"), addr.to_string()] {
+            let store = KubeStore::new(behind(&proxy, dir.path())).await.unwrap();
+            let asked = async {
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut request = [0; 32];
+                socket.read_exact(&mut request).await.unwrap();
+                String::from_utf8_lossy(&request).into_owned()
+            };
+            tokio::select! {
+                request = asked => assert!(request.starts_with("CONNECT 192.0.2.9:6443 "), "{request}"),
+                answer = store.public_ips() => unreachable!("{answer:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn proxy_of_another_kind_is_named_without_its_password() {
+        let dir = tempfile::tempdir().unwrap();
+        for (proxy, named) in [
+            ("socks5://joe:hidden@192.0.2.7:1080", "socks5://192.0.2.7"),
+            ("ftp://joe:hidden@192.0.2.7", "ftp://192.0.2.7"),
+        ] {
+            let settings = behind(proxy, dir.path());
+            let error = KubeStore::new(settings).await.unwrap_err().to_string();
+            let says = error.contains(named) && error.contains("HTTPS_PROXY");
+            assert!(says && !error.contains("hidden"), "{error}");
+        }
     }
 }

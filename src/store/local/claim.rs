@@ -1,127 +1,21 @@
-//! Owns who holds what: acquiring, renewing, and the decision between two claims. Everything that writes is
-//! called with the lock held. Never waits, never reads a clock.
+//! Owns acquiring and renewing. Everything that writes is called with the lock held. Never waits, never reads a clock.
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::files;
+use super::own::{Own, Standing, standing};
 use super::scan::{Entry, Listing, Record, Scanner};
-use super::sidecar::{Sidecar, unix};
+use super::sidecar::{nanoseconds, whole_seconds};
 use super::{EXPIRY, SUBNETS};
 use crate::config::NetworkConfig;
-use crate::lease::{Lease, LeaseAttrs, LeaseExtension, Subnets};
+use crate::lease::{Lease, Subnets};
 use crate::store::allocator::{Kept, allocate, compatible, exceeds_share};
 use crate::store::{AcquireRequest, LEASE_TTL, LostTo, RenewError, StoreError};
 
 /// How often a claim is tried anew after somebody without the lock was faster.
 const ATTEMPTS: u32 = 10;
-
-/// What this node holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Own {
-    pub(super) subnets: Subnets,
-    pub(super) node: IpAddr,
-    attrs: LeaseAttrs,
-    extension: LeaseExtension,
-    claimed: u64,
-    expires: Option<SystemTime>,
-}
-
-impl Own {
-    pub(super) fn lease(&self) -> Lease {
-        Lease {
-            subnets: self.subnets,
-            attrs: self.attrs.clone(),
-            expires: self.expires,
-            extension: self.extension,
-        }
-    }
-
-    const fn sidecar(&self) -> Sidecar {
-        Sidecar {
-            expires: self.expires,
-            claimed: self.claimed,
-            owner: self.node,
-            extension: self.extension,
-        }
-    }
-
-    fn has_expired(&self, now: SystemTime) -> bool {
-        self.expires.is_some_and(|at| at <= now)
-    }
-
-    /// As [`Record::claim`]. A lease that ran out comes after every other: for whoever took it meanwhile there
-    /// was no rival.
-    fn claim(&self, now: SystemTime) -> (u64, IpAddr) {
-        let claimed = match self.expires {
-            None => 0,
-            Some(_) if self.has_expired(now) => u64::MAX,
-            Some(_) => self.claimed,
-        };
-        (claimed, self.node)
-    }
-
-    /// Another term from `now` on. A lease that ran out is claimed anew.
-    fn extended(&self, now: SystemTime) -> Self {
-        let claimed = if self.has_expired(now) {
-            nanoseconds(now)
-        } else {
-            self.claimed
-        };
-        let expires = self.expires.map(|_| whole_seconds(now + LEASE_TTL));
-        Self {
-            claimed,
-            expires,
-            ..self.clone()
-        }
-    }
-}
-
-/// How our lease stands in what the directory says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// It is there, and ours.
-    Held,
-    /// It is damaged, or a later claim has overwritten it: to be restored.
-    Overwritten,
-    /// Somebody else's lease is in its place, but the file with the time of the claim is not.
-    Unsettled(IpAddr),
-    /// It is gone.
-    Missing,
-    /// Another node claimed it, or a part of it, before us.
-    Lost(IpAddr),
-}
-
-/// Decides between our claim and all others. Each node decides alike from the same files: the earlier claim
-/// wins, then the lower public IP. A reservation that merely overlaps takes nothing away until its node takes
-/// it up: until then it is a file that anybody may have dropped. A claim larger than ours is one that every node
-/// refuses.
-pub(super) fn standing(own: &Own, listing: &Listing, now: SystemTime) -> Standing {
-    let ours = own.claim(now);
-    let stronger = listing
-        .entries
-        .iter()
-        .filter(|(key, entry)| {
-            let hinders = !entry.is_untaken() && !key.is_larger_than(&own.subnets);
-            **key == own.subnets || (key.overlaps(&own.subnets) && hinders)
-        })
-        .filter_map(|(_, entry)| entry.claim(now))
-        .filter(|claim| claim.1 != own.node && *claim < ours)
-        .min();
-    if let Some((_, node)) = stronger {
-        return Standing::Lost(node);
-    }
-    match listing.entries.get(&own.subnets) {
-        None => Standing::Missing,
-        Some(Entry::Lease(record)) if record.node == own.node => Standing::Held,
-        // Taken over after ours ran out, and run out itself: still not ours any more.
-        Some(Entry::Lease(record)) if own.has_expired(now) => Standing::Lost(record.node),
-        Some(Entry::Lease(_) | Entry::Damaged { .. }) => Standing::Overwritten,
-        Some(Entry::Half { lease, .. }) if lease.node == own.node => Standing::Overwritten,
-        Some(Entry::Half { lease, .. }) => Standing::Unsettled(lease.node),
-    }
-}
 
 /// Leases subnets for the node; [`LeaseStore::acquire`](crate::store::LeaseStore::acquire).
 pub(super) fn acquire(
@@ -140,7 +34,7 @@ pub(super) fn acquire(
             .scan_near(dir, &previous)
             .map_err(files::unavailable(dir))?;
         let ours = |entry: &Entry| matches!(entry, Entry::Lease(record) if is_ours(record, &previous, request, node));
-        if near.entries.get(&previous).is_some_and(ours)
+        if near.get(&previous).is_some_and(ours)
             && let (Some(own), _) = reuse(dir, config, request, node, &near, now)?
         {
             return Ok(own);
@@ -165,7 +59,7 @@ pub(super) fn acquire(
             expires: Some(whole_seconds(now + LEASE_TTL)),
         };
         // What overlaps the choice has expired, or claims more than anybody may have and is not ours to remove.
-        let expired = listing.entries.iter().filter(|(key, entry)| {
+        let expired = listing.iter().filter(|(key, entry)| {
             key.overlaps(&subnets) && (entry.is_expired(now) || **key == subnets)
         });
         for (key, _) in expired {
@@ -192,7 +86,7 @@ fn reuse(
     now: SystemTime,
 ) -> Result<(Option<Own>, Vec<Subnets>), StoreError> {
     let mut mine: Vec<(Subnets, Option<&Record>, Own)> = Vec::new();
-    for (key, entry) in &listing.entries {
+    for (key, entry) in listing.iter() {
         let (record, sidecar) = match entry {
             Entry::Lease(record) if is_ours(record, key, request, node) => {
                 (Some(record), record.sidecar)
@@ -281,7 +175,7 @@ fn choose_free(
     now: SystemTime,
     mut choose: impl FnMut(usize) -> usize,
 ) -> Result<Subnets, StoreError> {
-    let entries = || listing.entries.iter();
+    let entries = || listing.iter();
     let live = || entries().filter(|(_, entry)| !entry.is_expired(now));
     // Without what can be read and is refused by everybody.
     let standing: Vec<Subnets> = live()
@@ -341,7 +235,7 @@ pub(super) fn renew(
 pub(super) fn give_up(dir: &Path, own: &Own) -> Result<(), StoreError> {
     let still_ours = |entry: &Entry| matches!(entry, Entry::Lease(r) if r.node == own.node);
     let listing = list(dir)?;
-    if own.expires.is_some() && listing.entries.get(&own.subnets).is_some_and(still_ours) {
+    if own.expires.is_some() && listing.get(&own.subnets).is_some_and(still_ours) {
         remove(dir, &own.subnets)?;
     }
     Ok(())
@@ -349,20 +243,18 @@ pub(super) fn give_up(dir: &Path, own: &Own) -> Result<(), StoreError> {
 
 /// Our lease as the directory has it, for a lease that another value of the store acquired.
 pub(super) fn adopt(dir: &Path, lease: &Lease) -> Result<Option<Own>, StoreError> {
-    let mut listing = list(dir)?;
-    Ok(
-        match (listing.entries.remove(&lease.subnets), lease.attrs.node()) {
-            (Some(Entry::Lease(record)), Some(node)) if record.node == node => Some(Own {
-                subnets: lease.subnets,
-                node,
-                attrs: lease.attrs.clone(),
-                extension: lease.extension,
-                claimed: record.claim().0,
-                expires: record.expires(),
-            }),
-            _ => None,
-        },
-    )
+    let listing = list(dir)?;
+    Ok(match (listing.get(&lease.subnets), lease.attrs.node()) {
+        (Some(Entry::Lease(record)), Some(node)) if record.node == node => Some(Own {
+            subnets: lease.subnets,
+            node,
+            attrs: lease.attrs.clone(),
+            extension: lease.extension,
+            claimed: record.claim().0,
+            expires: record.expires(),
+        }),
+        _ => None,
+    })
 }
 
 /// Reads the whole directory.
@@ -398,13 +290,4 @@ fn write_lease(dir: &Path, own: &Own) -> Result<(), StoreError> {
 fn remove(dir: &Path, key: &Subnets) -> Result<(), StoreError> {
     files::remove(&dir.join(SUBNETS), &key.to_string())?;
     files::remove(&dir.join(EXPIRY), &key.to_string())
-}
-
-fn nanoseconds(at: SystemTime) -> u64 {
-    u64::try_from(unix(at).as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// What the sidecar can hold.
-fn whole_seconds(at: SystemTime) -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_secs(unix(at).as_secs())
 }

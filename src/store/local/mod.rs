@@ -30,6 +30,7 @@
 
 mod claim;
 mod files;
+mod own;
 mod scan;
 mod sidecar;
 mod watch;
@@ -48,8 +49,8 @@ use super::{
 };
 use crate::config::{MAX_CONFIG_LEN, NetworkConfig};
 use crate::lease::Lease;
-use claim::Own;
 use files::{Links, Lock, ReadError};
+use own::Own;
 
 const CONFIG: &str = "config";
 const SUBNETS: &str = "subnets";

@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::files::{self, Links, ReadError, Stamp};
@@ -114,13 +115,25 @@ impl Entry {
 /// A whole directory at one time.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
-    pub(super) entries: BTreeMap<Subnets, Entry>,
+    pub(super) entries: BTreeMap<Subnets, Arc<Entry>>,
     /// By file.
     pub(super) problems: BTreeMap<String, Cause>,
     /// Whether a key that is not among the entries is known to be gone.
     pub(super) complete: bool,
     /// Whether it is incomplete only because the directory is not yet believed to be filled.
     pub(super) filling: bool,
+}
+
+impl Listing {
+    pub(super) fn get(&self, key: &Subnets) -> Option<&Entry> {
+        self.entries.get(key).map(AsRef::as_ref)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&Subnets, &Entry)> {
+        self.entries
+            .iter()
+            .map(|(key, entry)| (key, entry.as_ref()))
+    }
 }
 
 /// Reads the directory again and again, and files only when they changed.
@@ -135,7 +148,7 @@ pub(super) struct Scanner {
 struct Seen {
     lease: Stamp,
     sidecar: Option<Stamp>,
-    entry: Entry,
+    entry: Arc<Entry>,
 }
 
 impl Scanner {
@@ -214,7 +227,7 @@ impl Scanner {
             let Some(seen) = look(dir, &path, name, before.remove(&key)) else {
                 continue;
             };
-            match &seen.entry {
+            match &*seen.entry {
                 Entry::Lease(_) => {}
                 Entry::Half { lease, sidecar } => {
                     let cause = Cause::HalfSynchronised {
@@ -229,7 +242,7 @@ impl Scanner {
                         .insert(path.display().to_string(), cause.clone());
                 }
             }
-            listing.entries.insert(key, seen.entry.clone());
+            listing.entries.insert(key, Arc::clone(&seen.entry));
             self.seen.insert(key, seen);
         }
         self.doubt(&mut listing, opened, Stamp::of(&subnets));
@@ -268,7 +281,7 @@ fn look(dir: &Path, path: &Path, name: &str, before: Option<Seen>) -> Option<See
         _ => Some(Seen {
             lease,
             sidecar,
-            entry: read(path, &sidecar_path)?,
+            entry: Arc::new(read(path, &sidecar_path)?),
         }),
     }
 }

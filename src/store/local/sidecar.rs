@@ -95,6 +95,16 @@ pub(super) fn unix(at: SystemTime) -> Duration {
         .unwrap_or_default()
 }
 
+/// The time of a claim.
+pub(super) fn nanoseconds(at: SystemTime) -> u64 {
+    u64::try_from(unix(at).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What the sidecar can hold.
+pub(super) fn whole_seconds(at: SystemTime) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(unix(at).as_secs())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,8 +13,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use super::claim::{self, Standing};
+use super::claim;
 use super::files::Lock;
+use super::own::{Standing, standing};
 use super::scan::{Entry, Listing, Record, Scanner};
 use super::{EXPIRY, Inner, LOCK, SUBNETS};
 use crate::lease::{Lease, Subnets};
@@ -71,8 +72,8 @@ pub(super) struct Watcher {
     watches: [Option<WatchDescriptor>; 3],
     /// The last good state of every lease that has not ended.
     known: BTreeMap<Subnets, Known>,
-    /// What the last event said.
-    reported: Option<Vec<Lease>>,
+    /// Whether it is what the last event said.
+    reported: bool,
     problems: BTreeMap<String, Cause>,
     /// Whether the directory may not be filled yet.
     filling: bool,
@@ -108,7 +109,7 @@ impl Watcher {
             no_notifier,
             watches: [None; 3],
             known: BTreeMap::new(),
-            reported: None,
+            reported: false,
             problems: BTreeMap::new(),
             filling: false,
             unsettled: None,
@@ -138,20 +139,16 @@ impl Watcher {
                 false
             }
         };
-        self.known.retain(|_, known| known.lasts(wall, monotonic));
+        self.forget(|_, known| !known.lasts(wall, monotonic));
 
-        let leases: Vec<Lease> = self
-            .known
-            .values()
-            .map(|known| known.lease.clone())
-            .collect();
         let fresh = news_of(&self.problems, &problems, complete);
-        if self.reported.as_ref() != Some(&leases) || !fresh.is_empty() {
+        if !self.reported || !fresh.is_empty() {
+            let leases = self.known.values().map(|known| known.lease.clone());
             news.push(StoreEvent::Snapshot {
-                leases: leases.clone(),
+                leases: leases.collect(),
                 problems: fresh,
             });
-            self.reported = Some(leases);
+            self.reported = true;
         }
         // What a short listing did not reach is not known to be repaired.
         if !complete {
@@ -191,15 +188,20 @@ impl Watcher {
 
     /// Takes over every good entry, and forgets only what is known to be gone or to have ended.
     fn learn(&mut self, listing: &Listing, wall: SystemTime, monotonic: Duration) {
-        for (key, entry) in &listing.entries {
+        for (key, entry) in listing.iter() {
             if let Entry::Lease(record) = entry {
                 self.learn_one(*key, record, wall, monotonic);
             }
         }
         if listing.complete {
-            self.known
-                .retain(|key, _| listing.entries.contains_key(key));
+            self.forget(|key, _| !listing.entries.contains_key(key));
         }
+    }
+
+    fn forget(&mut self, gone: impl Fn(&Subnets, &Known) -> bool) {
+        let before = self.known.len();
+        self.known.retain(|key, known| !gone(key, known));
+        self.reported &= self.known.len() == before;
     }
 
     fn learn_one(&mut self, key: Subnets, record: &Record, wall: SystemTime, monotonic: Duration) {
@@ -208,14 +210,18 @@ impl Watcher {
             let same_node = known.lease.attrs.node() == lease.attrs.node();
             let same_end = known.lease.expires == lease.expires;
             if same_node && (same_end || !record.is_live(wall)) {
-                known.lease = lease;
+                if known.lease != lease {
+                    known.lease = lease;
+                    self.reported = false;
+                }
                 return;
             }
         }
         if !record.is_live(wall) {
-            self.known.remove(&key);
+            self.reported &= self.known.remove(&key).is_none();
             return;
         }
+        self.reported = false;
         let left = |at: SystemTime| at.duration_since(wall).unwrap_or_default();
         let deadline = lease.expires.map(|at| monotonic.saturating_add(left(at)));
         self.known.insert(key, Known { lease, deadline });
@@ -230,7 +236,7 @@ impl Watcher {
         problems: &mut BTreeMap<String, Cause>,
     ) -> Option<StoreEvent> {
         let own = self.inner.own(|own| own.clone())?;
-        if claim::standing(&own, listing, wall) == Standing::Held {
+        if standing(&own, listing, wall) == Standing::Held {
             self.unsettled = None;
             return None;
         }
@@ -244,7 +250,7 @@ impl Watcher {
         let own = self.inner.own(|own| own.clone())?;
         let was_complete = listing.complete;
         let listing = claim::list(&self.inner.dir).ok()?;
-        let standing = claim::standing(&own, &listing, wall);
+        let standing = standing(&own, &listing, wall);
         let in_doubt = matches!(standing, Standing::Unsettled(_));
         self.unsettled = in_doubt.then(|| self.unsettled.unwrap_or(monotonic));
         let lost_to = match standing {
