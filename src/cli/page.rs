@@ -26,11 +26,14 @@ pub(super) fn print(text: &str) -> io::Result<()> {
 
 /// That something was not written, of the same kind.
 pub(super) fn unwritten(what: &str, error: &io::Error) -> io::Error {
-    let room = match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            ": make room, or write elsewhere"
-        }
-        _ => "",
+    let is_full = matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    );
+    let room = if is_full {
+        ": make room, or write elsewhere"
+    } else {
+        ""
     };
     io::Error::new(error.kind(), format!("cannot write {what}: {error}{room}"))
 }

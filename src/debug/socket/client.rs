@@ -41,15 +41,13 @@ pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), S
         reason,
     };
     let connected = BlockingStream::connect(path);
-    let mut stream = connected.map_err(|source| match source.kind() {
-        io::ErrorKind::PermissionDenied => SocketError::Forbidden {
-            path: path.to_owned(),
-            source,
-        },
-        _ => SocketError::NoDaemon {
-            path: path.to_owned(),
-            source,
-        },
+    let mut stream = connected.map_err(|source| {
+        let path = path.to_owned();
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            SocketError::Forbidden { path, source }
+        } else {
+            SocketError::NoDaemon { path, source }
+        }
     })?;
     // The daemon's own patience, and as much again for what it does in between.
     let patience = Some(PATIENCE + request.patience());
