@@ -401,12 +401,47 @@ fn traced_probes_are_followed_to_where_sight_ends() {
     for part in [
         "3 marked probes of 500 bytes",
         "this node: 3 sent, to 192.0.2.2:8285 over udp",
+        "192.0.2.2: 3 delivered, from 192.0.2.1:",
         "192.0.2.2: its daemon saw 3 of them come in by tunnel, with a TTL of ",
+        "back from 192.0.2.2: 3 sent, to 192.0.2.1:8285 over udp",
         "back here: ",
         "delivered, from 192.0.2.2",
         "there and back in ",
     ] {
         assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains("get lost"), "{text}");
+    // Its firewall closes the tunnel's port, in front of its workers, and then drops what they deliver.
+    for (rule, parts) in [
+        (
+            "udp dport 8285",
+            [
+                "192.0.2.2: none of the probes reached its workers",
+                "3 of 3 get lost between this node and 192.0.2.2, on the way there",
+                "192.0.2.2's own for the tunnel's port",
+            ],
+        ),
+        (
+            "iifname flannel0 udp dport 18285",
+            [
+                "192.0.2.2: 3 that came did not reach its daemon",
+                "192.0.2.2: its daemon took in none of them",
+                "3 of 3 get lost on 192.0.2.2, between its links and its daemon",
+            ],
+        ),
+    ] {
+        let wall = format!(
+            "table ip wall {{ chain c {{ type filter hook input priority -500; {rule} drop; }}; }}"
+        );
+        lab.run(Member::Node(2), "nft", &[&wall]).unwrap();
+        let mut text = String::new();
+        let told = wait::until("what is lost there", LIMIT, &Interrupt::default(), || {
+            text = trace(&lab).0;
+            Ok(parts.iter().all(|part| text.contains(part)).then_some(()))
+        });
+        assert!(told.is_ok(), "{parts:?}: {text}");
+        lab.run(Member::Node(2), "nft", &["delete table ip wall"])
+            .unwrap();
     }
     // Nobody answers there any more: sight ends behind our own workers.
     let pid = lab.daemon_pids()[1].to_string();

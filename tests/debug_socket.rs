@@ -11,7 +11,7 @@ mod common;
 use std::fs::{self, Permissions};
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -76,6 +76,50 @@ fn other_users_are_refused_by_mode_and_where_that_was_opened_by_who_they_are() {
     );
     let answered = answer_to("0", &socket);
     assert!(answered.contains("\"version\""), "{answered}");
+}
+
+/// What the program complains about, run by these words.
+fn complaint(words: &[&str], args: &[&str], socket: &Path, out: Stdio) -> String {
+    let mut command = Command::new(words.first().unwrap_or(&LODEN));
+    if let Some(rest) = words.get(1..) {
+        command.args(rest).arg(LODEN);
+    }
+    let command = command.args(args).arg("--socket").arg(socket).stdout(out);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{args:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn who_may_not_ask_and_what_cannot_be_written_is_told_by_name() {
+    let lab = up();
+    let socket = lab.status_socket(1);
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").unwrap());
+    for args in [
+        &["status"][..],
+        &["explain", "198.18.0.2", "198.18.0.3"],
+        &["top", "--json", "--count=1"],
+        &["capture", "-d1", "-w", "-"],
+    ] {
+        let said = complaint(&[], args, &socket, full());
+        let expected = "cannot write standard output: No space left on device";
+        assert!(said.contains(expected), "{args:?}: {said}");
+    }
+    let args = ["capture", "-d1", "-w", "/dev/full"];
+    let said = complaint(&[], &args, &socket, Stdio::null());
+    assert!(
+        said.contains("cannot write /dev/full: No space left on device"),
+        "{said}"
+    );
+    assert!(said.contains("make room"), "{said}");
+    // Somebody else's, and no capability to pass over that.
+    chown(&socket, Some(65534), Some(65534)).unwrap();
+    let words = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"];
+    for command in ["status", "doctor", "capture"] {
+        let said = complaint(&words, &[command], &socket, Stdio::null());
+        let expected = "only root and the daemon's own user are answered: ask as one of them";
+        assert!(said.contains(expected), "{command}: {said}");
+    }
 }
 
 /// Resident memory of a process in KiB.

@@ -231,7 +231,7 @@ async fn read(
         match written {
             // Whoever reads has seen enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => over = true,
-            written => written.context("writing the capture")?,
+            written => written?,
         }
         over |= is_full(sink);
     }

@@ -1,11 +1,9 @@
 //! Owns `loden explain`: asks the daemon about one packet and prints its answer. Never interprets it.
 
-use std::io::{self, Write as _};
-
 use clap::Args;
 use serde_json::Value;
 
-use super::page::{Page, list, plain};
+use super::page::{Page, list, plain, print};
 use super::status::SocketArgs;
 use crate::debug::end::End;
 use crate::debug::socket::{self, Request};
@@ -69,11 +67,7 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     } else {
         render(&answer)
     };
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever reads has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
-    }
+    Ok(print(&text)?)
 }
 
 fn render(answer: &Value) -> String {

@@ -1,6 +1,7 @@
-//! Owns how a daemon's answer is laid out for people: words, sections and tables. Never asks for one.
+//! Owns how a daemon's answer is laid out for people, words, sections and tables, and printing it. Never asks for one.
 
 use std::fmt::Write as _;
+use std::io::{self, Write as _};
 
 use serde_json::Value;
 
@@ -11,6 +12,31 @@ pub(super) const WIDTH: usize = 100;
 
 /// Column at which a section's text begins.
 const INDENT: usize = 12;
+
+/// Prints text, of which whoever reads may have seen enough.
+///
+/// # Errors
+/// The system's, which says what was written to.
+pub(super) fn print(text: &str) -> io::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(|error| unwritten("standard output", &error)),
+    }
+}
+
+/// That something was not written, of the same kind.
+pub(super) fn unwritten(what: &str, error: &io::Error) -> io::Error {
+    let is_full = matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    );
+    let room = if is_full {
+        ": make room, or write elsewhere"
+    } else {
+        ""
+    };
+    io::Error::new(error.kind(), format!("cannot write {what}: {error}{room}"))
+}
 
 /// Text that is laid out line by line.
 #[derive(Default)]

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::Value;
 
 use super::daemon::{SUBNET_FILE, socket_path};
-use super::page::{Page, list, plain};
+use super::page::{Page, list, plain, print};
 use crate::debug::socket::{self, Request, clean};
 
 /// Flags of `loden status`.
@@ -57,11 +56,7 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
     } else {
         render(&answer)
     };
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever reads has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
-    }
+    Ok(print(&text)?)
 }
 
 /// The human form of the daemon's answer.

@@ -10,6 +10,7 @@ use clap::Args;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
+use super::page::unwritten;
 use super::status::SocketArgs;
 use crate::debug::socket::{self, Request};
 use crate::debug::top::view::Asked;
@@ -146,7 +147,7 @@ fn lines(
         match writeln!(out, "{line}").and_then(|()| out.flush()) {
             // Whoever reads has seen enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-            result => result?,
+            result => result.map_err(|error| unwritten("standard output", &error))?,
         }
         if pace.is_over() {
             return Ok(());

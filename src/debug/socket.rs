@@ -39,8 +39,8 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 /// How long an examination of all peers may take.
 pub const EXAMINATION: Duration = Duration::from_secs(60);
 
-/// How long an explanation may take: three seconds for the names of pods, and as much for following probes after it.
-const EXPLAINING: Duration = Duration::from_secs(7);
+/// How long an explanation may take: three seconds for the names of pods, and four for following probes after it.
+const EXPLAINING: Duration = Duration::from_secs(8);
 
 /// The longest request read, in bytes.
 const MAX_REQUEST: u64 = 4096;
@@ -146,6 +146,14 @@ pub enum SocketError {
     /// Nobody listens.
     #[error("no daemon answers at {} ({source}): is it running, with this --subnet-file or --status-socket? One that still waits for its lease says so in its log", path.display())]
     NoDaemon {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is a socket, and it is not ours to use.
+    #[error("{}: only root and the daemon's own user are answered: ask as one of them ({source})", path.display())]
+    Forbidden {
         /// The socket.
         path: PathBuf,
         /// What the system says.

@@ -9,7 +9,8 @@
 //!
 //! | Module | Owns |
 //! |---|---|
-//! | [`directory`] | who may ask, and what was heard of whom |
+//! | [`directory`] | who may ask, and where each is reached |
+//! | `peer` | what was heard of one |
 //! | [`responder`] | answering |
 //! | [`prober`] | asking: rounds |
 //! | `asking` | asking for more: reports, and what the other sees of a trace |
@@ -29,6 +30,7 @@ mod echo;
 pub mod figures;
 pub mod history;
 pub mod past;
+mod peer;
 pub mod prober;
 pub mod proof;
 pub mod responder;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 
 use super::CaptureArgs;
+use crate::cli::page::unwritten;
 use crate::datapath::tap::filter::Facts;
 use crate::datapath::tap::{Direction, Lost, Record};
 use crate::debug::pcapng::{self, Origin, Outcome};
@@ -34,7 +35,8 @@ impl Sink {
                     bail!("--file-size needs --write with a file's name");
                 }
                 let stdout = BufWriter::new(io::stdout());
-                To::Pipe(Box::new(pcapng::File::begin(stdout, &origin, args.outer)?))
+                let file = pcapng::File::begin(stdout, &origin, args.outer).map_err(to_output)?;
+                To::Pipe(Box::new(file))
             }
             Some(path) => To::Files(Box::new(Files::create(path, args, origin)?)),
         };
@@ -43,9 +45,9 @@ impl Sink {
 
     pub(super) fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<()> {
         match &mut self.to {
-            To::Lines(out) => writeln!(out, "{}", line(record, bytes))?,
+            To::Lines(out) => writeln!(out, "{}", line(record, bytes)).map_err(to_output)?,
             To::Pipe(file) => {
-                file.packet(record, bytes)?;
+                file.packet(record, bytes).map_err(to_output)?;
             }
             To::Files(files) => files.packet(record, bytes)?,
         }
@@ -55,16 +57,16 @@ impl Sink {
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
         match &mut self.to {
-            To::Lines(out) => out.flush(),
-            To::Pipe(file) => file.flush(),
+            To::Lines(out) => out.flush().map_err(to_output),
+            To::Pipe(file) => file.flush().map_err(to_output),
             To::Files(files) => files.flush(),
         }
     }
 
     pub(super) fn end(self, lost: Lost) -> io::Result<()> {
         let ended = match self.to {
-            To::Lines(mut out) => out.flush(),
-            To::Pipe(file) => file.end(lost).map(drop),
+            To::Lines(mut out) => out.flush().map_err(to_output),
+            To::Pipe(file) => file.end(lost).map(drop).map_err(to_output),
             To::Files(files) => files.end(lost),
         };
         match ended {
@@ -72,6 +74,10 @@ impl Sink {
             result => result,
         }
     }
+}
+
+fn to_output(error: io::Error) -> io::Error {
+    unwritten("standard output", &error)
 }
 
 /// One file, or several that follow each other.
@@ -122,15 +128,21 @@ impl Files {
             io::Error::new(error.kind(), text)
         })?;
         let writer = BufWriter::new(file);
-        self.file = Some(pcapng::File::begin(writer, &self.origin, self.outer)?);
+        let begun = pcapng::File::begin(writer, &self.origin, self.outer);
+        self.file = Some(begun.map_err(|error| self.unwritten(&error))?);
         self.len = 0;
         Ok(())
+    }
+
+    fn unwritten(&self, error: &io::Error) -> io::Error {
+        unwritten(&self.name().to_string_lossy(), error)
     }
 
     fn packet(&mut self, record: &Record, bytes: &[u8]) -> io::Result<()> {
         if self.limit.is_some_and(|limit| self.len >= limit) {
             if let Some(file) = self.file.take() {
-                file.end(Lost::default())?;
+                let ended = file.end(Lost::default());
+                ended.map_err(|error| self.unwritten(&error))?;
             }
             self.number += 1;
             if self.keep.is_some_and(|keep| self.number >= keep) {
@@ -138,21 +150,25 @@ impl Files {
             }
             self.begin()?;
         }
-        if let Some(file) = &mut self.file {
-            self.len += file.packet(record, bytes)? as u64;
-        }
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
+        let grown = file.packet(record, bytes);
+        self.len += grown.map_err(|error| self.unwritten(&error))? as u64;
         Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.as_mut().map_or(Ok(()), pcapng::File::flush)
+        let flushed = self.file.as_mut().map_or(Ok(()), pcapng::File::flush);
+        flushed.map_err(|error| self.unwritten(&error))
     }
 
     fn end(mut self, lost: Lost) -> io::Result<()> {
-        match self.file.take() {
+        let ended = match self.file.take() {
             Some(file) => file.end(lost).map(drop),
             None => Ok(()),
-        }
+        };
+        ended.map_err(|error| self.unwritten(&error))
     }
 }
 

@@ -5,7 +5,6 @@ mod redact;
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -13,7 +12,7 @@ use anyhow::bail;
 use clap::Args;
 use serde_json::Value;
 
-use crate::cli::page::{Page, list, plain};
+use crate::cli::page::{Page, list, plain, print};
 use crate::cli::status::SocketArgs;
 use crate::daemon::preflight::{self, Grade};
 use crate::debug::socket::{self, Request, clean};
@@ -114,14 +113,6 @@ fn preflight(flags: Vec<OsString>, json: bool) -> anyhow::Result<()> {
     match failures.count() {
         0 => Ok(()),
         count => bail!("{count} things stand in the way: see above"),
-    }
-}
-
-fn print(text: &str) -> io::Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever reads has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result,
     }
 }
 

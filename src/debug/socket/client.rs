@@ -40,9 +40,14 @@ pub fn open(path: &Path, request: &Request) -> Result<(Value, BlockingStream), S
         path: path.to_owned(),
         reason,
     };
-    let mut stream = BlockingStream::connect(path).map_err(|source| SocketError::NoDaemon {
-        path: path.to_owned(),
-        source,
+    let connected = BlockingStream::connect(path);
+    let mut stream = connected.map_err(|source| {
+        let path = path.to_owned();
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            SocketError::Forbidden { path, source }
+        } else {
+            SocketError::NoDaemon { path, source }
+        }
     })?;
     // The daemon's own patience, and as much again for what it does in between.
     let patience = Some(PATIENCE + request.patience());

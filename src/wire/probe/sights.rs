@@ -6,7 +6,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | 88 | [`Standing`] |
-//! | 89 | bits: 1, everything that passed its links was seen; 2, there are more lines than fit |
+//! | 89 | bits: 1, everything that passed was seen; 2, there are more lines than fit; 4, workers looked, behind its firewall |
 //! | 90..92 | lines |
 //! | 92..94 | probes that came by its links |
 //! | 94..96 | probes that reached its daemon |
@@ -29,6 +29,7 @@ const LINES_OFF: usize = 100;
 
 const WHOLE: u8 = 1;
 const MORE: u8 = 2;
+const BEHIND_FIREWALL: u8 = 4;
 
 /// What a node is asked to do for a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,8 +91,10 @@ pub enum About {
 pub struct Sights {
     /// What became of the order.
     pub standing: Standing,
-    /// Whatever passed the node's links was seen.
+    /// Whatever passed the node was seen.
     pub whole: bool,
+    /// By its workers, so that what came was seen only behind its own firewall.
+    pub behind_firewall: bool,
     /// There were more lines than are here.
     pub more: bool,
     /// Probes that came by its links.
@@ -143,6 +146,7 @@ impl Sights {
             standing: standing.unwrap_or_default(),
             whole: bits & WHOLE != 0,
             more: bits & MORE != 0,
+            behind_firewall: bits & BEHIND_FIREWALL != 0,
             came: CAME.get(bytes),
             taken: TAKEN.get(bytes),
             left: LEFT.get(bytes),
@@ -169,9 +173,11 @@ impl Sights {
             count += 1;
         }
         let more = self.more || usize::from(count) < self.lines.len();
-        let whole = if self.whole { WHOLE } else { 0 };
+        let set = |bit: u8, is_set: bool| if is_set { bit } else { 0 };
+        let bits = set(WHOLE, self.whole) | set(MORE, more);
+        let bits = bits | set(BEHIND_FIREWALL, self.behind_firewall);
         STANDING.set(bytes, self.standing as u8);
-        BITS.set(bytes, whole | if more { MORE } else { 0 });
+        BITS.set(bytes, bits);
         LINES.set(bytes, count);
         CAME.set(bytes, self.came);
         TAKEN.set(bytes, self.taken);

@@ -165,6 +165,7 @@ fn sights() -> Sights {
     Sights {
         standing: Standing::Told,
         whole: true,
+        behind_firewall: true,
         more: false,
         came: 3,
         taken: 0x0102,
@@ -180,7 +181,7 @@ fn sights() -> Sights {
 fn what_is_told_of_a_trace_stands_on_the_wire_as_the_table_says() {
     let mut bytes = [0xa5; 200];
     let written = sights().write(&mut bytes);
-    let mut expected = vec![2, 1, 0, 2, 0, 3, 1, 2, 0, 1, 0, 0];
+    let mut expected = vec![2, 5, 0, 2, 0, 3, 1, 2, 0, 1, 0, 0];
     expected.extend(b"\x00\x093 on eth0\x01\x04none");
     assert_eq!(bytes[HEADER_LEN..written], expected);
     assert_eq!(Sights::parse(&bytes[..written]), Ok(sights()));

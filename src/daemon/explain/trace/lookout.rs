@@ -177,6 +177,7 @@ impl Watch {
         Sights {
             standing: Standing::Told,
             whole: sight.is_whole(),
+            behind_firewall: sight.is_behind_firewall(),
             more: false,
             came: short(came),
             taken: short(taken),

@@ -18,6 +18,8 @@ pub(super) struct Passed {
     pub(super) answers_came: Option<u32>,
     /// Answers that reached our daemon.
     pub(super) answered: u32,
+    /// What comes is seen only behind the node's own firewall: there, and here.
+    pub(super) behind_firewall: [bool; 2],
 }
 
 /// The points, as they are called, with `NODE` for the other node.
@@ -34,12 +36,10 @@ const POINTS: [&str; 7] = [
 /// What decides between a point and the next.
 const BETWEEN: [&str; 6] = [
     "on this node, before they leave it: ask its firewall, routes and neighbours",
-    "between this node and NODE, on the way there: ask the underlay's firewalls and security groups, and who has that \
-     address",
+    "between this node and NODE, on the way there: ask the underlay's firewalls and security groups",
     "on NODE, between its links and its daemon: ask its firewall, and its routes back (reverse path filter)",
     "on NODE, which does not send its answers: ask its routes and its firewall",
-    "between NODE and this node, on the way back: ask the underlay's firewalls and security groups, and who has our \
-     address",
+    "between NODE and this node, on the way back: ask the underlay's firewalls and security groups",
     "on this node, between its links and its daemon: ask its firewall, and its routes back (reverse path filter)",
 ];
 
@@ -55,12 +55,12 @@ impl Passed {
             self.answers_came,
             Some(self.answered),
         ];
-        // Whatever has come further has passed every point before.
+        // Whatever has come further has passed every point before; and the other node may say what it likes.
         let mut least = 0;
         let mut known = Vec::new();
         for (point, count) in counts.iter().enumerate().rev() {
             if let Some(count) = count {
-                least = least.max(*count);
+                least = least.max((*count).min(self.sent));
                 known.push((point, least));
             }
         }
@@ -71,7 +71,17 @@ impl Passed {
             _ => None,
         });
         let (from, to, count) = lost.into_iter().next()?;
+        let [there, here] = self.behind_firewall;
         let place = match to - from {
+            1 if from == 1 && there => {
+                format!("{}, and NODE's own for the tunnel's port", BETWEEN[from])
+            }
+            1 if from == 4 && here => {
+                format!(
+                    "{}, and this node's own for the tunnel's port",
+                    BETWEEN[from]
+                )
+            }
             1 => BETWEEN[from].to_owned(),
             _ => format!(
                 "between {} and {}: not all of the points between are seen",
@@ -94,6 +104,7 @@ mod tests {
         answers_left: Some(3),
         answers_came: Some(3),
         answered: 3,
+        behind_firewall: [false; 2],
     };
 
     #[track_caller]
@@ -157,6 +168,30 @@ mod tests {
             ..ALL
         };
         lost(partly, "1 of 3 get lost between 192.0.2.2 and this node");
+        let said = partly.lost("192.0.2.2").unwrap();
+        assert!(!said.contains("the tunnel's port"), "{said}");
+        let workers = Passed {
+            behind_firewall: [false, true],
+            ..partly
+        };
+        let said = workers.lost("192.0.2.2").unwrap();
+        assert!(
+            said.ends_with("this node's own for the tunnel's port"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn other_node_cannot_say_that_it_saw_more_than_was_sent() {
+        let lies = Passed {
+            came: Some(u32::MAX),
+            taken: Some(9),
+            answers_left: Some(9),
+            answers_came: Some(0),
+            answered: 0,
+            ..ALL
+        };
+        lost(lies, "3 of 3 get lost between 192.0.2.2 and this node");
     }
 
     #[test]

@@ -195,6 +195,10 @@ impl Trace {
             answers_left: there(|sights| sights.left),
             answers_came: here(Direction::Decap),
             answered: figures.answered,
+            behind_firewall: [
+                told.is_some_and(|sights| sights.behind_firewall),
+                self.sight.is_behind_firewall(),
+            ],
         }
     }
 }

@@ -138,6 +138,11 @@ impl Sight {
         self.eyes().filter_map(Eye::doubt).collect()
     }
 
+    /// Whether our workers look, which what comes reaches only behind the node's own firewall.
+    pub(super) const fn is_behind_firewall(&self) -> bool {
+        self.workers.is_some()
+    }
+
     /// Whether whatever passes this node is seen.
     pub(super) fn is_whole(&self) -> bool {
         let sees = self.eyes().next().is_some();
