@@ -8,6 +8,7 @@
 #[path = "common/ns.rs"]
 mod ns;
 
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -229,6 +230,21 @@ fn routes_of_other_tables_and_types_are_not_listed_and_gateways_are() {
         !routes.iter().any(|route| hidden.contains(&route.net)),
         "{routes:?}"
     );
+}
+
+#[test]
+fn address_of_a_lease_can_be_used_as_soon_as_it_is_added() {
+    let ns = Ns::new();
+    let index = ns.index("eth0");
+    for address in ["198.18.1.0/32", "fd00:18:0:1::/128"] {
+        let address = net(address);
+        let bound = ns.block_on(|| async {
+            let kernel = Netlink::connect().unwrap();
+            kernel.add_address(index, address).await.unwrap();
+            UdpSocket::bind((address.addr(), 0)).map(drop)
+        });
+        assert!(bound.is_ok(), "{address}: {bound:?}");
+    }
 }
 
 #[test]

@@ -6,32 +6,21 @@
     reason = "a test that cannot prepare itself must fail"
 )]
 
-#[path = "common/captured.rs"]
-mod captured;
+#[path = "common/asked.rs"]
+mod asked;
 #[path = "common/cluster.rs"]
 mod cluster;
 mod common;
 
-use std::fs;
 use std::net::UdpSocket;
-use std::process::Command;
 
-use captured::Running;
-use cluster::{Cluster, DUAL, HOST_GW, V4, VXLAN};
-use common::LODEN;
+use asked::{await_trace, count, counted, loden};
+use cluster::{Cluster, V4};
 use loden::lab::Member;
 use serde_json::Value;
 
 /// Packets of a kind, so that the kernel's own now and then do not hide them.
 const SOME: u64 = 50;
-
-fn loden(cluster: &Cluster, n: u8, args: &[&str]) -> Value {
-    let mut command = Command::new(LODEN);
-    command.args(args).args(["--json", "--subnet-file"]);
-    let output = command.arg(cluster.file(n, "subnet.env")).output().unwrap();
-    // Nothing, as long as there is no daemon.
-    serde_json::from_slice(&output.stdout).unwrap_or_default()
-}
 
 /// What node `n` says of a packet between two pods.
 fn explain(cluster: &Cluster, n: u8, from: u8, to: u8, args: &[&str]) -> Value {
@@ -82,24 +71,6 @@ fn link_counter(cluster: &Cluster, n: u8, direction: &str, link: &str) -> u64 {
     );
     let shown: Value = serde_json::from_str(&shown).unwrap();
     shown[0]["stats64"][direction]["packets"].as_u64().unwrap()
-}
-
-/// Counts a rule's packets from now on: by `hook` of a member.
-fn count(cluster: &Cluster, member: Member, hook: &str, rule: &str) {
-    let table = format!(
-        "table ip seen {{ chain c {{ type filter hook {hook} priority -400; {rule} counter; }}; }}"
-    );
-    let netns = cluster.lab.netns(member);
-    // Only what comes from now on counts.
-    let _was_not_there = cluster.lab.run(member, "nft", &["delete table ip seen"]);
-    drop(netns);
-    cluster.lab.run(member, "nft", &[&table]).unwrap();
-}
-
-fn counted(cluster: &Cluster, member: Member) -> u64 {
-    let listed = cluster.run(member, "nft", "list table ip seen");
-    let (_, rest) = listed.split_once("counter packets ").unwrap();
-    rest.split(' ').next().unwrap().parse().unwrap()
 }
 
 /// Datagrams from pod to pod.
@@ -174,8 +145,9 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
     for part in [
         "this node: reading packet sockets on eth0: ",
         "this node: 3 on eth0: handed to the kernel, to 192.0.2.1 over route, ",
-        "this node: sight ends behind eth0",
+        "192.0.2.1: 3 on eth0: arrived by the kernel, from 192.0.2.3 over route, ",
         "saw 3 of them come in by underlay",
+        "back from 192.0.2.1: 3 on eth0: handed to the kernel, to 192.0.2.3 over route, ",
         "back here: 3 on eth0: arrived by the kernel, from 192.0.2.1 over route, ",
     ] {
         assert!(trace.contains(part), "{part}: {trace}");
@@ -208,7 +180,11 @@ fn way_that_is_proven_is_explained_and_so_is_the_tunnel_where_it_is_not() {
         trace.contains("this node: 3 sent, to 192.0.2.1:8472"),
         "{trace}"
     );
-    assert!(!trace.contains("sight ends behind eth0"), "{trace}");
+    assert!(!trace.contains("sight ends"), "{trace}");
+    assert!(
+        trace.contains("192.0.2.1: 3 on flannel.1: arrived by the kernel, from 192.0.2.3:8472"),
+        "{trace}"
+    );
     // Node 1 itself still sends past it. Each end has chosen, so that is no fault, and is told.
     says(&cluster, 1, (1, 2), "transport", "have proven that way");
     let there = says(
@@ -267,15 +243,18 @@ fn direct_routes_and_what_overrides_or_filters_them_are_explained() {
     has(&there, "source check", "none of loden's on this way");
     let healthy = loden(&cluster, 1, &["doctor"]);
     assert_eq!(healthy["healthy"], true, "{healthy:#}");
-    begin_lines(
-        &trace(&cluster),
+    await_trace(
+        &cluster,
         &[
             "this node: reading packet sockets on flannel.1, eth0: ",
             "this node: 3 on eth0: handed to the kernel, to 192.0.2.2 over route, ",
-            "this node: sight ends behind eth0",
+            "192.0.2.2: reading packet sockets on flannel.1, eth0: ",
+            "192.0.2.2: 3 on eth0: arrived by the kernel, from 192.0.2.1 over route, ",
             "192.0.2.2: its daemon saw 3 of them come in by underlay, ",
+            "back from 192.0.2.2: 3 on eth0: handed to the kernel, to 192.0.2.1 over route, ",
             "back here: 3 on eth0: arrived by the kernel, from 192.0.2.2 over route, ",
         ],
+        None,
     );
 
     // Somebody's own route to that one pod.
@@ -315,183 +294,4 @@ fn direct_routes_and_what_overrides_or_filters_them_are_explained() {
     let back = explain(&cluster, 1, 2, 1, &[]);
     has(&back, "verdict", "does not forward packets to its pods");
     comes_true(&cluster, 1, (2, 1), &back, false);
-}
-
-/// The links of a node with VXLAN devices of both families.
-const DEVICES: &str = "flannel.1, eth0, flannel-v6.1";
-
-/// What node 1 says of probes of 500 bytes to node 2.
-fn trace(cluster: &Cluster) -> Vec<String> {
-    trace_between(cluster, ["198.18.1.2", "198.18.2.2"])
-}
-
-fn trace_between(cluster: &Cluster, [from, to]: [&str; 2]) -> Vec<String> {
-    let said = loden(cluster, 1, &["explain", from, to, "--len=500", "--trace"]);
-    let lines = said["trace"].as_array().into_iter().flatten();
-    lines
-        .map(|line| line.as_str().unwrap().to_owned())
-        .collect()
-}
-
-/// Every one of these begins a line, in this order.
-fn begin_lines(lines: &[String], parts: &[&str]) {
-    let mut rest = lines.iter();
-    for part in parts {
-        let found = rest.any(|line| line.starts_with(part));
-        assert!(found, "{part}: {lines:#?}");
-    }
-}
-
-/// The least time that a line names, in milliseconds.
-fn first_at(lines: &[String], beginning: &str) -> f64 {
-    let line = lines.iter().find(|line| line.starts_with(beginning));
-    let (least, _) = line.unwrap().rsplit_once(" to ").unwrap();
-    least.rsplit(' ').next().unwrap().parse().unwrap()
-}
-
-/// Has a member drop this, until the next rule.
-fn wall(cluster: &Cluster, member: Member, hook: &str, rule: &str) {
-    let table = format!(
-        "table ip wall {{ chain c {{ type filter hook {hook} priority -500; {rule} drop; }}; }}"
-    );
-    cluster.lab.run(member, "nft", &[&table]).unwrap();
-}
-
-fn open(cluster: &Cluster, member: Member) {
-    cluster.run(member, "nft", "delete table ip wall");
-}
-
-#[test]
-fn traced_probes_are_followed_on_the_kernels_links_to_where_sight_ends() {
-    let cluster = Cluster::new(2, DUAL, VXLAN);
-    cluster.await_ping(1, "198.18.2.2");
-    cluster.await_ping(1, "fd00:18:0:2::2");
-    let seen = |device: &str, peer: &str| {
-        [
-            format!("this node: reading packet sockets on {DEVICES}: "),
-            format!("this node: 3 on {device}: handed to the kernel, to {peer}:8472 over vxlan, "),
-            format!("this node: 3 wrapped on eth0: handed to the kernel, to {peer}:8472 over vxlan, "),
-            "this node: sight ends behind eth0".to_owned(),
-            "192.0.2.2: its daemon saw 3 of them come in by kernel-tunnel, with a TTL of 64, 500 bytes long, and answered"
-                .to_owned(),
-            format!("back here: 3 wrapped on eth0: arrived by the kernel, from {peer}:"),
-            format!("back here: 3 on {device}: arrived by the kernel, from {peer}:8472 over vxlan, "),
-            "there and back in ".to_owned(),
-        ]
-    };
-    let v6 = seen("flannel-v6.1", "[2001:db8::2]");
-    let pods = ["fd00:18:0:1::2", "fd00:18:0:2::2"];
-    let mut lines = Vec::new();
-    // Its own address has to be found unique first.
-    cluster.wait_until("an answer", || {
-        lines = trace_between(&cluster, pods);
-        lines.iter().any(|line| line.starts_with("there and back"))
-    });
-    begin_lines(&lines, &v6.each_ref().map(String::as_str));
-
-    let v4 = seen("flannel.1", "192.0.2.2");
-    let seen = v4.each_ref().map(String::as_str);
-    let there = Member::Node(2);
-    count(
-        &cluster,
-        there,
-        "prerouting",
-        "udp dport 18285 ip length 500",
-    );
-    let lines = trace(&cluster);
-    begin_lines(&lines, &seen);
-    assert_eq!(counted(&cluster, there), 3);
-    assert!(
-        first_at(&lines, seen[1]) <= first_at(&lines, seen[2]),
-        "{lines:#?}"
-    );
-
-    // Our own firewall keeps what the device sends.
-    let carries = "ip daddr 192.0.2.2 udp dport 8472";
-    wall(&cluster, Member::Node(1), "output", carries);
-    let end = "this node: sight ends at flannel.1: nothing that wraps them was seen on eth0";
-    let silence = "192.0.2.2: sight ends here: no daemon answers probes";
-    let none = format!("back here: no answer was seen on {DEVICES}");
-    begin_lines(&trace(&cluster), &[seen[0], seen[1], end, silence, &none]);
-    open(&cluster, Member::Node(1));
-
-    // The other's firewall drops what came.
-    wall(&cluster, there, "prerouting", carries);
-    begin_lines(&trace(&cluster), &[&seen[..4], &[silence, &none]].concat());
-    open(&cluster, there);
-
-    // Ours drops the answers behind the tunnel.
-    wall(&cluster, Member::Node(1), "input", "udp sport 18285");
-    let lost = "back here: 3 that came did not reach the daemon";
-    begin_lines(
-        &trace(&cluster),
-        &[&seen[..4], &[silence], &seen[5..7], &[lost]].concat(),
-    );
-    open(&cluster, Member::Node(1));
-    begin_lines(&trace(&cluster), &seen);
-}
-
-#[test]
-fn traces_of_routed_probes_say_where_they_end_and_run_beside_captures() {
-    let cluster = Cluster::new(2, V4, HOST_GW);
-    cluster.await_ping(1, "198.18.2.2");
-    let seen = [
-        "this node: reading packet sockets on eth0: the kernel carries packets there",
-        "this node: 3 on eth0: handed to the kernel, to 192.0.2.2 over route, ",
-        "this node: sight ends behind eth0",
-        "192.0.2.2: its daemon saw 3 of them come in by underlay, with a TTL of 64, 500 bytes long, and answered",
-        "back here: 3 on eth0: arrived by the kernel, from 192.0.2.2 over route, ",
-        "there and back in ",
-    ];
-    count(
-        &cluster,
-        Member::Node(2),
-        "prerouting",
-        "udp dport 18285 ip length 500",
-    );
-    begin_lines(&trace(&cluster), &seen);
-    assert_eq!(counted(&cluster, Member::Node(2)), 3);
-
-    let silence = [
-        "192.0.2.2: sight ends here: no daemon answers probes",
-        "back here: no answer was seen on eth0",
-    ];
-    wall(&cluster, Member::Node(2), "prerouting", "udp dport 18285");
-    begin_lines(&trace(&cluster), &[&seen[..3], &silence].concat());
-    open(&cluster, Member::Node(2));
-    wall(&cluster, Member::Node(1), "output", "udp dport 18285");
-    let lines = trace(&cluster);
-    let none = "this node: none of the probes was seen on eth0";
-    begin_lines(&lines, &[seen[0], none, silence[0], silence[1]]);
-    assert!(
-        lines.iter().all(|line| !line.contains("sight ends behind")),
-        "{lines:#?}"
-    );
-    open(&cluster, Member::Node(1));
-
-    // Each has ended its watch, so there is room for all captures that may run, and then for none.
-    let mut running: Vec<Running> = Vec::new();
-    for n in 0..4 {
-        begin_lines(&trace(&cluster), &seen);
-        let path = cluster.file(1, &format!("{n}.pcapng"));
-        running.push(Running::begin(
-            &cluster.file(1, "subnet.sock"),
-            path,
-            &["udp port 9"],
-        ));
-    }
-    let lines = trace(&cluster);
-    let why = "this node: what the kernel carries is not watched: 4 captures run already: end one of them first";
-    begin_lines(&lines, &[why, seen[3], seen[5]]);
-    drop(running);
-    cluster.wait_until("room for a trace", || {
-        trace(&cluster).iter().any(|line| line.starts_with(seen[1]))
-    });
-    let daemon = cluster.daemons[0].as_ref().unwrap().0.id();
-    cluster.wait_until("no thread that watches", || {
-        let threads = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
-        let name = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("comm"));
-        let mut names = threads.filter_map(|thread| name(thread.unwrap()).ok());
-        names.all(|name| name != "watch\n")
-    });
 }

@@ -10,7 +10,7 @@ use super::Daemon;
 use super::doctor;
 use super::explain::{Found, Named, Question, begin_trace, explain, find};
 use super::renewal::Held;
-use super::session::{Part, Session};
+use super::session::{Part, Session, Whose};
 use super::status::document;
 use crate::backend::kernel::Kernel;
 use crate::datapath::tap::filter::Filter;
@@ -173,7 +173,10 @@ fn capture(session: &Session, wanted: &Wanted, outer: bool) -> Result<Answer, St
     }
     let (mut watched, mut unwatched) = (Vec::new(), None);
     let part = if outer { Part::Outer } else { Part::Inner };
-    match (session.watch(wanted.clone(), part), &mut all) {
+    match (
+        session.watch(wanted.clone(), part, Whose::Clients),
+        &mut all,
+    ) {
         (None, _) => {}
         (Some(Ok((capture, places))), all) => {
             watched = places;

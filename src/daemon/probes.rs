@@ -1,5 +1,5 @@
-//! Owns the daemon's part in probing: the directory of peers, answering them, and what is reported to them. Never
-//! decides what a finding means.
+//! Owns the daemon's part in probing: the directory of peers, answering them, and what is reported to them, or told of
+//! their traces. Never decides what a finding means.
 
 use std::fs;
 use std::num::NonZero;
@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, oneshot};
 
+use super::explain::Lookouts;
 use super::session::Session;
 use super::traffic::Admitting;
 use super::{Daemon, ProbeOptions};
@@ -18,7 +19,7 @@ use crate::firewall::Admission;
 use crate::lease::Subnets;
 use crate::probe::background::sentence;
 use crate::probe::directory::Peer;
-use crate::probe::responder::Asked;
+use crate::probe::responder::{Asked, Told, Wish};
 use crate::probe::{self, Background, Directory, Responder, Tally};
 use crate::store::LeaseStore;
 use crate::telemetry::metrics;
@@ -40,6 +41,7 @@ pub(super) struct Probes {
     reports: mpsc::Receiver<Asked>,
     sender: mpsc::Sender<Asked>,
     pub(super) admission: Arc<LastAdmission>,
+    lookouts: Lookouts,
 }
 
 impl Probes {
@@ -54,6 +56,7 @@ impl Probes {
             reports,
             sender,
             admission: Arc::default(),
+            lookouts: Lookouts::default(),
         }
     }
 
@@ -78,25 +81,44 @@ impl Probes {
         }
     }
 
-    /// The next request for a report.
+    /// The next request that only the daemon can answer.
     pub(super) async fn asked(&mut self) -> Option<Asked> {
         self.reports.recv().await
     }
 }
 
-/// Answers a request for a report on us and our peers, in a task: the firewall takes its time.
-pub(super) fn report<S: LeaseStore, K: Kernel>(
+/// Answers what a peer asks.
+pub(super) fn answer<S: LeaseStore, K: Kernel>(
+    daemon: &mut Daemon<'_, S, K>,
+    session: &Session,
+    Asked { peer, wish, answer }: Asked,
+) {
+    match wish {
+        Wish::Report { first, room } => report(daemon, session, &peer, (first, room), answer),
+        Wish::Watch { nonce, order } => {
+            // Nobody is answered without one.
+            let port = daemon.probes.options.port.map_or(0, NonZero::get);
+            let lookouts = &mut daemon.probes.lookouts;
+            lookouts.order(session, &peer, (nonce, order), port, answer);
+        }
+    }
+}
+
+/// Reports on us and on so many of our peers, in a task: the firewall takes its time.
+fn report<S: LeaseStore, K: Kernel>(
     daemon: &Daemon<'_, S, K>,
     session: &Session,
-    asked: Asked,
+    asker: &Peer,
+    (first, room): (u32, usize),
+    answer: oneshot::Sender<Told>,
 ) {
     let mut report = Report {
-        facts: facts(daemon.kernel, session, &asked.peer),
-        first: asked.first,
+        facts: facts(daemon.kernel, session, asker),
+        first,
         entries: Vec::new(),
     };
     let peers = session.directory.peers();
-    let from = usize::try_from(asked.first).unwrap_or(usize::MAX);
+    let from = usize::try_from(first).unwrap_or(usize::MAX);
     let entry = |peer: &Arc<Peer>| {
         let history = peer.history();
         Some(Entry {
@@ -106,7 +128,7 @@ pub(super) fn report<S: LeaseStore, K: Kernel>(
             rtt: history.rtt(),
         })
     };
-    let entries = peers.iter().skip(from).take(asked.room);
+    let entries = peers.iter().skip(from).take(room);
     report.entries = entries.filter_map(entry).collect();
     let admitting = Admitting::of(&daemon.options.traffic, &session.registration);
     let admission = Arc::clone(&daemon.probes.admission);
@@ -115,7 +137,7 @@ pub(super) fn report<S: LeaseStore, K: Kernel>(
             report.facts.health = report.facts.health.with(Health::FIREWALL_CLOSED);
         }
         // The asker may have given up.
-        let _gone = asked.answer.send(report);
+        let _gone = answer.send(Told::Report(report));
     });
 }
 

@@ -12,6 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use futures_util::StreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressHeaderFlags;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
 };
@@ -153,7 +154,11 @@ impl Kernel for Netlink {
     async fn add_address(&self, index: u32, address: IpNet) -> Result<(), KernelError> {
         let (ip, len) = (address.addr(), address.prefix_len());
         let operation = format!("add address {address} to link number {index}");
-        let added = self.handle.address().add(index, ip, len).execute().await;
+        let mut request = self.handle.address().add(index, ip, len);
+        // It comes from our lease, so no other node has it; and who would ask for it on the link, while it cannot be
+        // used, reaches nobody through a tunnel (RFC 4862 section 5.4).
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        let added = request.execute().await;
         unless(libc::EEXIST, added.map_err(failed(operation)))
     }
 

@@ -2,6 +2,7 @@
 //! Never sends anything.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,6 +75,19 @@ pub struct Memory {
     pub claimed: Option<(Option<Heard>, Instant)>,
     /// Who answered or asked last under its address.
     pub sender: Option<Identity>,
+    /// Its last trace.
+    pub traced: Option<Traced>,
+}
+
+/// What came of a trace of a peer's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traced {
+    /// What its probes have in common.
+    pub nonce: u64,
+    /// How many came.
+    pub taken: u16,
+    /// Why the last answer that could not be sent was not (errno).
+    pub refused: Option<i32>,
 }
 
 /// What one datagram of a peer says.
@@ -123,6 +137,36 @@ impl Peer {
         }
         memory.claimed = Some((word.claimed, now));
         memory.sender = Some(word.sender);
+    }
+
+    /// Counts a probe of a trace.
+    pub(super) fn trace(&self, nonce: u64) {
+        let mut memory = self.lock();
+        let before = memory.traced.filter(|traced| traced.nonce == nonce);
+        memory.traced = Some(Traced {
+            nonce,
+            taken: before.map_or(0, |before| before.taken).saturating_add(1),
+            refused: before.and_then(|before| before.refused),
+        });
+    }
+
+    /// Remembers why a probe of a trace is not answered.
+    pub(super) fn trace_refused(&self, nonce: u64, error: &io::Error) {
+        let mut memory = self.lock();
+        if let Some(traced) = memory
+            .traced
+            .as_mut()
+            .filter(|traced| traced.nonce == nonce)
+        {
+            traced.refused = error.raw_os_error();
+        }
+    }
+
+    /// What came of a trace of its.
+    #[must_use]
+    pub fn traced(&self, nonce: u64) -> Option<Traced> {
+        let traced = self.memory().traced;
+        traced.filter(|traced| traced.nonce == nonce)
     }
 
     /// When it was last heard through the overlay, as a probe says it.
@@ -328,6 +372,25 @@ impl Directory {
             local: local.filter(|_| has_device && is_overlay),
             ..Path::default()
         }
+    }
+
+    /// Likewise where routes carry the packets, from the address that the pods' bridge has as soon as there is one; none
+    /// where [`path_to`](Self::path_to) has an address already.
+    #[must_use]
+    pub fn path_from_bridge(&self, addr: IpAddr) -> Option<Path> {
+        let path = self.path_to(addr);
+        let peer = self.peer_at(addr)?;
+        let is_overlay = peer.overlay_addrs().any(|one| one == addr);
+        let own = self.identity();
+        let net = match addr {
+            IpAddr::V4(_) => own.v4.map(|net| IpAddr::V4(net.network())),
+            IpAddr::V6(_) => own.v6.map(|net| IpAddr::V6(net.network())),
+        };
+        let local = net.filter(|_| is_overlay && path.local.is_none())?;
+        Some(Path {
+            local: Some(following(local)),
+            ..path
+        })
     }
 
     /// The peer that has an address of its own, not one of its pods.

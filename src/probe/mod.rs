@@ -11,7 +11,8 @@
 //! |---|---|
 //! | [`directory`] | who may ask, and what was heard of whom |
 //! | [`responder`] | answering |
-//! | [`prober`] | asking: rounds, reports |
+//! | [`prober`] | asking: rounds |
+//! | `asking` | asking for more: reports, and what the other sees of a trace |
 //! | `search` | finding the usable size |
 //! | [`background`] | probing a few peers all the time |
 //! | [`history`] | what the last visits say (pure) |
@@ -21,6 +22,7 @@
 //! | [`figures`] | what a round says (pure) |
 //! | `socket`, `echo` | UDP sockets with what stood around a datagram, and ICMP echo |
 
+mod asking;
 pub mod background;
 pub mod directory;
 mod echo;

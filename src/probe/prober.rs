@@ -1,4 +1,4 @@
-//! Owns asking one other: rounds of probes, the search for the usable size, reports. Never asks more often than it
+//! Owns asking one other: rounds of probes, the search for the usable size. Never asks more often than it
 //! is told to, and never decides what the answers mean.
 
 use std::collections::HashMap;
@@ -8,21 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::UdpSocket;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::sleep_until;
 
 use super::directory::{Directory, Peer, Word};
 use super::echo::{self, Echo};
 use super::figures::{Figures, Reply, Said};
 use super::socket;
 use super::{Path, headers_len, random, wall_clock};
-use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Report, Via, write_asked_from};
-
-/// Bytes of the datagram that asks for a report, and that a report has at most: what every IPv6 link carries, less
-/// the headers.
-const REPORT_LEN: usize = 1280 - 48;
-
-/// Attempts at a report.
-const ATTEMPTS: u32 = 3;
+use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Via};
 
 /// How probes follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +49,7 @@ impl Default for Round {
 }
 
 #[derive(Debug)]
-enum Carrier {
+pub(super) enum Carrier {
     Probes(UdpSocket),
     Echoes(Echo),
 }
@@ -64,8 +57,8 @@ enum Carrier {
 /// Asks one other, by one way.
 #[derive(Debug)]
 pub struct Prober {
-    carrier: Carrier,
-    directory: Arc<Directory>,
+    pub(super) carrier: Carrier,
+    pub(super) directory: Arc<Directory>,
     peer: Option<Arc<Peer>>,
     to: IpAddr,
     overlay: bool,
@@ -177,48 +170,14 @@ impl Prober {
         figures
     }
 
-    /// Asks the other about itself and its peers from the first-th on; none if it does not say.
-    pub async fn report(&mut self, first: u32, patience: Duration) -> Option<(Report, Probe)> {
-        let Carrier::Probes(socket) = &self.carrier else {
-            return None;
-        };
-        for _ in 0..ATTEMPTS {
-            let sequence = self.directory.next_sequence();
-            let mut ask = [0; REPORT_LEN];
-            let mut probe = self.request(Kind::Ask, sequence);
-            probe.left = wall_clock();
-            probe.write(&mut ask);
-            write_asked_from(&mut ask, first);
-            // A refusal is an answer, too, and comes while waiting.
-            let _refused = socket.send(&ask).await;
-            let waited = timeout(patience, async {
-                loop {
-                    let mut bytes = [0; REPORT_LEN];
-                    let received = socket::receive(socket, &mut bytes).await.ok()?;
-                    let bytes = bytes.get(..received.len)?;
-                    let said = Probe::parse(bytes).ok()?;
-                    let ours = said.nonce == self.nonce && said.sequence == sequence;
-                    if said.kind == Kind::Report && ours {
-                        return Some((Report::parse(bytes).ok()?, said));
-                    }
-                }
-            });
-            if let Ok(Some((report, said))) = waited.await {
-                self.hear(said, Via::Unknown);
-                return Some((report, said));
-            }
-        }
-        None
-    }
-
-    fn request(&self, kind: Kind, sequence: u32) -> Probe {
+    pub(super) fn request(&self, kind: Kind, sequence: u32) -> Probe {
         let mut probe = Probe::request(kind, sequence, self.nonce, self.directory.identity());
         probe.heard = self.peer.as_ref().and_then(|peer| peer.last_heard());
         probe
     }
 
     /// Remembers what an answer says.
-    fn hear(&self, said: Probe, via: Via) {
+    pub(super) fn hear(&self, said: Probe, via: Via) {
         if let Some(peer) = &self.peer {
             peer.hear(Word {
                 sequence: None,

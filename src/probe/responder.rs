@@ -21,7 +21,9 @@ use super::directory::{Directory, Peer, Word};
 use super::socket::{self, Received};
 use super::{Path, headers_len, wall_clock};
 use crate::lease::Subnets;
-use crate::wire::probe::{Flags, HEADER_LEN, Kind, Probe, Report, asked_from};
+use crate::wire::probe::{
+    Flags, HEADER_LEN, Kind, Order, Probe, Report, Sights, Standing, asked_from,
+};
 
 /// Answers in a second, of a family: of 5000 nodes on one link each may prove its way to us once a second, with two
 /// answers while it has to, and eight others ask at random.
@@ -30,13 +32,13 @@ pub const PER_SECOND: u32 = 12_000;
 /// Answers to one peer in a second: a search for the usable size takes 4 sweeps of 64.
 pub const PER_PEER_AND_SECOND: u32 = 400;
 
-/// Reports in a second, all peers taken together: each asks the daemon's own loop.
+/// Reports, and orders of traces, in a second, all peers taken together: each asks the daemon's own loop.
 pub const REPORTS_PER_SECOND: u32 = 50;
 
 /// The longest request that is read: what an IP packet can be.
 const MAX_LEN: usize = 1 << 16;
 
-/// How long a report may take. The asker waits no longer.
+/// How long the daemon's loop may take. The asker waits no longer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What only the daemon's loop can tell.
@@ -44,12 +46,75 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Asked {
     /// Who asks.
     pub peer: Arc<Peer>,
-    /// Number of the first peer to report on.
-    pub first: u32,
-    /// How many there is room for.
-    pub room: usize,
-    /// Where the report goes.
-    pub answer: oneshot::Sender<Report>,
+    /// For what.
+    pub wish: Wish,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Told>,
+}
+
+/// What the daemon's loop is asked for.
+#[derive(Clone, Copy, Debug)]
+pub enum Wish {
+    /// A report.
+    Report {
+        /// Number of the first peer to report on.
+        first: u32,
+        /// How many there is room for.
+        room: usize,
+    },
+    /// To look out for the probes of a trace, or to tell of them.
+    Watch {
+        /// The nonce that they have.
+        nonce: u64,
+        /// Which of the two.
+        order: Order,
+    },
+}
+
+impl Wish {
+    /// What a request asks for, if it has room for the answer.
+    fn of(request: &Probe, bytes: &[u8]) -> Option<Self> {
+        match request.kind {
+            Kind::Ask if bytes.len() >= Report::MIN_LEN => Some(Self::Report {
+                first: asked_from(bytes),
+                room: Report::room(bytes.len()),
+            }),
+            Kind::Watch if bytes.len() >= Sights::MIN_LEN => Some(Self::Watch {
+                nonce: request.nonce,
+                order: Order::of(bytes)?,
+            }),
+            Kind::Request
+            | Kind::Answer
+            | Kind::Ask
+            | Kind::Report
+            | Kind::Watch
+            | Kind::Sights => None,
+        }
+    }
+}
+
+/// What the daemon's loop answers.
+#[derive(Debug)]
+pub enum Told {
+    /// On the node and its peers.
+    Report(Report),
+    /// Of a trace.
+    Sights(Sights),
+}
+
+impl Told {
+    fn write(&self, bytes: &mut [u8]) -> usize {
+        match self {
+            Self::Report(report) => report.write(bytes),
+            Self::Sights(sights) => sights.write(bytes),
+        }
+    }
+}
+
+impl From<Standing> for Told {
+    fn from(standing: Standing) -> Self {
+        Self::Sights(Sights::of(standing))
+    }
 }
 
 /// Sockets that are answered. Dropping it closes them.
@@ -169,8 +234,15 @@ impl Responding {
             sender: identity,
             ..request
         };
-        if kind == Kind::Report {
-            return self.report(peer, received, answer, bytes);
+        if kind != Kind::Answer {
+            if let Some(wish) = Wish::of(&request, bytes) {
+                self.ask_daemon(peer, wish, (received, local), answer, bytes.len());
+            }
+            return;
+        }
+        let is_traced = request.flags.has(Flags::TRACE);
+        if is_traced {
+            peer.trace(request.nonce);
         }
         let len = if request.flags.has(Flags::FULL) {
             bytes.len()
@@ -178,7 +250,10 @@ impl Responding {
             HEADER_LEN
         };
         let bytes = bytes.get_mut(..len).unwrap_or_default();
-        self.end.send(answer, bytes, received, local);
+        let sent = self.end.send(answer, bytes, received, local);
+        if let (Err(error), true) = (sent, is_traced) {
+            peer.trace_refused(request.nonce, &error);
+        }
         let headers = usize::from(headers_len(local));
         let both = headers + len + headers + HEADER_LEN;
         if request.flags.has(Flags::PAST)
@@ -189,17 +264,22 @@ impl Responding {
         }
     }
 
-    /// Lets the daemon's loop report, and sends what it says.
-    fn report(&self, peer: Arc<Peer>, received: &Received, answer: Probe, bytes: &[u8]) {
-        let (Some(local), true) = (received.to, bytes.len() >= Report::MIN_LEN) else {
-            return;
-        };
-        peer.want_visit();
-        let (sender, said) = oneshot::channel();
+    /// Has the daemon's loop answer, and sends what it says, in no more bytes than it was asked with.
+    fn ask_daemon(
+        &self,
+        peer: Arc<Peer>,
+        wish: Wish,
+        (received, local): (&Received, IpAddr),
+        answer: Probe,
+        len: usize,
+    ) {
+        if matches!(wish, Wish::Report { .. }) {
+            peer.want_visit();
+        }
+        let (sender, told) = oneshot::channel();
         let asked = Asked {
             peer,
-            first: asked_from(bytes),
-            room: Report::room(bytes.len()),
+            wish,
             answer: sender,
         };
         // A daemon that is busy with earlier ones leaves the asker to ask again.
@@ -207,12 +287,13 @@ impl Responding {
             return;
         }
         let (end, received) = (Arc::clone(&self.end), *received);
-        let mut bytes = vec![0; bytes.len()];
+        let mut bytes = vec![0; len];
         tokio::spawn(async move {
-            if let Ok(Ok(report)) = tokio::time::timeout(PATIENCE, said).await {
-                let len = report.write(&mut bytes);
+            if let Ok(Ok(told)) = tokio::time::timeout(PATIENCE, told).await {
+                let len = told.write(&mut bytes);
                 let bytes = bytes.get_mut(..len).unwrap_or_default();
-                end.send(answer, bytes, &received, local);
+                // The asker asks again.
+                let _lost = end.send(answer, bytes, &received, local);
             }
         });
     }
@@ -228,7 +309,13 @@ struct End {
 
 impl End {
     /// Sends an answer with the time it leaves; a shorter one if our own link is too small for it.
-    fn send(&self, mut answer: Probe, bytes: &mut [u8], received: &Received, local: IpAddr) {
+    fn send(
+        &self,
+        mut answer: Probe,
+        bytes: &mut [u8],
+        received: &Received,
+        local: IpAddr,
+    ) -> io::Result<()> {
         let _unmarked = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         answer.flags = answer.flags.without(Flags::PAST);
         answer.answered = wall_clock();
@@ -241,9 +328,10 @@ impl End {
             let short = bytes.get(..HEADER_LEN).unwrap_or_default();
             result = socket::answer(&self.socket, short, received.from, local);
         }
-        if let Err(error) = result {
+        if let Err(error) = &result {
             tracing::trace!(%error, to = %received.from, via = answer.via.name(), "probe answer");
         }
+        result
     }
 
     /// Sends a short answer by the way that marked probes take.
@@ -290,7 +378,7 @@ impl Limit {
         if self.answers >= PER_SECOND {
             return false;
         }
-        if kind == Kind::Report {
+        if kind != Kind::Answer {
             if self.reports >= REPORTS_PER_SECOND {
                 return false;
             }

@@ -1,8 +1,8 @@
 //! Owns the format of a probe: the UDP payload by which nodes that run this program learn how they reach each
 //! other. Never reads a clock or sends anything.
 //!
-//! All numbers are big-endian. Every datagram begins with the same [`HEADER_LEN`] bytes; a [`Kind::Report`] has a
-//! body behind them ([`Report`]), and everything behind that is padding of any value.
+//! All numbers are big-endian. Every datagram begins with the same [`HEADER_LEN`] bytes; a [`Kind::Report`] and
+//! [`Kind::Sights`] have a body behind them ([`Report`], [`Sights`]), and everything behind that is padding of any value.
 //!
 //! | bytes | what |
 //! |---|---|
@@ -113,10 +113,21 @@ pub enum Kind {
     Ask = 3,
     /// Reports.
     Report = 4,
+    /// Asks to look out for a trace's probes, which have its nonce; its body is an [`Order`].
+    Watch = 5,
+    /// Tells what was seen of them.
+    Sights = 6,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Request, Self::Answer, Self::Ask, Self::Report];
+    const ALL: [Self; 6] = [
+        Self::Request,
+        Self::Answer,
+        Self::Ask,
+        Self::Report,
+        Self::Watch,
+        Self::Sights,
+    ];
 
     /// What answers it, if anything does.
     #[must_use]
@@ -124,7 +135,8 @@ impl Kind {
         match self {
             Self::Request => Some(Self::Answer),
             Self::Ask => Some(Self::Report),
-            Self::Answer | Self::Report => None,
+            Self::Watch => Some(Self::Sights),
+            Self::Answer | Self::Report | Self::Sights => None,
         }
     }
 }
@@ -392,8 +404,10 @@ const fn only_v6(net: IpNet) -> Option<Ipv6Net> {
 }
 
 mod report;
+mod sights;
 
 pub use report::{Entry, Facts, Health, Reach, Report, asked_from, write_asked_from};
+pub use sights::{About, Order, Sights, Standing};
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,6 @@ mod decap;
 mod encap;
 mod kernel;
 mod names;
-mod sight;
 mod trace;
 mod way;
 
@@ -28,7 +27,7 @@ use crate::lease::Lease;
 use crate::probe::background::sentence;
 use crate::store::LeaseStore;
 pub(super) use names::{Found, Named, find};
-pub(super) use trace::Trace;
+pub(super) use trace::{Lookouts, Trace};
 
 /// The TTL that a packet of this node has when it reaches the tunnel: 64, less the node's own hop.
 const TTL: u8 = 63;

@@ -40,8 +40,8 @@ use crate::probe::Directory;
 use crate::store::{LeaseStore, LostTo, Problem, StoreEvent};
 use crate::telemetry::rate_limit::{Allowance, RateLimit};
 use said::{Said, ended, looked, next_event};
-pub(super) use watches::Part;
 use watches::Watches;
+pub(super) use watches::{Part, Whose};
 
 /// How long the start waits for the peers before packets flow without them. The local store answers at once.
 const FIRST_PEERS: Duration = Duration::from_secs(1);
@@ -311,7 +311,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     asked::explained(self, &session, resolved).await;
                 }
                 Some(asked) = self.probes.asked() => {
-                    probes::report(self, &session, asked);
+                    probes::answer(self, &session, asked);
                 }
                 Some(scrape) = self.scrapes.recv() => {
                     let figures = status::figures(self, &session, &held);

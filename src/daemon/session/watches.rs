@@ -31,12 +31,22 @@ pub(in crate::daemon) enum Part {
     All,
 }
 
+/// Whom a capture is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::daemon) enum Whose {
+    /// This node's clients, of whose captures so many may run.
+    Clients,
+    /// A peer, which takes no client's place. Who begins it bounds how many there are.
+    Peer,
+}
+
 impl Session {
     /// Begins a capture of what the kernel carries. None where it carries nothing.
     pub(in crate::daemon) fn watch(
         &self,
         wanted: Wanted,
         part: Part,
+        whose: Whose,
     ) -> Option<Result<(Capture, Vec<Place>), WatchError>> {
         let choose = match part {
             Part::Inner => |place: &Place| !matches!(place.kind, Kind::Outer(_)),
@@ -47,12 +57,11 @@ impl Session {
         scene.places.iter().find(|place| choose(place))?;
         self.watches.scenes.send_replace(scene);
         let scenes = self.watches.scenes.subscribe();
-        Some(packets::start(
-            scenes,
-            choose,
-            wanted,
-            &self.watches.running,
-        ))
+        let running = match whose {
+            Whose::Clients => Arc::clone(&self.watches.running),
+            Whose::Peer => Arc::default(),
+        };
+        Some(packets::start(scenes, choose, wanted, &running))
     }
 
     /// Has captures follow what there is to watch now.

@@ -121,7 +121,18 @@ impl Taps {
     /// # Errors
     /// [`TooMany`].
     pub fn capture(&self, wanted: Wanted) -> Result<Capture, TooMany> {
-        let running = &self.running;
+        self.capture_beside(wanted, &self.running)
+    }
+
+    /// Likewise, but it counts among those of `running` instead: whoever begins it bounds how many of these there are.
+    ///
+    /// # Errors
+    /// [`TooMany`].
+    pub fn capture_beside(
+        &self,
+        wanted: Wanted,
+        running: &Arc<AtomicUsize>,
+    ) -> Result<Capture, TooMany> {
         let admitted = running.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |running| {
             (running < MAX_CAPTURES).then_some(running + 1)
         });

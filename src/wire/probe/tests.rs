@@ -72,7 +72,7 @@ fn what_is_no_probe_is_told_by_its_first_fault() {
     assert_eq!(broken(0, b'L'), ProbeError::NotAProbe);
     assert_eq!(broken(4, 2), ProbeError::Version(2));
     assert_eq!(broken(5, 0), ProbeError::Kind(0));
-    assert_eq!(broken(5, 5), ProbeError::Kind(5));
+    assert_eq!(broken(5, 7), ProbeError::Kind(7));
     assert_eq!(broken(65, 33), ProbeError::PrefixLen(33));
     assert_eq!(broken(66, 129), ProbeError::PrefixLen(129));
 }
@@ -159,4 +159,73 @@ fn an_ask_names_the_first_peer_or_all() {
     write_asked_from(&mut bytes, 77);
     assert_eq!(asked_from(&bytes), 77);
     assert_eq!(asked_from(&bytes[..HEADER_LEN]), 0);
+}
+
+fn sights() -> Sights {
+    Sights {
+        standing: Standing::Told,
+        whole: true,
+        more: false,
+        came: 3,
+        taken: 0x0102,
+        left: 1,
+        lines: vec![
+            (About::Probes, "3 on eth0".to_owned()),
+            (About::Answers, "none".to_owned()),
+        ],
+    }
+}
+
+#[test]
+fn what_is_told_of_a_trace_stands_on_the_wire_as_the_table_says() {
+    let mut bytes = [0xa5; 200];
+    let written = sights().write(&mut bytes);
+    let mut expected = vec![2, 1, 0, 2, 0, 3, 1, 2, 0, 1, 0, 0];
+    expected.extend(b"\x00\x093 on eth0\x01\x04none");
+    assert_eq!(bytes[HEADER_LEN..written], expected);
+    assert_eq!(Sights::parse(&bytes[..written]), Ok(sights()));
+    for order in [Order::Begin, Order::Tell] {
+        order.write(&mut bytes);
+        assert_eq!((bytes[88], Order::of(&bytes)), (order as u8, Some(order)));
+    }
+    bytes[88] = 7;
+    assert_eq!(Order::of(&bytes), None);
+    let read = Sights::parse(&bytes[..written]).unwrap();
+    assert_eq!(read.standing, Standing::Unwatched);
+}
+
+#[test]
+fn lines_that_do_not_fit_are_left_out_and_that_is_said() {
+    for (len, lines) in [(100, 0), (110, 0), (111, 1), (116, 1), (117, 2)] {
+        let mut bytes = vec![0; len];
+        let written = sights().write(&mut bytes);
+        let read = Sights::parse(&bytes[..written]).unwrap();
+        assert_eq!((read.lines.len(), read.more), (lines, lines < 2), "{len}");
+        assert_eq!(read.came, 3);
+    }
+    let long = Sights {
+        lines: vec![(About::Probes, "x".repeat(300))],
+        ..sights()
+    };
+    let mut bytes = [0; 1000];
+    let written = long.write(&mut bytes);
+    let read = Sights::parse(&bytes[..written]).unwrap();
+    assert_eq!(read.lines[0].1, "x".repeat(255));
+}
+
+#[test]
+fn lines_that_are_not_there_are_refused_and_no_terminal_obeys_one() {
+    let mut bytes = [0; 200];
+    let written = sights().write(&mut bytes);
+    for len in [0, 99, 101, 105, written - 1] {
+        let short = Sights::parse(&bytes[..len]);
+        assert_eq!(short, Err(ProbeError::TooShort(len)));
+    }
+    let hostile = Sights {
+        lines: vec![(About::Probes, "\u{1b}[2Jok\n\u{202e}".to_owned())],
+        ..sights()
+    };
+    let written = hostile.write(&mut bytes);
+    let read = Sights::parse(&bytes[..written]).unwrap();
+    assert_eq!(read.lines[0].1, "?[2Jok????");
 }
