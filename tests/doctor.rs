@@ -217,8 +217,8 @@ fn nothing_is_named_where_nothing_is_wrong() {
 #[test]
 #[ignore = "a hundred rounds of each transport take minutes"]
 fn nothing_is_named_in_many_rounds_where_nothing_is_wrong() {
-    let rounds = std::env::var_os("LODEN_ROUNDS");
-    let rounds = rounds.map_or(100, |text| text.to_str().unwrap().parse().unwrap());
+    let given = std::env::var_os("LODEN_ROUNDS");
+    let rounds = given.map_or(100, |text| text.to_str().unwrap().parse().unwrap());
     healthy(rounds);
 }
 
