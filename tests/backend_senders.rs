@@ -17,8 +17,10 @@ use std::time::Duration;
 use cluster::{Cluster, DUAL, V4, VXLAN};
 use common::LODEN;
 use etherparse::PacketBuilder;
+use loden::datapath::lock::NameLock;
 use loden::lab::Member;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
 
 /// An address of node 2 that no lease names.
 const STRANGER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 77);
@@ -57,15 +59,34 @@ impl<'a> Forger<'a> {
 
     /// One datagram; `tag` is what it carries innermost.
     fn send(&self, outer: Ipv4Addr, vni: u8, mac: [u8; 6], inner: [u8; 4], tag: &[u8]) {
+        let datagram = self.datagram(vni, mac, inner, tag);
+        let sent = self.socket(outer).send_to(&datagram, "192.0.2.1:8472");
+        assert_eq!(sent.unwrap(), datagram.len());
+    }
+
+    fn socket(&self, outer: Ipv4Addr) -> UdpSocket {
+        let node = self.cluster.lab.netns(Member::Node(2));
+        node.run(|| UdpSocket::bind((outer, 0))).unwrap().unwrap()
+    }
+
+    fn datagram(&self, vni: u8, mac: [u8; 6], inner: [u8; 4], tag: &[u8]) -> Vec<u8> {
         let port = self.sink.local_addr().unwrap().port();
         let frame = PacketBuilder::ethernet2(mac, self.to)
             .ipv4(inner, [198, 18, 1, 0], 64)
             .udp(7, port);
         let mut datagram = vec![8, 0, 0, 0, 0, 0, vni, 0];
         frame.write(&mut datagram, tag).unwrap();
-        let node = self.cluster.lab.netns(Member::Node(2));
-        let socket = node.run(|| UdpSocket::bind((outer, 0))).unwrap().unwrap();
-        socket.send_to(&datagram, "192.0.2.1:8472").unwrap();
+        datagram
+    }
+
+    /// Datagrams of one length as a superpacket, which crosses the wire whole.
+    fn send_as_one(&self, outer: Ipv4Addr, datagrams: [Vec<u8>; 2]) {
+        let socket = self.socket(outer);
+        let len = i32::try_from(datagrams[0].len()).unwrap();
+        setsockopt(&socket, sockopt::UdpGsoSegment, &len).unwrap();
+        let together = datagrams.concat();
+        let sent = socket.send_to(&together, "192.0.2.1:8472");
+        assert_eq!(sent.unwrap(), together.len());
     }
 
     /// What arrived, until `last` has.
@@ -110,7 +131,7 @@ fn what_no_peer_may_send_is_dropped_before_or_after_it_is_unwrapped_and_counted(
     let forger = Forger::new(&cluster);
     let attack = |last: &[u8]| {
         forger.send(STRANGER, 1, macs[0], [198, 18, 2, 2], b"a stranger");
-        // Another network's, which is none of our business: the kernel has no device for it.
+        // Nobody here has a device for it.
         forger.send(STRANGER, 9, macs[0], [198, 18, 2, 2], b"another network");
         forger.send(NODE_2, 1, macs[0], [198, 18, 3, 2], b"another's subnet");
         forger.send(NODE_2, 1, macs[1], [198, 18, 2, 2], b"another's MAC");
@@ -135,9 +156,9 @@ fn what_no_peer_may_send_is_dropped_before_or_after_it_is_unwrapped_and_counted(
     let before = drops(&cluster);
     attack(b"honest");
     assert_eq!(forger.arrived(b"honest"), [b"honest"]);
-    assert_eq!(more_drops(&cluster, before), [1, 4]);
+    assert_eq!(more_drops(&cluster, before), [2, 4]);
     await_all();
-    assert_eq!(more_drops(&cluster, before), [1, 4]);
+    assert_eq!(more_drops(&cluster, before), [2, 4]);
     let metrics = cluster.status(1)["source_check"].clone();
     assert_eq!(
         (&metrics["outer"], &metrics["inner"]),
@@ -149,7 +170,7 @@ fn what_no_peer_may_send_is_dropped_before_or_after_it_is_unwrapped_and_counted(
     await_check(&cluster);
     attack(b"honest again");
     assert_eq!(forger.arrived(b"honest again"), [b"honest again"]);
-    assert_eq!(more_drops(&cluster, before), [2, 8]);
+    assert_eq!(more_drops(&cluster, before), [4, 8]);
     // Likewise a single element, which would lock a peer out.
     cluster.run(
         Member::Node(1),
@@ -215,6 +236,79 @@ fn what_no_peer_may_send_is_dropped_before_or_after_it_is_unwrapped_and_counted(
     cluster.start_with(1, &["--vxlan=user"]);
     cluster.wait_until("no table", || !tables(&cluster).contains("loden-vxlan"));
     cluster.await_ping(2, "198.18.1.2");
+}
+
+#[test]
+fn stranger_gets_nothing_past_the_check_behind_a_datagram_of_another_network() {
+    let cluster = Cluster::new(2, V4, VXLAN);
+    cluster.ip(Member::Node(2), "addr add 192.0.2.77/24 dev eth0", 2);
+    await_check(&cluster);
+    cluster.await_ping(1, "198.18.2.2");
+    let mac = bytes(&cluster.mac(2, "flannel.1"));
+    let forger = Forger::new(&cluster);
+    let of = |vni, tag| forger.datagram(vni, mac, [198, 18, 2, 2], tag);
+    // Such a superpacket of a peer's is taken apart, and all of it arrives.
+    forger.send_as_one(NODE_2, [of(1, b"first"), of(1, b"other")]);
+    assert_eq!(forger.arrived(b"other"), [b"first", b"other"]);
+    let before = drops(&cluster);
+    forger.send_as_one(STRANGER, [of(9, b"cover"), of(1, b"smugg")]);
+    forger.send(NODE_2, 1, mac, [198, 18, 2, 2], b"the end");
+    assert_eq!(forger.arrived(b"the end"), [b"the end"]);
+    assert_eq!(more_drops(&cluster, before), [1, 0]);
+
+    // Another network's device on the same port gets what is its own.
+    let other = "link add other type vxlan id 9 dstport 8472 local 192.0.2.N nolearning";
+    cluster.ip(Member::Node(1), other, 1);
+    cluster.ip(Member::Node(1), "addr add 203.0.113.1/24 dev other", 1);
+    cluster.ip(Member::Node(1), "link set other up", 1);
+    let received = || {
+        let stats = cluster
+            .shown(1, "ip", "-s -o link show dev other")
+            .join(" ");
+        let (_, numbers) = stats.split_once("errors dropped").unwrap();
+        numbers
+            .split_whitespace()
+            .nth(4)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let none = received();
+    cluster.wait_until("what is another network's", || {
+        forger.send(STRANGER, 9, mac, [203, 0, 113, 2], b"another's");
+        received() > none
+    });
+    let before = drops(&cluster);
+    forger.send(STRANGER, 1, mac, [198, 18, 2, 2], b"a stranger");
+    forger.send(NODE_2, 1, mac, [198, 18, 2, 2], b"the end");
+    assert_eq!(forger.arrived(b"the end"), [b"the end"]);
+    assert_eq!(more_drops(&cluster, before), [1, 0]);
+    cluster.ip(Member::Node(1), "link del other", 1);
+    cluster.wait_until("nothing of other networks", || {
+        let chain = cluster.shown(1, "nft", "list chain inet loden-vxlan-1 outer");
+        !chain.join(" ").contains("@th")
+    });
+}
+
+#[test]
+fn check_of_another_daemon_is_not_swept_whichever_family_it_has() {
+    let mut cluster = Cluster::idle(2, V4, VXLAN);
+    let node = cluster.lab.netns(Member::Node(1));
+    // As daemons hold them, of networks with one family.
+    let hold = |device: &str| node.run(|| NameLock::take(&format!("device/{device}")).unwrap());
+    let _held = ["flannel.76", "flannel-v6.77", "flannel.ipip"].map(|name| hold(name).unwrap());
+    let kept = ["loden-vxlan-76", "loden-vxlan-77", "loden-ipip"];
+    for table in kept.iter().chain(&["loden-vxlan-78"]) {
+        let add = format!("add table inet {table}");
+        cluster.run(Member::Node(1), "nft", &add);
+    }
+    cluster.start(1);
+    cluster.wait_until("a status", || cluster.status(1)["ready"] == true);
+    let tables = cluster.shown(1, "nft", "list tables");
+    for table in kept {
+        assert!(tables.contains(&format!("table inet {table}")), "{table}");
+    }
+    assert!(!tables.join(" ").contains("loden-vxlan-78"), "{tables:?}");
 }
 
 #[test]

@@ -8,6 +8,8 @@
 mod common;
 #[path = "common/relay.rs"]
 mod relay;
+#[path = "common/seeded.rs"]
+mod seeded;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -164,7 +166,7 @@ fn wait_ready(lab: &Lab, node: u8) {
     .unwrap_or_else(|error| unreachable!("{error}: {}", log(lab, node)));
 }
 
-fn healthy(rounds: u32) {
+fn healthy(rounds: usize) {
     for backend in [Backend::Udp, Backend::Vxlan, Backend::HostGw] {
         let lab = up(3, backend);
         healthy_on(&lab, &format!("{backend:?}"), rounds);
@@ -175,7 +177,7 @@ fn healthy(rounds: u32) {
     }
 }
 
-fn healthy_on(lab: &Lab, transport: &str, rounds: u32) {
+fn healthy_on(lab: &Lab, transport: &str, rounds: usize) {
     for round in 0..rounds {
         let (answer, ok) = doctor(lab, 1, &["--mesh"]);
         assert!(ok, "{transport}, round {round}: {answer:#}");
@@ -213,13 +215,11 @@ fn nothing_is_named_where_nothing_is_wrong() {
     healthy(2);
 }
 
-/// The long form, for scripts/soak.
+/// The long form, for scripts/soak: `LODEN_ROUNDS` of them, or 100.
 #[test]
 #[ignore = "a hundred rounds of each transport take minutes"]
 fn nothing_is_named_in_many_rounds_where_nothing_is_wrong() {
-    let given = std::env::var_os("LODEN_ROUNDS");
-    let rounds = given.map_or(100, |text| text.to_str().unwrap().parse().unwrap());
-    healthy(rounds);
+    healthy(seeded::seeds(100).count());
 }
 
 #[test]

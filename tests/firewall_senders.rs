@@ -215,7 +215,7 @@ fn senders(peers: &[(Ipv4Addr, &str)]) -> Senders {
         inner: peers.iter().map(pair).collect(),
         own: [NODE_1.into()].into(),
         others: [OTHER_TUNNEL.into()].into(),
-        devices: Vec::new(),
+        ..Senders::default()
     }
 }
 

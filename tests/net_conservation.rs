@@ -336,6 +336,15 @@ fn what_goes_to_a_node_whose_mac_is_unknown_is_counted() {
         let sink = a.udp();
         send(&b.udp(), sink.local_addr().unwrap(), 1, b"hello");
         at_a.expect("unknown sender", &[("decap.read", 1), ("decap.sent", 1)]);
+        // And told nothing, for lack of an address to tell it at.
+        let socket = b.udp();
+        socket.set_ttl(2).unwrap();
+        send(&socket, sink.local_addr().unwrap(), SOME, b"not quite");
+        at_a.expect(
+            "TTL 2",
+            &[("decap.read", SOME), ("decap.ttl_expired", SOME)],
+        );
+        assert_eq!(b.status().total.decap.read, 0);
     }
 }
 

@@ -190,6 +190,8 @@ pub struct Senders {
     pub own: BTreeSet<IpAddr>,
     /// Whose packets the kernel gives to tunnels of other people, although they come to such an address.
     pub others: BTreeSet<IpAddr>,
+    /// Tunnels of other people receive on the devices' port, too.
+    pub shared: bool,
 }
 
 /// A peer that gets no way, or a wrong one, and why.

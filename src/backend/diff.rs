@@ -32,6 +32,8 @@ pub struct Observed {
     pub forwards: Vec<Forward>,
     /// Whom tunnels of other people receive from, of the kind of our devices.
     pub others: BTreeSet<IpAddr>,
+    /// Tunnels of other people receive on the port of our devices.
+    pub shared: bool,
 }
 
 /// One change, and the peer for whom it is made.
@@ -153,6 +155,7 @@ fn senders(desired: &Desired, observed: &Observed, resolved: &Resolved) -> Sende
     let mut senders = Senders {
         own: own.map(IpAddr::V4).collect(),
         others: observed.others.clone(),
+        shared: observed.shared,
         ..Senders::default()
     };
     for peer in &desired.peers {

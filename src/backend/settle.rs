@@ -87,9 +87,12 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
         observed.neighbours.extend(kernel.neighbours(index).await?);
         observed.forwards.extend(kernel.forwards(index).await?);
     }
-    if let Some(local) = desired.devices.iter().find_map(Device::receives_all_to) {
-        let links = kernel.links().await?;
-        observed.others = other_remotes(&links, local, &report.devices);
+    if !desired.devices.is_empty() {
+        let mut links = kernel.links().await?;
+        links.retain(|link| !report.devices.contains(&link.index));
+        let local = desired.devices.iter().find_map(Device::receives_all_to);
+        observed.others = local.map_or_else(BTreeSet::new, |to| other_remotes(&links, to));
+        observed.shared = shares_port(&links, desired);
     }
     let difference = difference(desired, &observed);
     report.refused = difference.refused;
@@ -116,19 +119,32 @@ pub async fn settle(kernel: &impl Kernel, desired: &Desired) -> Result<Report, D
     Ok(report)
 }
 
-/// From whom IPIP devices that are not ours receive what comes to this address: the kernel prefers those that name a
-/// remote, as long as they are up (`ip_tunnel_lookup`, net/ipv4/ip_tunnel.c).
-fn other_remotes(links: &[Link], to: Ipv4Addr, ours: &[u32]) -> BTreeSet<IpAddr> {
-    let others = links
-        .iter()
-        .filter(|link| link.up && !ours.contains(&link.index));
+/// From whom these IPIP devices receive what comes to this address: the kernel prefers those that name a remote, as long
+/// as they are up (`ip_tunnel_lookup`, net/ipv4/ip_tunnel.c).
+fn other_remotes(links: &[Link], to: Ipv4Addr) -> BTreeSet<IpAddr> {
     let remote = |link: &Link| match link.tunnel {
         Some(TunnelLink::Ipip(ipip)) if ipip.local.is_none_or(|local| local == to) => {
             ipip.remote.map(IpAddr::V4)
         }
         Some(TunnelLink::Ipip(_) | TunnelLink::Vxlan(_)) | None => None,
     };
-    others.filter_map(remote).collect()
+    let up = links.iter().filter(|link| link.up);
+    up.filter_map(remote).collect()
+}
+
+/// Whether one of these links receives on the port of a wanted device.
+fn shares_port(links: &[Link], desired: &Desired) -> bool {
+    let port = |tunnel: &TunnelLink| match tunnel {
+        TunnelLink::Vxlan(vxlan) => Some(vxlan.port),
+        TunnelLink::Ipip(_) => None,
+    };
+    let mut wanted = desired.devices.iter().filter_map(|it| port(&it.tunnel));
+    wanted.any(|wanted| {
+        let mut ports = links
+            .iter()
+            .filter_map(|link| link.tunnel.as_ref().and_then(port));
+        ports.any(|port| port == wanted)
+    })
 }
 
 impl Report {

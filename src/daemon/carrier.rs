@@ -240,6 +240,7 @@ impl Carrier {
         };
         match change {
             Change::Link(index) | Change::Address(index) => link(index),
+            Change::Tunnel(index) => !self.report.devices.is_empty() || link(index),
             Change::Neighbour(index) => in_kernel && self.report.devices.contains(&index),
             Change::Route(net) => match self.tunnels.as_slice() {
                 tunnels @ [_, ..] if !in_kernel => tunnels

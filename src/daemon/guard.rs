@@ -96,6 +96,7 @@ impl Guard {
                 inner: senders.inner.clone(),
                 own: senders.own.clone(),
                 others: senders.others.clone(),
+                shared: senders.shared,
                 devices: devices.to_vec(),
             });
         }

@@ -96,7 +96,7 @@ impl Rules {
             }
             return EncapVerdict::Answer(IcmpError::NetUnreachable, DropReason::NoRoute);
         };
-        if self.encapsulation.needs_mac() && peer.mac.is_none() {
+        if self.lacks_mac(peer) {
             return EncapVerdict::Drop(DropReason::NoMac);
         }
         if meta.ttl() <= 1 {
@@ -146,7 +146,11 @@ impl Rules {
             });
         }
         if meta.ttl() <= 1 {
-            return DecapVerdict::Answer(peer, IcmpError::TimeExceeded, DropReason::TtlExpired);
+            return if self.lacks_mac(peer) {
+                DecapVerdict::Drop(DropReason::TtlExpired)
+            } else {
+                DecapVerdict::Answer(peer, IcmpError::TimeExceeded, DropReason::TtlExpired)
+            };
         }
         let Ok(ecn) = ecn::decap(meta.ecn(), Ecn::of(outer.tos)) else {
             return DecapVerdict::Drop(DropReason::EcnInvalid);
@@ -180,6 +184,12 @@ impl Rules {
             },
         };
         peer.ok_or(DropReason::SpoofedMac)
+    }
+
+    /// Whether nothing can be sent to a peer because its MAC address is not known.
+    #[inline]
+    const fn lacks_mac(&self, peer: &Peer) -> bool {
+        self.encapsulation.needs_mac() && peer.mac.is_none()
     }
 
     #[inline]

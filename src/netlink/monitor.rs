@@ -120,7 +120,11 @@ fn interpret(message: NetlinkMessage<RouteNetlinkMessage>) -> Option<Change> {
         reason = "an answer, or about something else"
     )]
     match inner {
-        Message::NewLink(link) | Message::DelLink(link) => Some(Change::Link(link.header.index)),
+        Message::NewLink(link) | Message::DelLink(link) => {
+            let index = link.header.index;
+            let tunnel = decode::link(&link).and_then(|link| link.tunnel);
+            Some(tunnel.map_or(Change::Link(index), |_| Change::Tunnel(index)))
+        }
         Message::NewAddress(address) | Message::DelAddress(address) => {
             Some(Change::Address(address.header.index))
         }

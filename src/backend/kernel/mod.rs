@@ -257,6 +257,8 @@ pub trait Kernel: Send + Sync {
 pub enum Change {
     /// A link appeared, changed or vanished.
     Link(u32),
+    /// Likewise, one that is a tunnel like ours, which may receive what comes to ours or share its port.
+    Tunnel(u32),
     /// An address of a link came or went.
     Address(u32),
     /// A route came or went.

@@ -710,6 +710,7 @@ fn senders_of_ipip_are_the_peers_those_that_still_use_another_backend_and_whom_o
         inner: [pair(2), pair(3)].into(),
         own: ips(&["192.0.2.1"]),
         others: ips(&["198.51.100.7", "198.51.100.8"]),
+        shared: false,
     };
     assert_eq!(report.senders, Some(wanted));
 }

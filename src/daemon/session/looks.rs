@@ -53,13 +53,13 @@ impl Session {
     pub(super) fn notice(&mut self, change: Change) {
         let external = self.registration.choice().index;
         let about_external = match change {
-            Change::Link(index) | Change::Address(index) => {
+            Change::Link(index) | Change::Tunnel(index) | Change::Address(index) => {
                 index == external || self.moved.is_some()
             }
             Change::Route(_) | Change::Neighbour(_) => false,
             Change::Everything => true,
         };
-        if change == Change::Link(external) {
+        if [Change::Link(external), Change::Tunnel(external)].contains(&change) {
             self.ways.hurry();
             self.tell_past();
         }

@@ -131,7 +131,7 @@ impl Keeper {
         if let Some(held) = self
             .held
             .as_ref()
-            .filter(|it| it.devices == senders.devices)
+            .filter(|it| (&it.devices, it.shared) == (&senders.devices, senders.shared))
         {
             let script = table::edit(&self.tunnel, self.scope, held, senders);
             if self.transact(&script).await.is_ok() {

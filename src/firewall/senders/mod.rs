@@ -38,6 +38,8 @@ pub struct Senders {
     pub own: BTreeSet<IpAddr>,
     /// From where IPIP is somebody else's, and not checked.
     pub others: BTreeSet<IpAddr>,
+    /// VXLAN devices of other networks receive on the same port: only what is of ours is checked.
+    pub shared: bool,
     /// The kernel's numbers of the VXLAN devices: for others of the same names the table is made anew.
     pub devices: Vec<u32>,
 }

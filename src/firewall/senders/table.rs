@@ -125,7 +125,7 @@ pub(super) fn replace(tunnel: &Tunnel, scope: Scope, place: Place, senders: &Sen
     match &tunnel.kind {
         TunnelKind::Vxlan { vni, port, devices } => {
             if scope.outer {
-                lines.extend(vxlan_outer(*vni, *port));
+                lines.extend(vxlan_outer(*port, senders.shared.then_some(*vni)));
             }
             if scope.inner {
                 lines.extend(vxlan_inner(devices, place));
@@ -137,22 +137,25 @@ pub(super) fn replace(tunnel: &Tunnel, scope: Scope, place: Place, senders: &Sen
     remove(&name) + &lines.join("\n") + &edit(tunnel, scope, &Senders::default(), senders)
 }
 
-/// Where the kernel's tunnel takes datagrams off, fragments are put together by then. Bytes 12 to 14 behind the start of
-/// the UDP header are the VNI (RFC 7348 section 5); other networks may share the port. Peers come first: each rule costs
-/// a packet.
-fn vxlan_outer(vni: u32, port: u16) -> [String; 6] {
+/// Where the kernel's tunnel takes datagrams off, fragments are put together by then. Peers come first: each rule costs a
+/// packet.
+///
+/// Where other networks share the port, bytes 12 to 14 behind the start of the UDP header are the VNI (RFC 7348 section
+/// 5). That is asked only then: a `UDP_SEGMENT` send may come in as one superpacket, whose first datagram is all that is
+/// seen here, and is taken apart behind.
+fn vxlan_outer(port: u16, only: Option<u32>) -> [String; 6] {
+    let network = only.map_or_else(String::new, |vni| format!("@th,96,24 {vni} "));
     [
         "chain outer {".to_owned(),
         INPUT.to_owned(),
         "ip saddr @outer-v4 accept".to_owned(),
         "ip6 saddr @outer-v6 accept".to_owned(),
-        format!("udp dport {port} @th,96,24 {vni} counter name {UNKNOWN_PEER} drop"),
+        format!("udp dport {port} {network}counter name {UNKNOWN_PEER} drop"),
         "}".to_owned(),
     ]
 }
 
-/// The inner source is not looked at before the packet is unwrapped: a `UDP_SEGMENT` send comes in as one datagram of
-/// many, and only the first would be seen.
+/// The inner source is not looked at before the packet is unwrapped, for the same superpackets' sake.
 fn vxlan_inner(devices: &[String], place: Place) -> Vec<String> {
     let devices: Vec<String> = devices.iter().map(|it| format!("\"{it}\"")).collect();
     let devices = devices.join(", ");

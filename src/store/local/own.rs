@@ -43,8 +43,8 @@ impl Own {
         self.expires.is_some_and(|at| at <= now)
     }
 
-    /// As [`Record::claim`]. A lease that ran out comes after every other: for whoever took it meanwhile there
-    /// was no rival.
+    /// As [`claim`](super::scan::Record::claim) of a record. A lease that ran out comes after every other: for whoever
+    /// took it meanwhile there was no rival.
     fn claim(&self, now: SystemTime) -> (u64, IpAddr) {
         let claimed = match self.expires {
             None => 0,
