@@ -25,6 +25,10 @@ const COUNT_EVERY: Duration = Duration::from_secs(10);
 /// What failed is tried again after this long.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// After a change of ours the table is looked at once more: what somebody else changed meanwhile was notified among
+/// our own changes.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
 /// The task's state.
 pub(super) struct Keeper {
     nft: PathBuf,
@@ -75,9 +79,10 @@ impl Keeper {
             let senders = wanted.borrow_and_update().clone();
             if let Some(senders) = senders {
                 let outcome = self.bring(&senders, verify).await;
-                self.note(outcome);
-                // Our own changes are notified as well.
-                events.forget()?;
+                if self.note(outcome) {
+                    // Our own changes are notified as well.
+                    events.forget()?;
+                }
             }
             verify = false;
             let retry_at = self.retry_at;
@@ -108,8 +113,8 @@ impl Keeper {
         }
     }
 
-    /// Makes the table hold these senders.
-    async fn bring(&mut self, senders: &Senders, verify: bool) -> Result<(), Error> {
+    /// Makes the table hold these senders; whether it had to be changed.
+    async fn bring(&mut self, senders: &Senders, verify: bool) -> Result<bool, Error> {
         if verify && self.held.is_some() && !self.is_intact().await? {
             self.count().await;
             self.forget_table();
@@ -122,11 +127,11 @@ impl Keeper {
                     "another program keeps changing the source check of {kind}"
                 );
                 self.retry_at = Some(Instant::now() + pause);
-                return Ok(());
+                return Ok(false);
             }
         }
         if self.held.as_ref() == Some(senders) {
-            return Ok(());
+            return Ok(false);
         }
         if let Some(held) = self
             .held
@@ -136,7 +141,7 @@ impl Keeper {
             let script = table::edit(&self.tunnel, self.scope, held, senders);
             if self.transact(&script).await.is_ok() {
                 self.held = Some(senders.clone());
-                return Ok(());
+                return Ok(true);
             }
         }
         if self.held.is_some() {
@@ -161,7 +166,7 @@ impl Keeper {
             .await?;
         self.held = Some(senders.clone());
         debug!(table = self.table, "source check made");
-        Ok(())
+        Ok(true)
     }
 
     fn forget_table(&mut self) {
@@ -222,9 +227,14 @@ impl Keeper {
         });
     }
 
-    fn note(&mut self, outcome: Result<(), Error>) {
+    /// Says in the status how it went; whether the table was changed.
+    fn note(&mut self, outcome: Result<bool, Error>) -> bool {
         let now = Instant::now();
         self.retry_at = self.retry_at.filter(|&at| at > now);
+        let changed = outcome.as_ref().is_ok_and(|&changed| changed);
+        if changed {
+            self.retry_at.get_or_insert(now + LOOK_AGAIN);
+        }
         let error = outcome.err().map(|error| error.to_string());
         if let Some(error) = &error {
             self.retry_at = Some(now + RETRY);
@@ -236,5 +246,6 @@ impl Keeper {
             }
         }
         self.status.send_modify(|status| status.error = error);
+        changed
     }
 }
