@@ -100,10 +100,13 @@ impl FailureCause {
         let hint = match (tls, identity) {
             (false, _) => "if it speaks TLS, use https://",
             (true, _) if said == "tls handshake eof" => "if it does not speak TLS, use http://",
+            // A server that does not speak TLS and closes with bytes of ours unread resets the connection, too.
             (true, false) => {
-                "if it wants a client certificate, give --etcd-certfile and --etcd-keyfile"
+                "if it wants a client certificate, give --etcd-certfile and --etcd-keyfile; if it does not speak TLS, use http://"
             }
-            (true, true) => "it may not accept our client certificate, --etcd-certfile",
+            (true, true) => {
+                "it may not accept our client certificate, --etcd-certfile; if it does not speak TLS, use http://"
+            }
         };
         Self::ClosedAtOnce { said, hint }
     }
