@@ -171,7 +171,11 @@ fn extension_commands_make_the_network_and_follow_the_peers() {
         "{}",
         cluster.log(1)
     );
-    // Once, and not by the next run again.
+    // Once, and not by the next run again, from when it has been remembered.
+    cluster.wait_until("the file of now", || {
+        let text = fs::read_to_string(&remembered).unwrap_or_default();
+        text.contains("192.0.2.7") && !text.contains("198.18.9.0-24 {")
+    });
     cluster.end(1, Signal::SIGKILL);
     fs::remove_file(dir.join("peers")).unwrap();
     cluster.start(1);

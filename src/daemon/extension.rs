@@ -291,9 +291,7 @@ async fn follow(
             leases.any(|lease| lease.subnets == *subnets && lease.attrs == *attrs)
         };
         // Before the commands run: one that is killed in the middle has done some of its work.
-        let coming = leases.iter().map(|lease| (&lease.subnets, &lease.attrs));
-        let all: BTreeMap<_, _> = coming.chain(&left).chain(&served).collect();
-        file.write(all.into_iter());
+        remember(&mut file, &leases, &left, &served);
         let is_gone = |subnets: &Subnets, attrs: &mut LeaseAttrs| !same(subnets, attrs);
         let mut gone: Vec<(Subnets, LeaseAttrs)> = left.extract_if(.., is_gone).collect();
         gone.extend(served.extract_if(.., is_gone));
@@ -304,6 +302,8 @@ async fn follow(
                 tracing::warn!("lease {subnets}: {error}");
             }
         }
+        // Before the others, which may take long: whoever is removed is not removed again by the next run.
+        remember(&mut file, &leases, &left, &served);
         for lease in &leases {
             if wanted.has_changed().unwrap_or(false) {
                 break;
@@ -339,6 +339,18 @@ async fn follow(
             () = tokio::time::sleep(AGAIN), if any => {}
         }
     }
+}
+
+/// All for whom a command has been run or is about to be; of a peer that changes, what it was.
+fn remember(
+    file: &mut Served,
+    coming: &[Lease],
+    left: &BTreeMap<Subnets, LeaseAttrs>,
+    served: &BTreeMap<Subnets, LeaseAttrs>,
+) {
+    let coming = coming.iter().map(|lease| (&lease.subnets, &lease.attrs));
+    let all: BTreeMap<_, _> = coming.chain(left).chain(served).collect();
+    file.write(all.into_iter());
 }
 
 async fn one(
@@ -407,6 +419,32 @@ mod tests {
             .await
             .unwrap_err();
         assert!(error.to_string().contains("without a shell"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn whoever_is_removed_is_forgotten_while_another_is_being_added() {
+        let dir = tempfile::tempdir().unwrap();
+        let beside = || Served::beside(&dir.path().join("subnet.env"));
+        let lease = |n: u8| Lease {
+            subnets: format!("198.18.{n}.0-24").parse().unwrap(),
+            attrs: LeaseAttrs::parse(br#"{"PublicIP":"192.0.2.2","PublicIPv6":null}"#).unwrap(),
+            expires: None,
+            extension: crate::lease::LeaseExtension::default(),
+        };
+        let (gone, comes) = (lease(9), lease(2));
+        beside().write([(&gone.subnets, &gone.attrs)].into_iter());
+        let (_wanted, wanted) = watch::channel(Some(vec![comes.clone()]));
+        let (failures, _) = watch::channel(Arc::default());
+        let (add, remove) = (argv(&["sleep", "60"]), argv(&["true"]));
+        let task = tokio::spawn(follow(Some(add), Some(remove), beside(), wanted, failures));
+        let forgotten = async {
+            while beside().read().into_keys().ne([comes.subnets]) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let waited = timeout(Duration::from_secs(30), forgotten).await;
+        assert!(waited.is_ok() && !task.is_finished());
+        task.abort();
     }
 
     #[tokio::test]
