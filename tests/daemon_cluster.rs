@@ -272,18 +272,19 @@ fn a_restart_under_traffic_keeps_the_subnet_and_the_flow_goes_on_without_loss_wh
     cluster.end();
 }
 
-/// How many that are depends on how soon the new process gets a processor.
+/// In the median of five: how many that are depends on how soon the new process gets a processor.
 #[ignore = "for a machine with nothing else to do: scripts/soak restart"]
 #[test]
 fn a_restart_under_traffic_loses_at_most_five_packets_of_a_hundred_a_second() {
     let mut cluster = Cluster::new(&[SHARED, SHARED]);
     cluster.wait_for_traffic();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let all: Vec<usize> = (0..5)
+        let mut all: Vec<usize> = (0..5)
             .map(|_| restart_under_flow(&mut cluster, signal))
             .collect();
         println!("{signal}: lost {all:?}");
-        assert!(all.iter().any(|&lost| lost <= 5), "{signal}: {all:?}");
+        all.sort_unstable();
+        assert!(all[2] <= 5, "{signal}: {all:?}");
     }
     cluster.end();
 }
