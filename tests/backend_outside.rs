@@ -71,21 +71,22 @@ fn extension_commands_make_the_network_and_follow_the_peers() {
             dir.display()
         ),
     );
+    // Each node's in a file of its own, named by the node's address.
+    let peers_file = format!(
+        "{}/peers.$(ip -o -4 address show eth0 | grep -o '192[0-9.]*' | head -n 1)",
+        dir.display()
+    );
     let add = script(
         &dir,
         "add",
         &format!(
-            "echo add $1 $SUBNET $PUBLIC_IP \"$(cat)\" >>{}/peers; ip route replace $SUBNET via $PUBLIC_IP",
-            dir.display()
+            "echo add $1 $SUBNET $PUBLIC_IP \"$(cat)\" >>{peers_file}; ip route replace $SUBNET via $PUBLIC_IP"
         ),
     );
     let remove = script(
         &dir,
         "remove",
-        &format!(
-            "echo remove $SUBNET $PUBLIC_IP >>{}/peers; ip route del $SUBNET",
-            dir.display()
-        ),
+        &format!("echo remove $SUBNET $PUBLIC_IP >>{peers_file}; ip route del $SUBNET"),
     );
     let backend = format!(
         r#"{{"Type":"extension","PreStartupCommand":"{}","PostStartupCommand":["{}"],"SubnetAddCommand":["{}","two words; and more"],"SubnetRemoveCommand":"{}"}}"#,
@@ -114,7 +115,8 @@ fn extension_commands_make_the_network_and_follow_the_peers() {
     ] {
         assert!(said.lines().any(|it| it == line), "{line} in {said}");
     }
-    let peers = || fs::read_to_string(dir.join("peers")).unwrap_or_default();
+    let peers_file = dir.join("peers.192.0.2.1");
+    let peers = || fs::read_to_string(&peers_file).unwrap_or_default();
     assert!(
         peers().contains("add two words; and more 198.18.2.0/24 192.0.2.2 said by"),
         "{}",
@@ -153,7 +155,7 @@ fn extension_commands_make_the_network_and_follow_the_peers() {
     assert!(text.contains("198.18.2.0-24 {"), "{text}");
     text.push_str("198.18.5.0-24 nonsense\n");
     fs::write(&remembered, text).unwrap();
-    fs::remove_file(dir.join("peers")).unwrap();
+    fs::remove_file(&peers_file).unwrap();
     cluster.delete("198.18.9.0-24");
     cluster.put("198.18.8.0-24", &lease(7));
     cluster.start(1);
@@ -177,7 +179,7 @@ fn extension_commands_make_the_network_and_follow_the_peers() {
         text.contains("192.0.2.7") && !text.contains("198.18.9.0-24 {")
     });
     cluster.end(1, Signal::SIGKILL);
-    fs::remove_file(dir.join("peers")).unwrap();
+    fs::remove_file(&peers_file).unwrap();
     cluster.start(1);
     cluster.wait_until("the peer that changed", || {
         peers().contains("198.18.8.0/24 192.0.2.7 x")
