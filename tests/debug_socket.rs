@@ -19,6 +19,8 @@ use std::time::Duration;
 
 use common::{LODEN, lab, pings, spec};
 use loden::lab::{Backend, Interrupt, Lab, Member, wait};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -120,6 +122,38 @@ fn who_may_not_ask_and_what_cannot_be_written_is_told_by_name() {
         let expected = "only root and the daemon's own user are answered: ask as one of them";
         assert!(said.contains(expected), "{command}: {said}");
     }
+}
+
+/// Ctrl-Z and `fg`, or a tracer.
+#[test]
+fn a_question_that_is_stopped_and_continued_is_answered() {
+    let lab = up();
+    let daemon = Pid::from_raw(lab.daemon_pids()[0]);
+    kill(daemon, Signal::SIGSTOP).unwrap();
+    let mut command = Command::new(LODEN);
+    let command = command.args(["status", "--json", "--socket"]);
+    let asking = command.arg(lab.status_socket(1)).stdout(Stdio::null());
+    let asking = asking.stderr(Stdio::piped()).spawn().unwrap();
+    let client = Pid::from_raw(asking.id().cast_signed());
+    let is_in = |state: char| {
+        let what = format!("the state {state}");
+        let found = wait::until(&what, LIMIT, &Interrupt::default(), || {
+            let stat = fs::read_to_string(format!("/proc/{client}/stat")).unwrap();
+            Ok(stat.contains(&format!(") {state} ")).then_some(()))
+        });
+        found.unwrap();
+    };
+    // At first it may wait for a file.
+    for _ in 0..20 {
+        is_in('S');
+        kill(client, Signal::SIGSTOP).unwrap();
+        is_in('T');
+        kill(client, Signal::SIGCONT).unwrap();
+    }
+    kill(daemon, Signal::SIGCONT).unwrap();
+    let output = asking.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
 }
 
 /// Resident memory of a process in KiB.

@@ -126,11 +126,12 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
     prepare(&stream)?;
     let mut buffer = [0; REQUEST_LEN];
     loop {
-        let len = stream.read(&mut buffer)?;
-        if len == 0 {
-            return Ok(());
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(len) => stream.write_all(&buffer[..len])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
-        stream.write_all(&buffer[..len])?;
     }
 }
 

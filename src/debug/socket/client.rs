@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use serde_json::Value;
 
@@ -85,7 +86,11 @@ pub fn clean(text: &str) -> String {
 fn read_line(stream: &mut BlockingStream) -> io::Result<String> {
     let (mut line, mut buffer) = (Vec::new(), [0; 1 << 14]);
     loop {
-        let count = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK)?;
+        let count = match recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK) {
+            // Where there is a limit, the kernel does not go on waiting after a stop and a continue (signal(7)).
+            Err(Errno::EINTR) => continue,
+            count => count?,
+        };
         let seen = buffer.get(..count).unwrap_or_default();
         let end = seen.iter().position(|&byte| byte == b'\n');
         let wanted = buffer.get_mut(..end.map_or(count, |end| end + 1));
