@@ -18,6 +18,10 @@ use crate::wire::probe::{Probe, Report, Via};
 /// next tick.
 const LISTEN: Duration = Duration::from_secs(4);
 
+/// How often a node that is there is asked whether anybody listens: it says so once a second, after a few in a row
+/// (`icmp_ratelimit` of icmp(7)), and the probes have used those up.
+const KNOCKS: u32 = 5;
+
 impl Examination {
     pub(super) async fn examine(
         &self,
@@ -176,11 +180,16 @@ impl Examination {
             patience: PATIENCE,
             ..Round::default()
         };
+        let is_up = evidence
+            .underlay
+            .as_ref()
+            .is_some_and(|echo| echo.answered > 0);
+        let knocks = if is_up { KNOCKS } else { 1 };
         let (again, echo, unchecked, refused) = tokio::join!(
             self.probes(addr, few),
             self.echoes(addr, few),
             self.unchecked_probes(addr, few),
-            knock(patient.endpoint),
+            knock(patient.endpoint, knocks),
         );
         if again.answered > 0 {
             evidence.overlay = again;
@@ -271,7 +280,7 @@ async fn figures(prober: io::Result<Prober>, round: Round) -> Figures {
 }
 
 /// Whether a node says that nobody listens at its tunnel's port.
-async fn knock(endpoint: Option<SocketAddr>) -> bool {
+async fn knock(endpoint: Option<SocketAddr>, times: u32) -> bool {
     let Some(endpoint) = endpoint else {
         return false;
     };
@@ -282,12 +291,16 @@ async fn knock(endpoint: Option<SocketAddr>) -> bool {
     let knocked = async {
         let socket = UdpSocket::bind((any, 0)).await?;
         socket.connect(endpoint).await?;
-        // No packet of any version of IP: whoever listens drops it.
-        socket.send(&[0]).await?;
-        socket.recv(&mut [0]).await
+        for _ in 0..times {
+            // No packet of any version of IP: whoever listens drops it.
+            socket.send(&[0]).await?;
+            if let Ok(answer) = timeout(PATIENCE, socket.recv(&mut [0])).await {
+                return answer;
+            }
+        }
+        Ok(0)
     };
-    let answer = timeout(PATIENCE, knocked).await;
-    matches!(answer, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused)
+    matches!(knocked.await, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// What is worth knowing of a peer, and no fault.
