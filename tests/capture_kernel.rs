@@ -381,10 +381,9 @@ fn what_the_kernel_could_not_keep_is_counted_and_nothing_is_missing() {
     // A daemon that does not come to look, and more than a socket holds meanwhile: the kernel goes on without it.
     let daemon = cluster.daemons[0].as_ref().unwrap().0.id();
     let daemon = Pid::from_raw(i32::try_from(daemon).unwrap());
+    kill(daemon, Signal::SIGSTOP).unwrap();
     let pod = udp(&cluster, Member::Pod(1, 1), "198.18.1.2:4001");
     cluster.wait_until("40 000 packets", || {
-        // Whoever else stops it and lets it go on does not end this.
-        kill(daemon, Signal::SIGSTOP).unwrap();
         for _ in 0..1000 {
             // A full queue on the way is no matter here.
             let _full = pod.send_to(&[7; 1000], "198.18.2.2:9");
