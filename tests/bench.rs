@@ -239,14 +239,17 @@ fn on_a_terminal_a_bar_tells_how_much_time_is_left() {
         "{LODEN} bench run --reps 1 --seconds 1 --out {} --systems plain --wires superpacket --scenarios request-idle",
         dir.path().display()
     );
-    // script(1) gives it a terminal, and passes on what it shows there.
-    let output = Command::new("script")
-        .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+    // socat gives it a terminal, and passes on what it shows there. script(1) would stop when its child is stopped, and
+    // wait for a shell to go on.
+    let output = Command::new("socat")
+        .arg("-u")
+        .arg(format!("SYSTEM:{command}; echo ended with $?,pty,stderr"))
+        .arg("STDOUT")
         .stdin(Stdio::null())
         .output()
         .unwrap();
     let shown = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{shown}");
+    assert!(shown.contains("ended with 0"), "{shown}");
     assert!(shown.contains("% ") || shown.contains("%, "), "{shown}");
     assert!(shown.contains("left: "), "{shown}");
     assert!(!shown.contains("(about"), "{shown}");

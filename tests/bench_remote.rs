@@ -99,9 +99,13 @@ impl Machines {
 
     /// Waits until the server has said `what`.
     fn await_log(&self, what: &str) {
+        self.await_log_times(what, 1);
+    }
+
+    fn await_log_times(&self, what: &str, times: usize) {
         wait::until(what, LIMIT, &Interrupt::default(), || {
             let log = fs::read_to_string(self.server.log_path()).unwrap();
-            Ok(log.contains(what).then_some(()))
+            Ok((log.matches(what).count() >= times).then_some(()))
         })
         .unwrap();
     }
@@ -212,7 +216,7 @@ fn whatever_is_sent_to_it_the_server_answers_the_next_client() {
         b"{\"answer\":\"00\"}\n\xff\xfe{\n",
         &long,
     ];
-    for bytes in bad {
+    for (number, bytes) in (1..).zip(bad) {
         let mut stream = machines.dial();
         let mut greeting = String::new();
         BufReader::new(&stream).read_line(&mut greeting).unwrap();
@@ -229,6 +233,8 @@ fn whatever_is_sent_to_it_the_server_answers_the_next_client() {
             "{}",
             String::from_utf8_lossy(&answer)
         );
+        // Until then the next one is not answered.
+        machines.await_log_times("left: ", number);
     }
     let output = machines.run(&["--scenarios", "request-idle"]);
     assert!(output.status.success(), "{}", said(&output));

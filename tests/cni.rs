@@ -425,6 +425,7 @@ fn ask(from: &Ns, to: &str, port: u16) -> String {
             .0
             .run(|| TcpStream::connect_timeout(&target, Duration::from_secs(1)))
             .unwrap();
+        answer.clear();
         Ok(connected.ok().and_then(|mut stream| {
             stream.set_read_timeout(Some(LIMIT)).unwrap();
             stream.read_to_string(&mut answer).ok().map(drop)

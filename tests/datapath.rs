@@ -11,7 +11,7 @@ mod memory;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -54,7 +54,7 @@ impl Default for Shape {
     }
 }
 
-/// Node `n` owns 198.18.n.0/24 and is reached at 127.0.n.1.
+/// Node `n` owns 198.18.n.0/24.
 fn subnet(n: u8) -> ipnet::IpNet {
     format!("198.18.{n}.0/24").parse().unwrap()
 }
@@ -64,14 +64,7 @@ const fn pod(n: u8) -> [u8; 4] {
 }
 
 fn node(n: u8, shape: Shape) -> Node {
-    let bind = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, n, 1)), 0);
-    // A port nobody has, kept for all workers.
-    let port = std::net::UdpSocket::bind(bind)
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
-    let addr = SocketAddr::new(bind.ip(), port);
+    let addr = memory::own_addr();
     let underlay = Underlay::open(addr, shape.workers, true).unwrap();
     let (mut queues, mut tun) = (Vec::new(), Vec::new());
     for _ in 0..shape.workers {
@@ -135,6 +128,11 @@ fn route(n: u8, node: &Node) -> PeerRoute {
         mac: None,
         ecn: false,
     }
+}
+
+/// A socket at a node's address, of another port.
+fn beside(node: SocketAddr) -> UdpSocket {
+    UdpSocket::bind((node.ip(), 0)).unwrap()
 }
 
 /// Two nodes that know each other, running.
@@ -307,10 +305,10 @@ fn no_route_is_answered_and_multicast_is_not() {
 #[test]
 fn forged_and_garbage_datagrams_are_counted_by_reason_and_never_delivered() {
     let (a, b) = pair(Shape::default());
-    let stranger = std::net::UdpSocket::bind("127.0.9.1:0").unwrap();
-    let neighbour = std::net::UdpSocket::bind("127.0.1.1:0").unwrap();
+    let stranger = UdpSocket::bind("127.0.9.1:0").unwrap();
+    let neighbour = beside(a.addr);
     let good = udp(pod(1), pod(2), (1, 2), 64, b"x");
-    let cases: [(&std::net::UdpSocket, Vec<u8>, &str); 8] = [
+    let cases: [(&UdpSocket, Vec<u8>, &str); 8] = [
         (&stranger, good, "unknown_peer"),
         (
             &neighbour,
@@ -366,7 +364,7 @@ fn forged_and_garbage_datagrams_are_counted_by_reason_and_never_delivered() {
 #[test]
 fn garbage_of_every_length_leaves_the_engine_alive_and_its_counters_exact() {
     let (a, b) = pair(Shape::default());
-    let neighbour = std::net::UdpSocket::bind("127.0.1.1:0").unwrap();
+    let neighbour = beside(a.addr);
     let lengths: Vec<usize> = (0..300)
         .chain((300..65_508).step_by(997))
         .chain([65_506, 65_507])
@@ -525,7 +523,7 @@ fn a_loose_check_takes_any_outer_source_but_still_only_leased_inner_ones() {
         check: SourceCheck::Loose,
         ..Shape::default()
     });
-    let stranger = std::net::UdpSocket::bind("127.0.9.1:0").unwrap();
+    let stranger = UdpSocket::bind("127.0.9.1:0").unwrap();
     let behind_nat = udp(pod(1), pod(2), (1, 2), 64, b"behind NAT");
     stranger.send_to(&behind_nat, b.addr).unwrap();
     assert!(next(&b.tun[0]).1.ends_with(b"behind NAT"));
@@ -560,7 +558,7 @@ fn right_and_unfinished(sequence: u32) -> Vec<u8> {
 
 #[test]
 fn unfinished_superpackets_are_not_merged_whatever_their_checksums() {
-    let (_a, b) = memory::pair(1, true);
+    let (a, b) = memory::pair(1, true);
     let mut run = Vec::new();
     for sequence in [1, 3001] {
         run.extend([8, 0, 0, 0, 0, 0, 1, 0]);
@@ -570,7 +568,7 @@ fn unfinished_superpackets_are_not_merged_whatever_their_checksums() {
         run.extend(right_and_unfinished(sequence));
     }
     // As one run, so that both come in one burst.
-    let socket = std::net::UdpSocket::bind("127.0.1.1:0").unwrap();
+    let socket = beside(a.addr);
     let datagram = i32::try_from(run.len() / 2).unwrap();
     set(socket.as_fd(), IntOption::UDP_SEGMENT, datagram).unwrap();
     socket.send_to(&run, b.addr).unwrap();

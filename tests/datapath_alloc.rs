@@ -87,12 +87,20 @@ fn loads(from: u8, to: u8) -> Vec<Load> {
     ]
 }
 
+/// Writes, as soon as the device has room.
+fn put(node: &Node, framed: &[u8], limit: Instant) {
+    while !write(&node.tun[0], framed) {
+        assert!(Instant::now() < limit, "the device stays full");
+        std::thread::yield_now();
+    }
+}
+
 /// Sends each load in bursts of `burst` and waits until all of its payload is on the other side.
 fn push(from: &Node, to: &Node, loads: &[Load], burst: usize, buf: &mut [u8]) {
     let limit = Instant::now() + Duration::from_secs(20);
     for load in loads {
         for _ in 0..burst {
-            assert!(write(&from.tun[0], &load.framed));
+            put(from, &load.framed, limit);
         }
         let mut left = load.payload_len * burst;
         while left > 0 {
@@ -113,7 +121,7 @@ fn push_nowhere(node: &Node, framed: &[u8], count: u64) {
     let before = done(node);
     let mut buf = [0; 2048];
     for _ in 0..count {
-        assert!(write(&node.tun[0], framed));
+        put(node, framed, limit);
     }
     while done(node) < before + count {
         assert!(Instant::now() < limit);

@@ -19,8 +19,8 @@ use loden::lab::{Lab, Member, Wire, wait};
 use loden::tun::TunDevice;
 use loden::underlay::Underlay;
 use net::{
-    LIMIT, Node, Shape, adds_up, device_packets, ip, lab, pair, pings, pings_now, run, tun_v4,
-    udp_at, vtep_mac,
+    LIMIT, Node, Shape, adds_up, device_packets, ip, lab, pair, pings, pings_now, recv, run,
+    tun_v4, udp_at, vtep_mac,
 };
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -142,7 +142,7 @@ fn everything_adds_up(shape: &Shape) {
     at_b.expect("good", &[("decap.read", SOME), ("decap.sent", SOME)]);
     let mut buf = [0; 16];
     for _ in 0..SOME {
-        assert_eq!(sink.recv(&mut buf).unwrap(), 4);
+        assert_eq!(recv(&sink, &mut buf), 4);
     }
 
     send(&socket, "198.18.9.1:9".parse().unwrap(), SOME, b"nowhere");
@@ -366,6 +366,14 @@ fn open_with_sockets(lab: &Lab, sockets: &mut Vec<OwnedFd>) -> Node {
     })
 }
 
+/// What a node's data plane has read from its device, once that is all of what was sent through it: a packet arrives
+/// before it is counted.
+fn read_of(node: &Node, sent: u64) -> u64 {
+    let status = node.wait_status("what was sent", |status| status.total.encap.read >= sent);
+    assert_eq!(status.total.encap.read, sent);
+    sent
+}
+
 /// A wire that carries next to nothing, after a burst of some packets.
 fn choke(lab: &Lab, limit: u32) {
     let netns = lab.netns(Member::Node(1));
@@ -382,8 +390,8 @@ fn a_full_socket_drops_with_its_name_and_nothing_else_is_lost() {
         setsockopt(&socket.as_fd(), sockopt::SndBuf, &8192).unwrap();
     }
     assert!(!pings_now(&a.netns, tun_v4(2)), "there is no node 2");
+    let before = read_of(&a, 1);
     choke(&lab, 1 << 20);
-    let before = a.status().total.encap.read;
     let socket = a.udp();
     let to = SocketAddr::new(tun_v4(2).into(), 9);
     send(&socket, to, 100, &[7; 1000]);
@@ -404,10 +412,10 @@ fn a_full_queue_of_the_underlay_device_is_counted_and_withdraws_nothing() {
     let lab = lab(2, 0, Wire::Packet);
     let (a, _b) = pair(&lab, &Shape::default());
     assert!(pings(&a.netns, tun_v4(2)));
+    let before = read_of(&a, 1);
     choke(&lab, 20_000);
     let socket = a.udp();
     let to = SocketAddr::new(tun_v4(2).into(), 9);
-    let before = a.status().total.encap.read;
     // In runs, so that runs are refused, of a size that leaves room for single packets afterwards.
     loden::sys::socket::set(
         socket.as_fd(),

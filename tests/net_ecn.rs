@@ -63,6 +63,11 @@ impl<'a> Counters<'a> {
         NAMES.map(count).iter().sum()
     }
 
+    /// Waits until so many are counted: what the data plane has handed over, the kernel may still have in hand.
+    fn wait(&self, count: u64) {
+        wait_for("what was handed over", || self.total() >= count);
+    }
+
     /// What was counted since the last look.
     fn take(&self) -> [u64; 4] {
         NAMES.map(|name| {
@@ -120,12 +125,14 @@ fn crosses(shape: &Shape, outer: [u64; 4], marked_inner: [u64; 4], marked_drops:
     send_each(&a.netns, 1, to);
     b.wait_status("all", |status| status.total.decap.read == 4 * SOME);
     assert_eq!(on_the_wire.take(), outer);
+    delivered.wait(4 * SOME);
     assert_eq!(delivered.take(), [SOME; 4], "unmarked, nothing changes");
 
     mark_all(&b.netns, port);
     send_each(&a.netns, 1, to);
     let status = b.wait_status("all", |status| status.total.decap.read == 8 * SOME);
     assert_eq!(on_the_wire.take(), [0, 0, 0, 4 * SOME]);
+    delivered.wait(marked_inner.iter().sum());
     assert_eq!(delivered.take(), marked_inner);
     assert_eq!(drops(&status), marked_drops);
     adds_up(&status);
@@ -196,10 +203,12 @@ fn marks_arrive_between_us_and_the_kernels_vxlan_in_both_directions() {
     let inner = Counters::new(&node.netns, "inner", &inner);
     send_each(&there, 2, to);
     node.wait_status("all", |status| status.total.decap.read == 4 * SOME);
+    inner.wait(4 * SOME);
     assert_eq!(inner.take(), [SOME; 4]);
     mark_all(&node.netns, VXLAN_PORT);
     send_each(&there, 2, to);
     let status = node.wait_status("all", |status| status.total.decap.read == 8 * SOME);
+    inner.wait(3 * SOME);
     assert_eq!(inner.take(), marked);
     assert_eq!(status.total.decap.drops["ecn_invalid"], SOME);
     adds_up(&status);

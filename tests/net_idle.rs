@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use loden::datapath::{EngineKind, Event};
 use loden::lab::{Wire, wait};
-use net::{Shape, ip, lab, pair, pings, tun_v4};
+use net::{Shape, ip, lab, pair, pings, tun_v4, wait_for};
 
 /// Processor time that this process's workers have used (`/proc/PID/task/TID/schedstat`, first field).
 fn workers_time() -> Duration {
@@ -35,13 +35,15 @@ fn workers_time() -> Duration {
     total
 }
 
-/// Asserts that all workers together stay below two per cent of one processor.
+/// Waits for half a second in which all workers together stay below two per cent of one processor: workers that spin
+/// have none. Of the first, what came before may still take some.
 fn costs_nothing(when: &str) {
     const WHILE: Duration = Duration::from_millis(500);
-    let before = workers_time();
-    wait::pause(WHILE);
-    let used = workers_time() - before;
-    assert!(used < WHILE / 50, "{when}: {used:?} in {WHILE:?}");
+    wait_for(when, || {
+        let before = workers_time();
+        wait::pause(WHILE);
+        workers_time() - before < WHILE / 50
+    });
 }
 
 #[test]
@@ -54,7 +56,7 @@ fn idle_workers_cost_nothing_even_after_the_device_was_deleted() {
         };
         let (a, b) = pair(&lab, &shape);
         assert!(pings(&a.netns, tun_v4(2)));
-        costs_nothing("idle");
+        costs_nothing("idle workers to cost nothing");
 
         ip(&b.netns, &format!("link del {}", b.device()));
         b.wait_event("the report", |event| {
@@ -70,7 +72,7 @@ fn idle_workers_cost_nothing_even_after_the_device_was_deleted() {
         b.wait_status("the drops", |status| {
             status.total.decap.drops["device_down"] == before + 20
         });
-        costs_nothing("after the device was deleted");
+        costs_nothing("nothing to be spent on a deleted device");
         let gone = b
             .events()
             .into_iter()

@@ -52,13 +52,14 @@ fn speaks_with_socat(engine: EngineKind) {
     tcp_transfer(&node.netns, (&there, tun_v4(2).into()), CHUNKS);
     tcp_transfer(&there, (&node.netns, tun_v4(1).into()), CHUNKS);
     socat.check_running().unwrap();
-    let status = node.status();
-    adds_up(&status);
-    let peer = &status.peers[0];
-    // 4 MiB in packets of at most 1472 bytes, each way.
+    // 4 MiB in packets of at most 1472 bytes, each way. What arrived is counted a moment later.
     let least = (CHUNKS << 16) as u64 / 1472;
-    assert!(peer.sent > least && peer.received > least, "{peer:?}");
-    assert_eq!(peer.dropped, 0, "{:?}", status.total.decap.drops);
+    let status = node.wait_status("every packet's count", |status| {
+        let peer = &status.peers[0];
+        peer.sent > least && peer.received > least
+    });
+    adds_up(&status);
+    assert_eq!(status.peers[0].dropped, 0, "{:?}", status.total.decap.drops);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use loden::datapath::EngineKind;
 use loden::datapath::status::{Counters, Worker};
 use loden::lab::{Lab, Member, NetNs, Wire};
 use loden::sys::socket::{IntOption, set};
-use net::{Node, Shape, adds_up, ip, lab, pair, pin_to, tcp_transfer, udp_at};
+use net::{Node, Shape, adds_up, ip, lab, pair, pin_to, recv, recv_from, tcp_transfer, udp_at};
 
 const FLOWS: usize = 64;
 /// Payload of one datagram: a flow's number, a packet's number, and filling.
@@ -99,7 +99,7 @@ fn check(socket: &UdpSocket, seen_all: &AtomicBool) -> u64 {
         .iter()
         .all(|last| last.is_some_and(|number| number >= COUNT))
     {
-        assert_eq!(socket.recv(&mut buf).unwrap(), LEN);
+        assert_eq!(recv(socket, &mut buf), LEN);
         let word = |at: usize| u64::from_le_bytes(buf[at..at + 8].try_into().unwrap());
         let (flow, number) = (usize::try_from(word(0)).unwrap(), word(8));
         assert!(
@@ -263,7 +263,7 @@ fn spreads(shape: &Shape, header_len: usize) {
         for socket in &sockets {
             socket.send_to(b"who", to).unwrap();
             let mut buf = [0; 100];
-            let (len, outer) = witness.recv_from(&mut buf).unwrap();
+            let (len, outer) = recv_from(&witness, &mut buf);
             let sliced = etherparse::SlicedPacket::from_ip(&buf[header_len..len]).unwrap();
             let Some(etherparse::TransportSlice::Udp(udp)) = sliced.transport else {
                 panic!("{sliced:?}")

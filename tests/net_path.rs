@@ -18,7 +18,7 @@ use loden::sys::socket::{IntOption, set};
 use loden::tun::TunDevice;
 use loden::underlay::Underlay;
 use net::{
-    Node, Shape, adds_up, ip, lab, pair, pings, pings_now, run, tcp_transfer, tun_v4, tun_v6,
+    Node, Shape, adds_up, ip, lab, pair, pings, pings_now, recv, run, tcp_transfer, tun_v4, tun_v6,
     wait_for,
 };
 
@@ -114,13 +114,14 @@ fn learns(from: &Node, to: &Node, inner_mtu: u16, mtu: u32) {
     assert_eq!((next_hop, mtu.get()), (to.addr, 1400));
     let told = ip(&from.netns, &format!("route get {}", tun_v4(to.n)));
     assert!(told.contains(&format!("mtu {inner_mtu} ")), "{told}");
-    let status = from.status();
+    let status = from.wait_status("the answer's count", |status| {
+        status.total.encap.answered > 0
+    });
     assert_eq!(status.peers[0].path_mtu, Some(1400));
-    assert!(status.total.encap.answered > 0);
     let fits = &whole[..usize::from(inner_mtu) - 28];
     socket.send_to(fits, sink_at).unwrap();
     let mut got = vec![0; 2000];
-    let len = sink.recv(&mut got).unwrap();
+    let len = recv(&sink, &mut got);
     assert!(got[..len] == *fits, "the largest that fits");
 }
 
@@ -133,7 +134,7 @@ fn fragments(from: &Node, to: &Node, mtu: u32) {
     let before = from.status().total.encap.fragments;
     for _ in 0..10 {
         socket.send_to(&whole, sink.local_addr().unwrap()).unwrap();
-        let len = sink.recv(&mut got).unwrap();
+        let len = recv(&sink, &mut got);
         assert!(got[..len] == whole, "fragments put together differ");
     }
     from.wait_status("two fragments each", |status| {
@@ -257,11 +258,12 @@ fn refused_runs_are_replayed_and_given_up_for_that_next_hop_only() {
             .send_to(&payload, sink.local_addr().unwrap())
             .unwrap();
         for i in 0..4 {
-            assert_eq!(sink.recv(&mut got).unwrap(), 300, "nothing is lost");
+            assert_eq!(recv(&sink, &mut got), 300, "nothing is lost");
             assert_eq!(got[0], number * 4 + i, "nor out of order");
         }
     }
-    let status = a.status();
+    // What arrived is counted a moment later: two pings and ten runs.
+    let status = a.wait_status("every packet", |status| status.total.encap.read >= 42);
     adds_up(&status);
     assert_eq!(
         status.total.encap.replays,

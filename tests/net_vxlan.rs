@@ -16,7 +16,8 @@ use loden::datapath::EngineKind;
 use loden::lab::{Member, NetNs, Wire};
 use loden::sys::socket::{IntOption, set};
 use net::{
-    Node, Noise, Shape, adds_up, kernel_vtep, lab, pings, tcp_transfer, tun_v4, tun_v6, udp_at,
+    Node, Noise, Shape, adds_up, kernel_vtep, lab, pings, recv, recv_from, tcp_transfer, tun_v4,
+    tun_v6, udp_at,
 };
 
 const ENGINES: [EngineKind; 2] = [EngineKind::Mmsg, EngineKind::Portable];
@@ -35,10 +36,10 @@ fn every_length(from: &NetNs, (there, to): (&NetNs, IpAddr), mtu: u32) {
     for len in 0..=largest {
         noise.fill(&mut sent[..len]);
         socket.send_to(&sent[..len], at).unwrap();
-        let (arrived, source) = sink.recv_from(&mut got).unwrap();
+        let (arrived, source) = recv_from(&sink, &mut got);
         assert!(got[..arrived] == sent[..len], "{len} bytes there");
         sink.send_to(&got[..arrived], source).unwrap();
-        let back = socket.recv(&mut got).unwrap();
+        let back = recv(&socket, &mut got);
         assert!(got[..back] == sent[..len], "{len} bytes and back");
     }
 }
@@ -60,7 +61,7 @@ fn runs(from: &NetNs, (there, to): (&NetNs, IpAddr)) {
         noise.fill(&mut sent);
         socket.send_to(&sent, sink.local_addr().unwrap()).unwrap();
         for datagram in sent.chunks(LEN) {
-            let len = sink.recv(&mut got).unwrap();
+            let len = recv(&sink, &mut got);
             assert!(got[..len] == *datagram, "{len} bytes");
         }
     }

@@ -23,8 +23,8 @@ use crate::lab::wait;
 const CLIENTS: u8 = 8;
 /// Bytes of a request and of its answer.
 const REQUEST_LEN: usize = 64;
-/// A peer that is silent for so long is gone.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// A peer that is silent for so long is gone. Less than [`EXTRA`], so that the client can say so.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Starting and ending come on top of the time of asking.
 const EXTRA: Duration = Duration::from_secs(10);
 /// A minute: longer latencies count as this one.
@@ -190,18 +190,21 @@ fn requests(dest: SocketAddr, start: Instant, time: Duration) -> io::Result<Tall
     prepare(&stream)?;
     let mut buffer = [0; REQUEST_LEN];
     let mut tally = Tally::default();
-    while start.elapsed() < time {
+    // Once at least, however long it took to get here.
+    loop {
         let before = Instant::now();
         stream.write_all(&buffer)?;
         stream.read_exact(&mut buffer)?;
         tally.latencies.push(nanoseconds(before.elapsed()));
+        if start.elapsed() >= time {
+            return Ok(tally);
+        }
     }
-    Ok(tally)
 }
 
 fn connections(dest: SocketAddr, start: Instant, time: Duration) -> Tally {
     let mut tally = Tally::default();
-    while start.elapsed() < time {
+    loop {
         let before = Instant::now();
         match connection(dest) {
             Ok(()) => tally.latencies.push(nanoseconds(before.elapsed())),
@@ -210,8 +213,10 @@ fn connections(dest: SocketAddr, start: Instant, time: Duration) -> Tally {
                 tally.failed += 1;
             }
         }
+        if start.elapsed() >= time {
+            return tally;
+        }
     }
-    tally
 }
 
 fn connection(dest: SocketAddr) -> io::Result<()> {
@@ -247,8 +252,10 @@ mod tests {
                 thread::spawn(|| answer(stream));
             }
         });
-        for kind in [Ask::Requests, Ask::Connections] {
-            let answered = ask(dest, kind, Duration::from_millis(100)).unwrap();
+        // No time at all is what a stop before the first question leaves.
+        let cases = [Ask::Requests, Ask::Connections].map(|kind| [(kind, 100), (kind, 0)]);
+        for (kind, milliseconds) in cases.into_iter().flatten() {
+            let answered = ask(dest, kind, Duration::from_millis(milliseconds)).unwrap();
             assert!(answered.count > 0, "{kind:?}");
             assert_eq!(answered.failed, 0, "{kind:?}");
             assert!(answered.p50_ns > 0 && answered.p50_ns <= answered.p999_ns);

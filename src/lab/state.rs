@@ -78,7 +78,7 @@ impl Claim {
         let path = dir.join("lock");
         let shown = path.display().to_string();
         loop {
-            fs::create_dir_all(&dir).map_err(Error::io("create", dir.display().to_string()))?;
+            create(&dir).map_err(Error::io("create", dir.display().to_string()))?;
             let lock = match OpenOptions::new()
                 .write(true)
                 .create(true)
@@ -107,6 +107,21 @@ impl Claim {
     }
 }
 
+/// Makes a directory and the one that all labs share, which goes with the last of them: perhaps between the two steps.
+fn create(dir: &Path) -> io::Result<()> {
+    // Nobody loses so often; whoever does has another reason.
+    const TRIES: u32 = 10_000;
+    let mut made = Ok(());
+    for _ in 0..TRIES {
+        made = fs::create_dir_all(dir);
+        match made.as_ref().map_err(io::Error::kind) {
+            Err(io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
+            _ => break,
+        }
+    }
+    made
+}
+
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_vec_pretty(value).map_err(|error| malformed(path, &error))?;
     fs::write(path, text).map_err(Error::io("write", path.display().to_string()))
@@ -122,5 +137,34 @@ fn malformed(path: &Path, error: &serde_json::Error) -> Error {
         path: path.to_owned(),
         expected: "a record of the lab",
         reason: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_lab_that_begins_while_the_last_one_ends_gets_its_directory() {
+        let top = tempfile::tempdir().unwrap();
+        let shared = top.path().join("labs");
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // Refused while the other's is in it.
+                    let _gone = fs::remove_dir(&shared);
+                }
+            });
+            for round in 0..200 {
+                let dir = shared.join(round.to_string());
+                let made = create(&dir).and_then(|()| fs::remove_dir(&dir));
+                if round == 199 || made.is_err() {
+                    done.store(true, Ordering::Relaxed);
+                }
+                made.unwrap();
+            }
+        });
     }
 }

@@ -9,8 +9,9 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use etherparse::PacketBuilder;
 use loden::addr::{Mac, Mtu, Vni};
@@ -45,12 +46,21 @@ pub(crate) const fn pod(n: u8) -> [u8; 4] {
     [198, 18, n, 2]
 }
 
-fn node(n: u8, workers: usize, vxlan: bool) -> Node {
-    let ip = IpAddr::V4(Ipv4Addr::new(127, 0, n, 1));
-    // A port that nobody has, kept for all workers.
+/// An address of the loopback that no other node has, in this process or, likely, another, and a port that nobody has
+/// there. Between finding the port and using it, another node could not have been given it.
+pub(crate) fn own_addr() -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = std::process::id().wrapping_mul(251) ^ NEXT.fetch_add(1, Ordering::Relaxed);
+    // In 127.128.0.0/10, where nobody else looks.
+    let ip = Ipv4Addr::from_bits(0x7f80_0000 | number & 0x003f_ffff);
     let free = UdpSocket::bind((ip, 0)).unwrap();
-    let addr = free.local_addr().unwrap();
-    drop(free);
+    free.local_addr().unwrap()
+}
+
+fn node(n: u8, workers: usize, vxlan: bool) -> Node {
+    let addr = own_addr();
+    let ip = addr.ip();
+    // The port is kept for all workers.
     let underlay = Underlay::open(addr, workers, true).unwrap();
     let (mut queues, mut tun) = (Vec::new(), Vec::new());
     for _ in 0..workers {

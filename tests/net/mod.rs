@@ -9,7 +9,7 @@
 #![allow(dead_code, reason = "every test file uses the part that it needs")]
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -340,6 +340,22 @@ pub(crate) fn udp_at(netns: &NetNs, at: SocketAddr) -> UdpSocket {
     socket
 }
 
+/// Receives a datagram; its length. A wait with a time limit ends early when the process is stopped and goes on, or
+/// handles a signal (signal(7)): it is taken up again.
+pub(crate) fn recv(socket: &UdpSocket, bytes: &mut [u8]) -> usize {
+    recv_from(socket, bytes).0
+}
+
+/// The same, with where it came from.
+pub(crate) fn recv_from(socket: &UdpSocket, bytes: &mut [u8]) -> (usize, SocketAddr) {
+    loop {
+        match socket.recv_from(bytes) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            received => return received.unwrap(),
+        }
+    }
+}
+
 /// Whether an answer comes, however long a busy machine takes for it.
 pub(crate) fn pings(netns: &NetNs, to: impl Into<IpAddr>) -> bool {
     ping(netns, to.into(), LIMIT.as_secs())
@@ -361,6 +377,21 @@ pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
         Ok(done().then_some(()))
     })
     .unwrap();
+}
+
+/// Waits until nothing of a data plane is open in a namespace: no device, no socket, no lock. What this process has
+/// closed may be open for a moment longer in a child that another test has forked and that is about to become a program.
+pub(crate) fn nothing_left(netns: &NetNs) {
+    let read = |table: &str| {
+        let read = || fs::read_to_string(format!("/proc/thread-self/net/{table}"));
+        netns.run(read).unwrap().unwrap()
+    };
+    wait_for("devices to vanish", || {
+        !ip(netns, "-brief link").contains("flannel")
+    });
+    // The heading stays.
+    wait_for("sockets to vanish", || read("udp").lines().count() == 1);
+    wait_for("locks to vanish", || !read("unix").contains("@loden/"));
 }
 
 /// `read = sent + answered + Σ drops + queued`, exactly, in both directions of every worker.
@@ -459,7 +490,9 @@ pub(crate) fn tcp_transfer_with(
             noise.fill(&mut wanted);
             assert!(got == wanted, "chunk {number} differs");
         }
-        assert_eq!(stream.read(&mut got).unwrap(), 0, "more than was sent");
+        let mut more = Vec::new();
+        stream.read_to_end(&mut more).unwrap();
+        assert_eq!(more.len(), 0, "more than was sent");
     });
 }
 
