@@ -11,13 +11,13 @@ mod captured;
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use captured::{LIMIT, Running, await_that, capture, hex, packets_so_far, tshark};
-use common::{lab, pings, spec};
+use common::{await_ping, lab, pings, spec};
 use loden::lab::{Backend, Engine, Lab, Member, Spec, Wire};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -42,7 +42,6 @@ impl Cluster {
         };
         let mut lab = lab(spec);
         lab.await_connected().unwrap();
-        assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
         Self {
             lab,
             dir: tempfile::tempdir().unwrap(),
@@ -83,7 +82,7 @@ fn exchange(cluster: &Cluster, count: u8) -> Vec<Vec<u8>> {
     for number in 0..count {
         let payload = vec![number; 100 + usize::from(number)];
         a.send_to(&payload, b.local_addr().unwrap()).unwrap();
-        let (len, from) = b.recv_from(&mut buffer).unwrap();
+        let (len, from) = receive(&b, &mut buffer);
         assert_eq!(
             (&buffer[..len], from),
             (&payload[..], a.local_addr().unwrap())
@@ -91,8 +90,18 @@ fn exchange(cluster: &Cluster, count: u8) -> Vec<Vec<u8>> {
         sent.push(payload);
     }
     b.send_to(b"answer", a.local_addr().unwrap()).unwrap();
-    a.recv_from(&mut buffer).unwrap();
+    receive(&a, &mut buffer);
     sent
+}
+
+/// The next datagram. Whoever is stopped and goes on is told so where a wait has a limit (signal(7)).
+fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> (usize, SocketAddr) {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            received => return received.unwrap(),
+        }
+    }
 }
 
 fn fields_are_what_was_sent(engine: Engine) {
@@ -355,7 +364,7 @@ fn what_is_dropped_or_answered_is_shown_with_its_reason_and_nothing_else_is() {
     let cluster = Cluster::new(Engine::Mmsg, Wire::Packet);
     let dropped = cluster.begin(1, "dropped.pcapng", &["--dropped-only"]);
     let answered = cluster.begin(1, "answered.pcapng", &["answered"]);
-    assert!(pings(&cluster.lab, Member::Pod(1, 1), (2, 1)));
+    await_ping(&cluster.lab, Member::Pod(1, 1), (2, 1));
     // Nobody's subnet; and a TTL that ends at the daemon.
     let pod = cluster.lab.netns(Member::Pod(1, 1));
     let ping = |args: &[&str]| {
@@ -363,6 +372,8 @@ fn what_is_dropped_or_answered_is_shown_with_its_reason_and_nothing_else_is() {
         assert!(!output.unwrap().unwrap().status.success(), "{args:?}");
     };
     ping(&["-n", "-c1", "-W1", "198.18.250.1"]);
+    // Another worker may have the next one.
+    answered.await_packets("ip", 1);
     let peer = cluster.pod(2).to_string();
     ping(&["-n", "-c1", "-W1", "-t2", &peer]);
     // A stranger on the underlay, and a peer that forges a source.
@@ -381,13 +392,15 @@ fn what_is_dropped_or_answered_is_shown_with_its_reason_and_nothing_else_is() {
         .udp(7, 9)
         .write(&mut forged, b"forged")
         .unwrap();
-    for from in [stranger, SocketAddr::new(IpAddr::from([192, 0, 2, 2]), 0)] {
+    let own = SocketAddr::new(IpAddr::from([192, 0, 2, 2]), 0);
+    for (from, count) in [(stranger, 1), (own, 2)] {
         let socket = node.run(|| UdpSocket::bind(SocketAddr::new(from.ip(), 0)));
         socket
             .unwrap()
             .unwrap()
             .send_to(&forged, "192.0.2.1:8285")
             .unwrap();
+        dropped.await_packets("ip", count);
     }
     let fields = ["frame.interface_name", "ip.src", "frame.comment"];
     let dropped = tshark(&dropped.end("ip", 2), &[], &fields);
@@ -433,7 +446,10 @@ fn pipe_count_limits_and_text_work_as_documented() {
         .spawn()
         .unwrap();
     await_that("the pipe's four packets", || {
-        pings(&cluster.lab, Member::Pod(1, 1), (2, 1));
+        // However long its answer takes, the next one comes after it.
+        let peer = cluster.pod(2).to_string();
+        let ping = ["-n", "-q", "-c1", "-W20", &peer];
+        cluster.lab.run(Member::Pod(1, 1), "ping", &ping).unwrap();
         capture.try_wait().unwrap().is_some()
     });
     assert!(capture.wait().unwrap().success());

@@ -12,13 +12,15 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{LODEN, lab, pings, spec};
+use common::{LODEN, await_ping, lab, pings, spec};
 use loden::lab::{Backend, Interrupt, Lab, Member, Spec, Wire, wait};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// Packets of a kind, so that the kernel's own now and then do not hide them.
 const SOME: u64 = 20;
+/// How often something is tried that others' packets may spoil, or a machine that stands still for a moment.
+const ATTEMPTS: u32 = 8;
 
 fn up() -> Lab {
     let spec = Spec {
@@ -27,17 +29,21 @@ fn up() -> Lab {
     };
     let mut lab = lab(spec);
     lab.await_connected().unwrap();
-    assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
     lab
 }
 
 fn loden(lab: &Lab, node: u8, args: &[&str]) -> Value {
-    let mut command = Command::new(LODEN);
-    let command = command.args(args).args(["--json", "--socket"]);
-    let output = command.arg(lab.status_socket(node)).output().unwrap();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{errors}");
-    serde_json::from_slice(&output.stdout).unwrap()
+    let mut errors = String::new();
+    // A daemon that is busy says so, and is asked again.
+    let answer = wait::until("an answer", LIMIT, &Interrupt::default(), || {
+        let mut command = Command::new(LODEN);
+        let command = command.args(args).args(["--json", "--socket"]);
+        let output = command.arg(lab.status_socket(node)).output().unwrap();
+        errors = String::from_utf8(output.stderr).unwrap();
+        Ok(output.status.success().then_some(output.stdout))
+    });
+    let answer = answer.unwrap_or_else(|_| unreachable!("{args:?}: {errors}"));
+    serde_json::from_slice(&answer).unwrap()
 }
 
 fn explain(lab: &Lab, node: u8, from: impl ToString, to: impl ToString, args: &[&str]) -> Value {
@@ -77,9 +83,7 @@ fn outcomes(status: &Value) -> Vec<(String, u64)> {
 
 /// Sends SOME packets and compares what moved with what `explain` said would: every counter it named by SOME,
 /// and no other outcome of that direction by as much.
-fn comes_true(lab: &Lab, node: u8, said: &Value, send: impl FnOnce()) {
-    let before = loden(lab, node, &["status"]);
-    send();
+fn comes_true(lab: &Lab, node: u8, said: &Value, send: impl Fn()) {
     let named: Vec<&str> = said["counters"]
         .as_array()
         .unwrap()
@@ -87,30 +91,43 @@ fn comes_true(lab: &Lab, node: u8, said: &Value, send: impl FnOnce()) {
         .map(|name| name.as_str().unwrap())
         .collect();
     assert!(!named.is_empty(), "{said}");
-    let mut after = Value::Null;
-    let moved = wait::until(
-        "the counters that were named",
-        LIMIT,
-        &Interrupt::default(),
-        || {
-            after = loden(lab, node, &["status"]);
-            let all = named
-                .iter()
-                .all(|name| counter(&after, name) >= counter(&before, name) + SOME);
-            Ok(all.then_some(()))
-        },
-    );
-    assert!(moved.is_ok(), "{said}\nbefore {before}\nafter {after}");
     let direction = if named[0].contains("encap") {
         ".encap."
     } else {
         ".decap."
     };
-    for ((name, old), (_, new)) in outcomes(&before).into_iter().zip(outcomes(&after)) {
-        if name.contains(direction) && !named.contains(&name.as_str()) {
-            assert!(new - old < SOME / 2, "{name} was not named: {said}");
+    let mut others = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let before = loden(lab, node, &["status"]);
+        send();
+        let mut after = Value::Null;
+        let moved = wait::until(
+            "the counters that were named",
+            LIMIT,
+            &Interrupt::default(),
+            || {
+                after = loden(lab, node, &["status"]);
+                let all = named
+                    .iter()
+                    .all(|name| counter(&after, name) >= counter(&before, name) + SOME);
+                Ok(all.then_some(()))
+            },
+        );
+        assert!(moved.is_ok(), "{said}\nbefore {before}\nafter {after}");
+        // The longer it takes, the more probes are counted, too.
+        let outcomes = outcomes(&before).into_iter().zip(outcomes(&after));
+        others = outcomes
+            .filter(|((name, old), (_, new))| {
+                let is_named = named.contains(&name.as_str());
+                name.contains(direction) && !is_named && new - old >= SOME / 2
+            })
+            .map(|((name, _), _)| name)
+            .collect();
+        if others.is_empty() {
+            return;
         }
     }
+    assert!(others.is_empty(), "{others:?} were not named: {said}");
 }
 
 /// UDP datagrams from a member's address; what the kernel refuses is part of the case.
@@ -239,12 +256,16 @@ fn packet_that_never_reaches_the_tunnel_is_said_not_to() {
         assert_eq!(said["outcome"], "kernel", "{said}");
         let verdict = said["verdict"].as_str().unwrap();
         assert!(verdict.contains(words), "{verdict}");
-        let before = counter(&loden(&lab, 1, &["status"]), "datapath.total.encap.read");
-        send(&lab, Member::Pod(1, 1), a.into(), b.into());
-        // What reaches the tunnel is counted within one burst; a ping takes longer.
-        assert!(!pings(&lab, Member::Pod(1, 1), (2, 1)), "{verdict}");
-        let after = counter(&loden(&lab, 1, &["status"]), "datapath.total.encap.read");
-        assert!(after < before + SOME / 2, "{verdict}");
+        // The longer it takes, the more probes are counted.
+        let unread = (0..ATTEMPTS).any(|_| {
+            let before = counter(&loden(&lab, 1, &["status"]), "datapath.total.encap.read");
+            send(&lab, Member::Pod(1, 1), a.into(), b.into());
+            // What reaches the tunnel is counted within one burst; a ping takes longer.
+            assert!(!pings(&lab, Member::Pod(1, 1), (2, 1)), "{verdict}");
+            let after = counter(&loden(&lab, 1, &["status"]), "datapath.total.encap.read");
+            after < before + SOME / 2
+        });
+        assert!(unread, "{verdict}");
     };
     let narrow = format!("{b}/32");
     lab.run(
@@ -259,7 +280,7 @@ fn packet_that_never_reaches_the_tunnel_is_said_not_to() {
     lab.run(node, "ip", &["route", "del", &narrow]).unwrap();
     lab.run(Member::Node(2), "nft", &["delete table inet t"])
         .unwrap();
-    assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
+    await_ping(&lab, Member::Pod(1, 1), (2, 1));
     lab.netns(node)
         .set_sysctls(&[("ipv4/ip_forward", "0")])
         .unwrap();
@@ -284,7 +305,8 @@ fn packet_that_is_too_long_is_told_so_and_one_that_fits_is_not() {
         let len_text = len.to_string();
         let said = explain(&lab, 1, a, b, &["--df", "--len", &len_text]);
         assert_eq!(said["outcome"], outcome, "{said}");
-        assert_eq!(ping(len), passes, "{len}");
+        let tries = if passes { ATTEMPTS } else { 1 };
+        assert_eq!((0..tries).any(|_| ping(len)), passes, "{len}");
     }
     // May be fragmented: the kernel cuts it for the tunnel's MTU.
     assert_eq!(
@@ -298,12 +320,14 @@ fn packet_that_is_too_long_is_told_so_and_one_that_fits_is_not() {
         &["route", "add", "192.0.2.2/32", "dev", "eth0", "mtu", "1300"],
     )
     .unwrap();
-    assert!(!ping(1400));
-    let said = explain(&lab, 1, a, b, &["--df", "--len", "1400"]);
-    assert_eq!(
-        (said["outcome"].as_str(), said["reason"].as_str()),
-        (Some("answered"), Some("too_big"))
-    );
+    let mut said = Value::Null;
+    let learned = wait::until("a narrow path", LIMIT, &Interrupt::default(), || {
+        assert!(!ping(1400));
+        said = explain(&lab, 1, a, b, &["--df", "--len", "1400"]);
+        let found = (said["outcome"].as_str(), said["reason"].as_str());
+        Ok((found == (Some("answered"), Some("too_big"))).then_some(()))
+    });
+    assert!(learned.is_ok(), "{said}");
     assert!(
         step(&said, "path mtu").contains("carries 1300 bytes"),
         "{said}"
@@ -314,7 +338,7 @@ fn packet_that_is_too_long_is_told_so_and_one_that_fits_is_not() {
         step(&short, "path mtu").contains("carries 1300 bytes"),
         "{short}"
     );
-    assert!(ping(1200));
+    assert!((0..ATTEMPTS).any(|_| ping(1200)));
 }
 
 #[test]
@@ -336,7 +360,7 @@ fn underlay_that_is_down_and_a_firewall_that_is_closed_are_found() {
     lab.run(Member::Node(2), "nft", &["delete table inet host"])
         .unwrap();
     assert_eq!(explain(&lab, 2, a, b, &[])["outcome"], "delivered");
-    assert!(pings(&lab, Member::Pod(1, 1), (2, 1)));
+    await_ping(&lab, Member::Pod(1, 1), (2, 1));
     // A route to the peer that is none.
     lab.run(
         Member::Node(1),
@@ -393,12 +417,17 @@ fn traced_probes_are_followed_to_where_sight_ends() {
         let probed = step(&said, "last probe").to_owned();
         (said["trace"].to_string(), probed)
     };
-    let seen = wait::until("a probe", LIMIT, &Interrupt::default(), || {
-        let (text, probed) = trace(&lab);
-        Ok(probed.contains("answers").then_some(text))
-    });
-    let text = seen.unwrap();
-    for part in [
+    // Traces until one says all of this: probes and answers come too late where a daemon stands still for a moment.
+    let says = |lab: &Lab, parts: &[&str], is_right: &dyn Fn(&str, &str) -> bool| {
+        let mut last = (String::new(), String::new());
+        let said = wait::until("a trace", 2 * LIMIT, &Interrupt::default(), || {
+            last = trace(lab);
+            let all = parts.iter().all(|part| last.0.contains(part));
+            Ok((all && is_right(&last.0, &last.1)).then_some(()))
+        });
+        assert!(said.is_ok(), "{parts:#?}: {last:#?}");
+    };
+    let whole = [
         "3 marked probes of 500 bytes",
         "this node: 3 sent, to 192.0.2.2:8285 over udp",
         "192.0.2.2: 3 delivered, from 192.0.2.1:",
@@ -407,10 +436,10 @@ fn traced_probes_are_followed_to_where_sight_ends() {
         "back here: ",
         "delivered, from 192.0.2.2",
         "there and back in ",
-    ] {
-        assert!(text.contains(part), "{part}: {text}");
-    }
-    assert!(!text.contains("get lost"), "{text}");
+    ];
+    says(&lab, &whole, &|text, probed| {
+        probed.contains("answers") && !text.contains("get lost")
+    });
     // Its firewall closes the tunnel's port, in front of its workers, and then drops what they deliver.
     for (rule, parts) in [
         (
@@ -434,12 +463,7 @@ fn traced_probes_are_followed_to_where_sight_ends() {
             "table ip wall {{ chain c {{ type filter hook input priority -500; {rule} drop; }}; }}"
         );
         lab.run(Member::Node(2), "nft", &[&wall]).unwrap();
-        let mut text = String::new();
-        let told = wait::until("what is lost there", LIMIT, &Interrupt::default(), || {
-            text = trace(&lab).0;
-            Ok(parts.iter().all(|part| text.contains(part)).then_some(()))
-        });
-        assert!(told.is_ok(), "{parts:?}: {text}");
+        says(&lab, &parts, &|_, _| true);
         lab.run(Member::Node(2), "nft", &["delete table ip wall"])
             .unwrap();
     }
@@ -450,13 +474,12 @@ fn traced_probes_are_followed_to_where_sight_ends() {
         Ok(lab.check_daemons().is_err().then_some(()))
     })
     .unwrap();
-    let (text, _) = trace(&lab);
-    assert!(text.contains("this node: "), "{text}");
-    assert!(text.contains("192.0.2.2: sight ends here"), "{text}");
-    assert!(
-        text.contains("back here: no answer reached its workers"),
-        "{text}"
-    );
+    let parts = [
+        "this node: ",
+        "192.0.2.2: sight ends here",
+        "back here: no answer reached its workers",
+    ];
+    says(&lab, &parts, &|_, _| true);
 }
 
 #[test]
@@ -468,7 +491,13 @@ fn where_the_kernel_carries_packets_its_way_is_told_and_probes_are_sent() {
         let mut lab = lab(spec(2, backend));
         lab.await_connected().unwrap();
         let (a, b) = (lab.pod_addr(1, 1).unwrap(), lab.pod_addr(2, 1).unwrap());
-        let said = explain(&lab, 1, a, b, &["--trace"]);
+        let mut said = Value::Null;
+        let traced = wait::until("a trace", LIMIT, &Interrupt::default(), || {
+            said = explain(&lab, 1, a, b, &["--trace"]);
+            let trace = said["trace"].to_string();
+            Ok(trace.contains("its daemon saw 3 of them").then_some(()))
+        });
+        assert!(traced.is_ok(), "{backend:?} {said}");
         let verdict = said["verdict"].as_str().unwrap();
         assert!(
             verdict.starts_with(&format!("the kernel sends it to 192.0.2.2 by {by}")),
@@ -481,10 +510,6 @@ fn where_the_kernel_carries_packets_its_way_is_told_and_probes_are_sent() {
         let trace = said["trace"].to_string();
         let reading = format!("this node: reading packet sockets on {links}: ");
         assert!(trace.contains(&reading), "{trace}");
-        assert!(
-            trace.contains("its daemon saw 3 of them"),
-            "{backend:?} {trace} {said}"
-        );
         lab.run(Member::Node(1), "sysctl", &["-qw", "net.ipv4.ip_forward=0"])
             .unwrap();
         let said = explain(&lab, 1, a, b, &[]);

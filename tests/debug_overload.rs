@@ -12,9 +12,9 @@ mod captured;
 mod cluster;
 mod common;
 
-use std::io::Read;
+use std::io::{BufRead as _, BufReader, Read};
 use std::net::UdpSocket;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -50,22 +50,30 @@ fn pod(cluster: &Cluster, n: u8, port: u16) -> UdpSocket {
 struct Flood {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    socket: UdpSocket,
 }
 
 impl Flood {
     fn start(cluster: &Cluster) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let (socket, stopped) = (pod(cluster, 1, 4001), Arc::clone(&stop));
+        let socket = pod(cluster, 1, 4001);
+        let (sender, stopped) = (socket.try_clone().unwrap(), Arc::clone(&stop));
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 // A full queue on the way is part of an overload.
-                let _full = socket.send_to(&[7; 1200], "198.18.2.2:9");
+                let _full = sender.send_to(&[7; 1200], "198.18.2.2:9");
             }
         });
         Self {
             stop,
             thread: Some(thread),
+            socket,
         }
+    }
+
+    /// Ends it; what its socket sends then takes the same way, behind it.
+    fn end(self) -> UdpSocket {
+        self.socket.try_clone().unwrap()
     }
 }
 
@@ -78,12 +86,37 @@ impl Drop for Flood {
     }
 }
 
+/// A capture of node 1's that has written so many bytes. A daemon that is busy says so, and is asked again.
+fn begun(cluster: &Cluster, args: &[&str], len: usize) -> Child {
+    let mut begun = None;
+    cluster.wait_until("a capture", || {
+        let mut running = capture(&cluster.file(1, "subnet.sock"), args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = running.stdout.as_mut().unwrap();
+        if stdout.read_exact(&mut vec![0; len]).is_ok() {
+            begun = Some(running);
+        } else {
+            assert!(!running.wait().unwrap().success());
+        }
+        begun.is_some()
+    });
+    begun.unwrap()
+}
+
 fn encap(status: &Value) -> &Value {
     &status["datapath"]["total"]["encap"]
 }
 
 fn encap_read(cluster: &Cluster) -> u64 {
-    encap(&cluster.status(1))["read"].as_u64().unwrap()
+    let mut read = None;
+    cluster.wait_until("a status", || {
+        read = encap(&cluster.status(1))["read"].as_u64();
+        read.is_some()
+    });
+    read.unwrap()
 }
 
 /// What the data plane has read when it reads nothing any more.
@@ -103,19 +136,8 @@ fn every_packet_under_overload_is_shown_or_counted_as_lost() {
     let mut before = settled(&cluster);
     // Nobody reads the pipe, so that the client is stuck, then the daemon's task, then the rings are full.
     let mut running = loop {
-        let mut running = capture(&cluster.file(1, "subnet.sock"), &["encap", "-w", "-"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
         // The file's beginning says that the capture has begun.
-        let mut magic = [0; 4];
-        running
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut magic)
-            .unwrap();
+        let mut running = begun(&cluster, &["encap", "-w", "-"], 4);
         let now = settled(&cluster);
         if now == before {
             break running;
@@ -127,7 +149,7 @@ fn every_packet_under_overload_is_shown_or_counted_as_lost() {
     };
     let flood = Flood::start(&cluster);
     cluster.wait_until("an overload", || encap_read(&cluster) > before + 60_000);
-    drop(flood);
+    let socket = flood.end();
     // What is in the rings comes out once somebody reads. When the last packet of all was shown, every other was shown
     // before it, or counted as lost.
     let shown = Arc::new(AtomicU64::new(0));
@@ -136,7 +158,6 @@ fn every_packet_under_overload_is_shown_or_counted_as_lost() {
         let shown = Arc::clone(&shown);
         std::thread::spawn(move || note_marks(stdout, &shown))
     };
-    let socket = pod(&cluster, 1, 4002);
     let mut mark = 0;
     cluster.wait_until("the last packet", || {
         mark += 1;
@@ -239,20 +260,13 @@ fn counters_never_go_backwards_while_readers_come_and_go() {
         .spawn()
         .unwrap();
     for round in 0..8 {
-        let mut reader = capture(&socket, &["-w", "-"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut some = [0; 1000];
-        reader
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut some)
-            .unwrap();
+        let mut reader = begun(&cluster, &["-w", "-"], 1000);
         for _ in 0..3 {
-            let status = cluster.status(1);
+            let mut status = Value::Null;
+            cluster.wait_until("a status", || {
+                status = cluster.status(1);
+                status.is_object()
+            });
             let mut now = Vec::new();
             counters("", &status["datapath"]["total"], &mut now);
             counters("workers", &status["datapath"]["workers"], &mut now);
@@ -272,17 +286,16 @@ fn counters_never_go_backwards_while_readers_come_and_go() {
         reader.wait().unwrap();
     }
     drop(flood);
+    let mut out = BufReader::new(top.stdout.take().unwrap());
+    let mut lines = String::new();
+    // The first is of a second after its first look.
+    out.read_line(&mut lines).unwrap();
     kill(
         Pid::from_raw(i32::try_from(top.id()).unwrap()),
         Signal::SIGTERM,
     )
     .unwrap();
-    let mut lines = String::new();
-    top.stdout
-        .take()
-        .unwrap()
-        .read_to_string(&mut lines)
-        .unwrap();
+    out.read_to_string(&mut lines).unwrap();
     top.wait().unwrap();
     assert!(!lines.is_empty());
     assert!(!lines.contains(":-"), "a negative rate: {lines}");

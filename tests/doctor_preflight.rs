@@ -13,7 +13,8 @@ mod ns;
 use std::net::UdpSocket;
 use std::process::Command;
 
-use node::{CONFIG, Node};
+use loden::lab::{Interrupt, wait};
+use node::{CONFIG, LIMIT, Node};
 use serde_json::Value;
 
 /// What is found, as (what, grade, text), and whether all is well by the exit status.
@@ -60,6 +61,19 @@ fn state(node: &Node) -> String {
     )
 }
 
+/// Waits until the kernel changes nothing more by itself: each link has a link-local address, and nobody else has any.
+fn settled(node: &Node) {
+    let mut last = String::new();
+    wait::until("settled addresses", LIMIT, &Interrupt::default(), || {
+        let now = state(node);
+        let has = now.matches("inet6 fe80:").count() == 2 && !now.contains("tentative");
+        let settled = has && now == last;
+        last = now;
+        Ok(settled.then_some(()))
+    })
+    .unwrap();
+}
+
 fn run(node: &Node, args: &str) {
     let status = Command::new("ip")
         .args(["netns", "exec", node.ns.name()])
@@ -77,6 +91,7 @@ fn node() -> Node {
 #[test]
 fn clean_node_is_found_clean_and_left_so() {
     let node = node();
+    settled(&node);
     let before = state(&node);
     let (checks, ok) = preflight(&node, &[]);
     assert!(ok, "{checks:#?}");

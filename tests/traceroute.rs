@@ -14,6 +14,9 @@ use std::process::Command;
 use common::{lab, spec};
 use loden::lab::{Backend, Lab, Member, NetNs};
 
+/// How often a ping is sent whose answer may be late.
+const ATTEMPTS: u32 = 8;
+
 /// Who answers a ping from pod 1.1 to pod 2.1 whose TTL ends after `ttl` hops.
 fn hop(lab: &Lab, ttl: u8) -> IpAddr {
     let addr = lab.pod_addr(2, 1).unwrap().to_string();
@@ -21,14 +24,14 @@ fn hop(lab: &Lab, ttl: u8) -> IpAddr {
     let args = ["-n", "-c1", "-W2", "-t", &ttl, &addr];
     // ping fails when nothing but errors came; what it printed is what counts.
     let namespace = NetNs::named(lab.spec().name.namespace(Member::Pod(1, 1)));
-    let ping = namespace.run(|| Command::new("ping").args(args).output());
-    let output = String::from_utf8(ping.unwrap().unwrap().stdout).unwrap();
-    let from = output
-        .lines()
-        .find(|line| line.contains("Time to live exceeded"))
-        .and_then(|line| line.split_whitespace().nth(1))
-        .unwrap_or_else(|| panic!("no answer to a ping with TTL {ttl}: {output}"));
-    from.parse().unwrap()
+    let from = (0..ATTEMPTS).find_map(|_| {
+        let ping = namespace.run(|| Command::new("ping").args(args).output());
+        let output = String::from_utf8(ping.unwrap().unwrap().stdout).unwrap();
+        let mut lines = output.lines();
+        let line = lines.find(|line| line.contains("Time to live exceeded"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    });
+    from.unwrap_or_else(|| panic!("no answer to a ping with TTL {ttl}"))
 }
 
 /// The first address of a node's subnet, which is its daemon's on the overlay.

@@ -16,7 +16,7 @@ use crate::cluster::Cluster;
 use crate::common::LODEN;
 
 /// Traces until one says what it should: on a machine that stands still for a moment, probes and answers come too late.
-const ATTEMPTS: u32 = 5;
+const ATTEMPTS: u32 = 12;
 
 pub(crate) fn loden(cluster: &Cluster, n: u8, args: &[&str]) -> Value {
     let mut command = Command::new(LODEN);

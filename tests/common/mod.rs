@@ -11,11 +11,15 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use loden::lab::{Backend, Interrupt, Lab, LabName, Member, Spec};
+use loden::lab::{Backend, Interrupt, Lab, LabName, Member, Spec, wait};
 
 /// The program under test.
 pub(crate) const LODEN: &str = env!("CARGO_BIN_EXE_loden");
+
+/// Only a failing test waits this long.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A lab's name that no other test, in this process or another, uses at the same time.
 pub(crate) fn unique_name() -> LabName {
@@ -47,6 +51,15 @@ pub(crate) fn pings(lab: &Lab, from: Member, to: (u8, u8)) -> bool {
     let addr = lab.pod_addr(to.0, to.1).unwrap().to_string();
     lab.run(from, "ping", &["-n", "-q", "-c1", "-W1", &addr])
         .is_ok()
+}
+
+/// Waits until a ping from a pod to another is answered.
+pub(crate) fn await_ping(lab: &Lab, from: Member, to: (u8, u8)) {
+    let what = format!("an answer to a ping from {from} to pod {}.{}", to.0, to.1);
+    wait::until(&what, LIMIT, lab.interrupt(), || {
+        Ok(pings(lab, from, to).then_some(()))
+    })
+    .unwrap();
 }
 
 /// Everything in the system that carries the lab's name: namespaces, its directory, and processes whose
