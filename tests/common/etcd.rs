@@ -34,7 +34,7 @@ const PORT: u16 = 2379;
 const HIDDEN: u16 = 2479;
 
 /// How long anything may take before a test fails.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A namespace and the members of one cluster in it, at 192.0.2.1 and up.
 pub(crate) struct Etcd {
@@ -174,7 +174,7 @@ impl Etcd {
     pub(crate) fn await_health(&self) {
         let healthy = wait::until("etcd", PATIENCE, &Interrupt::default(), || {
             // Whoever may do nothing still gets an answer from a majority.
-            let output = self.try_ctl(&["get", "health"]);
+            let output = self.try_ctl(&["get", "health"], "3s");
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             let refused = ["permission denied", "user name is empty"];
             let answered = output.status.success() || refused.iter().any(|r| said.contains(r));
@@ -197,13 +197,14 @@ impl Etcd {
         urls.join(",")
     }
 
-    fn try_ctl(&self, arguments: &[&str]) -> Output {
+    /// With a limit for the command.
+    pub(crate) fn try_ctl(&self, arguments: &[&str], limit: &str) -> Output {
         let mut command = Command::new("etcdctl");
         command
             .env_clear()
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", &self.endpoints_on(self.port)])
-            .args(["--command-timeout", "3s", "--dial-timeout", "1s"])
+            .args(["--command-timeout", limit, "--dial-timeout", limit])
             .args(&self.ctl)
             .args(arguments);
         self.netns.run(|| command.output()).unwrap().unwrap()
@@ -216,6 +217,7 @@ impl Etcd {
             .env_clear()
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", &self.endpoints_on(self.port), "txn"])
+            .args(["--command-timeout", "60s", "--dial-timeout", "60s"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
         let mut child = self.netns.spawn(&mut command).unwrap();
@@ -227,7 +229,7 @@ impl Etcd {
 
     /// Runs etcdctl, a client that shares no code with ours.
     pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
-        let output = self.try_ctl(arguments);
+        let output = self.try_ctl(arguments, "60s");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "etcdctl {arguments:?}: {error}");
         String::from_utf8(output.stdout).unwrap()
