@@ -9,12 +9,9 @@ use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use common::{Etcd, Follower, PREFIX, request, soon, subnets, vxlan_value};
+use common::{Etcd, Follower, PREFIX, Patient, request, soon, subnets, vxlan_value};
 use loden::lease::{BackendData, LeaseAttrs, LeaseExtension};
-use loden::store::{
-    AcquireRequest, Cause, EtcdStore, LEASE_TTL, LeaseStore, LostTo, RenewError, StoreError,
-    StoreEvent,
-};
+use loden::store::{AcquireRequest, Cause, LEASE_TTL, LostTo, RenewError, StoreError, StoreEvent};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample;
@@ -277,7 +274,7 @@ fn stores_that_race_for_the_last_free_subnet_never_share_one() {
     let etcd = Etcd::start();
     etcd.configure(SMALL);
     etcd.run(async || {
-        let stores: Vec<EtcdStore> = (0..5).map(|_| etcd.store()).collect();
+        let stores: Vec<Patient> = (0..5).map(|_| etcd.store()).collect();
         for seed in seeds.clone() {
             let round = Round::of(seed);
             etcd.delete("subnets/", true);
@@ -324,7 +321,7 @@ fn nodes_with_two_families_never_share_a_subnet_of_either() {
         r#"{"Network":"198.18.0.0/24","SubnetLen":30,"EnableIPv6":true,"IPv6Network":"fd00::/60","IPv6SubnetLen":64}"#,
     );
     etcd.run(async || {
-        let stores: Vec<EtcdStore> = (0..8).map(|_| etcd.store()).collect();
+        let stores: Vec<Patient> = (0..8).map(|_| etcd.store()).collect();
         for round in 0..8 {
             etcd.delete("subnets/", true);
             let acquired = futures_util::future::join_all(

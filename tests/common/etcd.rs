@@ -17,11 +17,14 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use loden::config::NetworkConfig;
 use loden::lab::wait;
 use loden::lab::{Interrupt, NetNs};
 use loden::lease::{Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
 use loden::store::etcd::EtcdSettings;
-use loden::store::{AcquireRequest, EtcdStore, Problem, StoreEvent};
+use loden::store::{
+    AcquireRequest, EtcdStore, LeaseStore as _, Problem, RenewError, StoreError, StoreEvent,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
@@ -328,14 +331,62 @@ impl Etcd {
         }
     }
 
-    pub(crate) fn store(&self) -> EtcdStore {
-        EtcdStore::new(self.settings()).unwrap()
+    pub(crate) fn store(&self) -> Patient {
+        Patient::new(self.settings())
     }
 
     /// Runs what talks to etcd inside the namespace.
     pub(crate) fn run<T: Send>(&self, work: impl AsyncFnOnce() -> T + Send) -> T {
         run_in(&self.netns, work)
     }
+}
+
+/// A store that asks again when its own patience of three seconds was too short for a server on a busy machine. What it
+/// asks for is the same the second time, if it was done already.
+pub(crate) struct Patient(pub(crate) EtcdStore);
+
+/// How often: for as long as [`PATIENCE`].
+const ASKED: usize = 20;
+
+impl Patient {
+    pub(crate) fn new(settings: EtcdSettings) -> Self {
+        Self(EtcdStore::new(settings).unwrap())
+    }
+
+    pub(crate) async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
+        patiently(is_late, async || self.0.network_config().await).await
+    }
+
+    pub(crate) async fn acquire(&self, request: AcquireRequest) -> Result<Lease, StoreError> {
+        patiently(is_late, async || self.0.acquire(request.clone()).await).await
+    }
+
+    pub(crate) async fn renew(&self, lease: &Lease) -> Result<Lease, RenewError> {
+        let is_late =
+            |error: &RenewError| matches!(error, RenewError::Store(error) if is_late(error));
+        patiently(is_late, async || self.0.renew(lease).await).await
+    }
+
+    pub(crate) fn watch(&self) -> mpsc::Receiver<StoreEvent> {
+        self.0.watch()
+    }
+}
+
+fn is_late(error: &StoreError) -> bool {
+    error.to_string().contains("no answer within")
+}
+
+async fn patiently<T, E>(
+    is_late: impl Fn(&E) -> bool,
+    ask: impl AsyncFn() -> Result<T, E>,
+) -> Result<T, E> {
+    for _ in 1..ASKED {
+        match ask().await {
+            Err(error) if is_late(&error) => {}
+            answer => return answer,
+        }
+    }
+    ask().await
 }
 
 /// Runs what uses sockets inside a namespace: on one thread, which all others are started from.
