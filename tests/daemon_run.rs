@@ -141,8 +141,24 @@ fn missing_configuration_is_waited_for_with_one_line_and_a_signal_ends_the_wait(
     let daemon = node.spawn(node.loden(&["--iface", "eth0"]));
     daemon.wait_for_log("no network configuration");
     assert_eq!(node.env(), "");
+    // Whoever asks is told what is waited for.
+    for command in ["status", "doctor"] {
+        let asked = Command::new(LODEN)
+            .args([command, "--subnet-file"])
+            .arg(node.path("run/subnet.env"))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&asked.stderr);
+        let expected = "the daemon runs, and is not ready: no lease yet: waiting for the network configuration: ";
+        assert!(said.contains(expected), "{command}: {said}");
+        assert_eq!(asked.status.code(), Some(1));
+    }
+    let checks = node.preflight(&[], &[]);
+    let checks = String::from_utf8_lossy(&checks.stdout);
+    assert!(checks.contains("one answers at "), "{checks}");
     node.configure(CONFIG);
     daemon.wait_for_log("written: ready");
+    node.status();
     assert_eq!(daemon.log().matches("no network configuration").count(), 1);
     assert_eq!(daemon.stop(), 0);
 

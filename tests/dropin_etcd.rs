@@ -542,6 +542,8 @@ fn health_is_told_in_flannels_words_and_metrics_are_openmetrics() {
         body.contains("waiting for the network configuration: no network configuration at")
     });
     assert_eq!(get("/other").0, 404);
+    let no_figures = "the daemon has no lease yet, so there are no figures";
+    assert_eq!(get("/metrics"), (503, no_figures.to_owned()));
     cluster.configure(NFT);
     waiting.wait_for_log("written: ready");
     waiting.wait_until("readiness", || get("/readyz").0 == 200);

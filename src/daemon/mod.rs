@@ -2,12 +2,12 @@
 //! exists; the device is open and everything probed before `subnet.env` says that pods may come.
 //!
 //! 1. signals, lock on the subnet file
-//! 2. answers about health
+//! 2. answers about health, status socket: they say what is waited for
 //! 3. store, network configuration (waited for), external interface, lease
 //! 4. data plane opened, device configured, routes published, workers started; or the kernel programmed, where it
 //!    is what carries the packets
 //! 5. traffic rules
-//! 6. `subnet.env`, status socket, readiness
+//! 6. `subnet.env`, readiness
 //! 7. the run loop, until the lease is lost or a signal comes
 //!
 //! Stopping is dropping: every step holds what it made in a value whose `Drop` takes it away again, so a signal
@@ -73,6 +73,9 @@ const STATUS_QUEUE: usize = 16;
 
 /// Wait between attempts to register again, once the daemon has run.
 const REGISTER_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// What is missing first of all.
+const NO_LEASE: &str = "no lease yet";
 
 /// How long `--print-config` waits for the store.
 const ASK_ONCE: Duration = Duration::from_secs(3);
@@ -266,6 +269,8 @@ async fn serve_with(options: &Options, store: impl LeaseStore) -> Result<(), Dae
         started: Instant::now(),
         reopened: 0,
     };
+    // It is tried again, and complained of, when the daemon is ready.
+    daemon.server = Server::start(&options.status_socket, daemon.asked_sender.clone()).ok();
     daemon.run().await
 }
 
@@ -280,7 +285,7 @@ struct Daemon<'a, S, K> {
     /// Packets that were asked about, as soon as it is known who is meant.
     resolved: mpsc::Receiver<asked::Resolved>,
     resolver: mpsc::Sender<asked::Resolved>,
-    /// The status socket, from the first `subnet.env` on.
+    /// The status socket.
     server: Option<Server>,
     probes: Probes,
     health: Arc<Health>,
@@ -317,9 +322,28 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
                     tracing::error!(
                         "cannot register again: {error}: trying every {REGISTER_AGAIN_AFTER:?}"
                     );
-                    tokio::time::sleep(REGISTER_AGAIN_AFTER).await;
+                    let health = Arc::clone(&self.health);
+                    health.set(vec![
+                        NO_LEASE.to_owned(),
+                        format!("cannot register again: {error}"),
+                    ]);
+                    self.answering(tokio::time::sleep(REGISTER_AGAIN_AFTER))
+                        .await;
                 }
                 Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits for what needs nothing of the daemon. Whoever asks meanwhile is told that there is no lease, and why.
+    async fn answering<T>(&mut self, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                Some(asked) = self.asked.recv() => asked.refuse(&self.health.missing()),
+                // Whoever scrapes is told as soon as the place for the figures is gone.
+                Some(_scrape) = self.scrapes.recv() => {}
             }
         }
     }

@@ -131,6 +131,15 @@ pub struct Asked {
     pub answer: oneshot::Sender<Answer>,
 }
 
+impl Asked {
+    /// Says that there is nothing to tell, because something is missing.
+    pub fn refuse(self, missing: &[String]) {
+        let why = format!("the daemon runs, and is not ready: {}", missing.join(": "));
+        // The client may have given up.
+        let _gone = self.answer.send(Answer::error(&why));
+    }
+}
+
 /// Why there is no status socket, or no answer from it.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
@@ -144,7 +153,7 @@ pub enum SocketError {
     #[error("{}: exists and is not a socket: remove it, or give another path with --status-socket", .0.display())]
     NotASocket(PathBuf),
     /// Nobody listens.
-    #[error("no daemon answers at {} ({source}): is it running, with this --subnet-file or --status-socket? One that still waits for its lease says so in its log", path.display())]
+    #[error("no daemon answers at {} ({source}): is it running, with this --subnet-file or --status-socket?", path.display())]
     NoDaemon {
         /// The socket.
         path: PathBuf,

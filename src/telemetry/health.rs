@@ -45,7 +45,8 @@ impl Health {
         *held = missing;
     }
 
-    fn missing(&self) -> Vec<String> {
+    /// Why the daemon is not ready; empty if it is.
+    pub fn missing(&self) -> Vec<String> {
         let held = self.missing.read().unwrap_or_else(PoisonError::into_inner);
         held.clone()
     }

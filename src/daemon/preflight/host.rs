@@ -8,7 +8,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::Checks;
 use crate::daemon::{Options, StoreOptions};
-use crate::debug::socket::{self, Request};
+use crate::debug::socket::{self, Request, SocketError};
 
 /// What the daemon needs the capability for, and its number (capability.h).
 const CAPABILITIES: [(&str, u32, &str); 2] = [
@@ -71,7 +71,8 @@ pub(super) fn files(checks: &mut Checks, options: &Options) {
 
 /// Other daemons of this network namespace, ours or the original's.
 pub(super) fn others(checks: &mut Checks, options: &Options, root: &Path) {
-    if socket::ask(&options.status_socket, &Request::Status).is_ok() {
+    let answer = socket::ask(&options.status_socket, &Request::Status);
+    if matches!(answer, Ok(_) | Err(SocketError::Refused(_))) {
         checks.fail(
             "other daemons",
             format!(

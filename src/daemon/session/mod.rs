@@ -30,7 +30,7 @@ use super::register::{self, Registration};
 use super::renewal::{End, Held, Order, keep};
 use super::status;
 use super::traffic::{self, Traffic};
-use super::{Daemon, DaemonError, notify};
+use super::{Daemon, DaemonError, NO_LEASE, notify};
 use crate::backend::desired::Refused;
 use crate::backend::kernel::Kernel;
 use crate::backend::udp;
@@ -133,9 +133,9 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         previous: Option<Subnets>,
         established: &mut bool,
     ) -> Result<Ended, DaemonError> {
-        let (store, health) = (self.store, &self.health);
+        let (store, health) = (self.store, Arc::clone(&self.health));
         let waits = |complaint: Option<&str>| {
-            let missing = ["no lease yet"].into_iter().chain(complaint);
+            let missing = [NO_LEASE].into_iter().chain(complaint);
             health.set(missing.map(str::to_owned).collect());
             if let Some(complaint) = complaint {
                 // Who asks the store hears of it, too.
@@ -144,7 +144,7 @@ impl<S: LeaseStore, K: Kernel> Daemon<'_, S, K> {
         };
         waits(None);
         let registered = register::register(store, self.kernel, self.options, previous, waits);
-        let mut registration = registered.await?;
+        let mut registration = self.answering(registered).await?;
         let prepared = traffic::prepare(&self.options.traffic, &mut registration).await?;
         let mut events = self.store.watch();
         let now = Instant::now();
