@@ -69,11 +69,15 @@ impl Examination {
             direct,
             underlay,
         };
-        if evidence.overlay.answered > 0 {
-            self.measure(overlay_addr, &mut evidence).await;
-        } else {
+        if evidence.overlay.answered == 0 {
             self.look_closer(patient, overlay_addr, begun, &mut evidence)
                 .await;
+            if evidence.overlay.answered > 0 {
+                notes.push("nothing came back through the overlay at first".to_owned());
+            }
+        }
+        if evidence.overlay.answered > 0 {
+            self.measure(overlay_addr, &mut evidence).await;
         }
         let after = self.ask(patient).await;
         if self.directory.sends_by(&patient.peer) == sends_by {
@@ -158,7 +162,8 @@ impl Examination {
         evidence.sizes = Some(sizes);
     }
 
-    /// What more there is to find out of a peer from which nothing comes.
+    /// What more there is to find out of a peer from which nothing comes; it is asked again beside, because one moment of
+    /// silence is none.
     async fn look_closer(
         &self,
         patient: &Patient,
@@ -171,11 +176,16 @@ impl Examination {
             patience: PATIENCE,
             ..Round::default()
         };
-        let (echo, unchecked, refused) = tokio::join!(
+        let (again, echo, unchecked, refused) = tokio::join!(
+            self.probes(addr, few),
             self.echoes(addr, few),
             self.unchecked_probes(addr, few),
             knock(patient.endpoint),
         );
+        if again.answered > 0 {
+            evidence.overlay = again;
+            return;
+        }
         evidence.overlay_echo = echo;
         evidence.unchecked = Some(unchecked);
         evidence.refused = refused;
