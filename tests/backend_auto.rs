@@ -28,6 +28,15 @@ fn await_way(cluster: &Cluster, n: u8, peer: &str, wanted: &str) {
     cluster.wait_until(&what, || way(cluster, n, peer).0 == wanted);
 }
 
+/// Waits until that is the way, and the better one is rejected for that reason.
+fn await_reason(cluster: &Cluster, n: u8, peer: &str, transport: &str, named: &str) {
+    let what = format!("{transport} from node {n} to {peer}, because {named}");
+    cluster.wait_until(&what, || {
+        let (by, why) = way(cluster, n, peer);
+        by == transport && why.contains(named)
+    });
+}
+
 /// A lease as an unmodified flannel writes it.
 const UNMODIFIED: &str = r#"{"PublicIP":"192.0.2.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
 
@@ -44,17 +53,16 @@ fn every_peer_is_reached_by_the_best_way_that_is_proven_and_no_longer() {
         await_way(&cluster, n, &format!("198.18.{peer}.0/24"), "route");
     }
     // What is proven is what the kernel does.
-    let routes = cluster.shown(1, "ip", "-4 route show proto 108");
     for line in [
         "198.18.2.0/24 via 192.0.2.2 dev eth0",
         "198.18.4.0/24 via 192.0.2.4 dev eth0",
         "198.18.3.0/24 via 198.18.3.0 dev flannel.1 onlink",
         "198.18.99.0/24 via 198.18.99.0 dev flannel.1 onlink",
     ] {
-        assert!(
-            routes.iter().any(|route| route == line),
-            "{line}: {routes:#?}"
-        );
+        cluster.wait_until(line, || {
+            let routes = cluster.shown(1, "ip", "-4 route show proto 108");
+            routes.iter().any(|route| route == line)
+        });
     }
     for (n, peer, transport, named) in [
         (1, 3, "vxlan", "on no link"),
@@ -68,10 +76,12 @@ fn every_peer_is_reached_by_the_best_way_that_is_proven_and_no_longer() {
             "does not say that it takes any",
         ),
     ] {
-        let (by, why) = way(&cluster, n, &format!("198.18.{peer}.0/24"));
-        assert!(
-            by == transport && why.contains(named),
-            "{n} to {peer}: {by}: {why}"
+        await_reason(
+            &cluster,
+            n,
+            &format!("198.18.{peer}.0/24"),
+            transport,
+            named,
         );
     }
     let nodes = [1, 2, 3, 4];
@@ -104,15 +114,10 @@ fn every_peer_is_reached_by_the_best_way_that_is_proven_and_no_longer() {
     ] {
         cluster.run(Member::Node(2), "nft", rule);
     }
-    await_way(&cluster, 1, "198.18.2.0/24", "vxlan");
+    let why = "probes of 1450 bytes past the tunnel have no answer";
+    await_reason(&cluster, 1, "198.18.2.0/24", "vxlan", why);
     pings.go_on(&cluster);
-    let gap = pings.longest_gap();
-    assert!(gap < Duration::from_millis(3500), "{gap:?}");
-    let (_, why) = way(&cluster, 1, "198.18.2.0/24");
-    assert!(
-        why.contains("probes of 1450 bytes past the tunnel have no answer"),
-        "{why}"
-    );
+    pings.assert_gap(Duration::from_millis(3500), "until the tunnel has it");
     // The others do not mind.
     await_way(&cluster, 1, "198.18.4.0/24", "route");
     cluster.run(Member::Node(2), "nft", "delete table ip wall");
@@ -147,12 +152,11 @@ fn both_families_are_proven_and_a_node_that_filters_strictly_is_left_in_the_tunn
         await_way(&cluster, n, &format!("198.18.{peer}.0/24"), "route");
         cluster.await_ping(n, &format!("fd00:18:0:{peer}::2"));
     }
-    let routes = cluster.shown(1, "ip", "-6 route show proto 108");
     let direct = "fd00:18:0:2::/64 via 2001:db8::2 dev eth0";
-    assert!(
-        routes.iter().any(|route| route.starts_with(direct)),
-        "{routes:#?}"
-    );
+    cluster.wait_until(direct, || {
+        let routes = cluster.shown(1, "ip", "-6 route show proto 108");
+        routes.iter().any(|route| route.starts_with(direct))
+    });
     // The lease says vxlan, whatever the configuration calls it.
     assert!(cluster.lease(1).contains(r#""BackendType":"vxlan""#));
 
@@ -163,13 +167,10 @@ fn both_families_are_proven_and_a_node_that_filters_strictly_is_left_in_the_tunn
     }
     cluster.end(3, Signal::SIGTERM);
     cluster.start(3);
-    await_way(&cluster, 1, "198.18.3.0/24", "vxlan");
-    let (_, why) = way(&cluster, 1, "198.18.3.0/24");
-    assert!(why.contains("its lease says that it takes none"), "{why}");
-    cluster.wait_until("a reason", || {
-        let (by, why) = way(&cluster, 3, "198.18.1.0/24");
-        by == "vxlan" && why.contains("reverse path filtering is strict on eth0")
-    });
+    let why = "its lease says that it takes none";
+    await_reason(&cluster, 1, "198.18.3.0/24", "vxlan", why);
+    let why = "reverse path filtering is strict on eth0";
+    await_reason(&cluster, 3, "198.18.1.0/24", "vxlan", why);
     cluster.await_ping(3, "198.18.1.2");
     cluster.await_ping(1, "198.18.3.2");
 
@@ -228,8 +229,9 @@ fn ways_past_and_through_the_tunnel_and_both_directions_of_each_are_independent(
         await_way(&cluster, from, peer, "route");
         cluster.await_ping(from, &format!("198.18.{to}.2"));
         cluster.await_ping(from, &format!("fd00:18:0:{to}::2"));
-        let why = proof(&cluster, from, peer);
-        assert!(why.contains("bytes arrive past the tunnel"), "{why}");
+        cluster.wait_until("a proof", || {
+            proof(&cluster, from, peer).contains("bytes arrive past the tunnel")
+        });
     }
 
     // The other way round: VXLAN passes, and plain packets do in one direction only.
@@ -244,9 +246,7 @@ fn ways_past_and_through_the_tunnel_and_both_directions_of_each_are_independent(
     ] {
         cluster.run(Member::Node(1), "nft", rule);
     }
-    await_way(&cluster, 2, one, "vxlan");
-    let (_, why) = way(&cluster, 2, one);
-    assert!(why.contains("past the tunnel have no answer"), "{why}");
+    await_reason(&cluster, 2, one, "vxlan", "past the tunnel have no answer");
     // Each is proven for itself: once the answers to node 1 come through the tunnel, its own way is proven again.
     for to in ["198.18.2.2", "fd00:18:0:2::2"] {
         cluster.await_ping(1, to);

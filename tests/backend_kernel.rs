@@ -15,7 +15,7 @@ mod seeded;
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cluster::{Cluster, DUAL, HOST_GW, Pings, REPAIR_LIMIT, V4, V6, VXLAN, transfers};
 use common::LODEN;
@@ -69,7 +69,9 @@ fn nodes_that_carry_vxlan_in_user_space_and_those_whose_kernel_does_reach_each_o
     cluster.end(2, Signal::SIGTERM);
     cluster.start(2);
     cluster.await_ping(3, "fd00:18:0:2::2");
-    assert_eq!(cluster.shown(2, "ip", "-o link show flannel.1").len(), 1);
+    cluster.wait_until("the kernel's device", || {
+        cluster.shown(2, "ip", "-o link show flannel.1").len() == 1
+    });
 }
 
 #[test]
@@ -84,7 +86,9 @@ fn pods_of_dual_stack_nodes_reach_each_other_over_vxlan_at_full_size() {
     // What fits exactly, and must not be fragmented: 1450 and 1430 less the headers of IP and ICMP.
     let ping = |to: &str, size: &str| {
         let args = ["-n", "-q", "-c1", "-W5", "-M", "do", "-s", size, to];
-        cluster.lab.run(Member::Node(1), "ping", &args).unwrap();
+        cluster.wait_until("an answer to what fits exactly", || {
+            cluster.lab.run(Member::Node(1), "ping", &args).is_ok()
+        });
     };
     ping("198.18.2.2", "1422");
     ping("fd00:18:0:2::2", "1382");
@@ -236,6 +240,21 @@ const DEEDS: &[&str] = &[
     "bridge fdb append 02:00:00:00:00:98 dev flannel.1 dst 192.0.2.9 self permanent",
 ];
 
+/// Does it, and waits until the node's state is as before. Done again if that takes as long as the periodic look would: a
+/// process may have waited for a processor, but not each time.
+fn is_put_right(cluster: &Cluster, deeds: &str, before: &[String]) {
+    let mut took = Vec::new();
+    while took.last().is_none_or(|&took| took > REPAIR_LIMIT) {
+        assert!(took.len() < 5, "{deeds}: {took:?}");
+        let begun = Instant::now();
+        do_to_node_1(cluster, deeds);
+        cluster.wait_until(&format!("state as before: {deeds}"), || {
+            cluster.state(1) == before
+        });
+        took.push(begun.elapsed());
+    }
+}
+
 fn do_to_node_1(cluster: &Cluster, deeds: &str) {
     let underlay = loden::lab::plan::underlay_v6(1).to_string();
     for deed in deeds.split("; ") {
@@ -250,13 +269,10 @@ fn do_to_node_1(cluster: &Cluster, deeds: &str) {
 #[test]
 fn whatever_is_done_to_a_vxlan_nodes_network_is_put_right() {
     let cluster = Cluster::new(3, DUAL, VXLAN);
-    cluster.await_ping(1, "198.18.2.2");
+    cluster.await_entries(1);
     let before = cluster.state(1);
     for deed in DEEDS {
-        do_to_node_1(&cluster, deed);
-        cluster.wait_for(&format!("state as before: {deed}"), REPAIR_LIMIT, || {
-            cluster.state(1) == before
-        });
+        is_put_right(&cluster, deed, &before);
         assert!(cluster.daemons[0].is_some());
     }
     cluster.await_ping(1, "198.18.2.2");
@@ -266,7 +282,7 @@ fn whatever_is_done_to_a_vxlan_nodes_network_is_put_right() {
 #[test]
 fn whatever_is_done_to_a_host_gw_nodes_network_is_put_right() {
     let cluster = Cluster::new(3, DUAL, HOST_GW);
-    cluster.await_ping(1, "198.18.2.2");
+    cluster.await_entries(1);
     let before = cluster.state(1);
     for deed in [
         "ip link set eth0 down; ip link set eth0 up; ip -6 addr add UNDERLAY6/64 dev eth0 nodad",
@@ -276,10 +292,7 @@ fn whatever_is_done_to_a_host_gw_nodes_network_is_put_right() {
         "ip route replace 198.18.2.0/24 via 192.0.2.3 dev eth0 proto 108",
         "ip route add 198.18.99.0/24 via 192.0.2.3 dev eth0 proto 108",
     ] {
-        do_to_node_1(&cluster, deed);
-        cluster.wait_for(&format!("state as before: {deed}"), REPAIR_LIMIT, || {
-            cluster.state(1) == before
-        });
+        is_put_right(&cluster, deed, &before);
     }
     cluster.await_ping(1, "198.18.2.2");
 }
@@ -315,8 +328,10 @@ fn underlay_that_changes_its_mtu_changes_the_devices_and_what_pods_are_told() {
             .iter()
             .any(|line| line.starts_with("flannel.1 [\"1350\""))
     });
-    let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap();
-    assert!(env.contains("FLANNEL_MTU=1350\n"), "{env}");
+    cluster.wait_until("the same for pods", || {
+        let env = fs::read_to_string(cluster.file(1, "subnet.env")).unwrap();
+        env.contains("FLANNEL_MTU=1350\n")
+    });
     cluster.await_ping(1, "198.18.2.2");
 }
 
@@ -357,6 +372,51 @@ fn picture(cluster: &Cluster, n: u8) -> Vec<String> {
         lines.push(facts.join(" "));
     }
     lines
+}
+
+/// Whether a node's picture has, for each family, what the last changes of the test below are to bring: peers, addresses,
+/// MTU, and nothing of who they were before.
+fn has_last_changes(picture: &[String], backend: &str, flags: &[&str]) -> bool {
+    let is_in_user_space = flags.contains(&"--vxlan=user");
+    let has = |line: &str| picture.iter().any(|it| it.starts_with(line));
+    let route = |net: &str, base: &str, gateway: &str, device: &str| match backend {
+        HOST_GW => has(&format!("{net} via {gateway} dev eth0")),
+        _ => has(&format!("{net} via {base} dev {device}")),
+    };
+    let entries = |base: &str, mac: &str, place: &str, device: &str| {
+        has(&format!("{device} neighbour {base} lladdr {mac} "))
+            && has(&format!("{device} forwards {mac} dst {place} "))
+    };
+    let peers = [(8_u8, 80_u8, "0c"), (9, 92, "0d")];
+    let in_kernel = peers.iter().all(|(n, place, mac)| {
+        let (v4, v6) = (format!("198.18.{n}.0"), format!("fd00:18:0:{n}::"));
+        let (at4, at6) = (
+            format!("192.0.2.{place}"),
+            loden::lab::plan::underlay_v6(*place).to_string(),
+        );
+        let macs = [4, 6].map(|family| format!("02:00:00:00:0{family}:{mac}"));
+        route(&format!("{v4}/24"), &v4, &at4, "flannel.1")
+            && route(&format!("{v6}/64"), &v6, &at6, "flannel-v6.1")
+            && (backend == HOST_GW
+                || entries(&v4, &macs[0], &at4, "flannel.1")
+                    && entries(&v6, &macs[1], &at6, "flannel-v6.1"))
+    });
+    let devices = match (backend, is_in_user_space) {
+        (HOST_GW, _) => true,
+        (_, true) => has("flannel0 1350") && has("flannel1 1330"),
+        _ => {
+            let moved = |line: &String| {
+                line.starts_with("flannel.1 [\"1350\"") && line.contains("192.0.2.77")
+            };
+            picture.iter().any(moved) && has("flannel-v6.1 [\"1330\"")
+        }
+    };
+    // Node 2 beside them, and nobody else.
+    let count = |of: fn(&str) -> bool| picture.iter().filter(|line| of(line)).count();
+    let entries = count(|line| line.contains(" forwards ") || line.contains(" neighbour "));
+    let exactly = count(|line| line.starts_with("198.18.") || line.starts_with("fd00:18:0:")) == 6
+        && entries == if backend == HOST_GW { 0 } else { 12 };
+    devices && (is_in_user_space || in_kernel && exactly)
 }
 
 #[test]
@@ -463,11 +523,10 @@ fn what_is_there_after_many_events_is_what_a_fresh_start_makes() {
         cluster.await_ping(1, "fd00:18:0:2::2");
 
         // The same from nothing.
-        let mut before = picture(&cluster, 1);
-        cluster.wait_until("rest", || {
-            let now = picture(&cluster, 1);
-            std::mem::replace(&mut before, now.clone()) == now
+        cluster.wait_until("all of the last changes", || {
+            has_last_changes(&picture(&cluster, 1), backend, flags)
         });
+        let before = picture(&cluster, 1);
         cluster.end(1, Signal::SIGTERM);
         cluster
             .lab
@@ -607,13 +666,9 @@ fn network_that_changes_its_backend_node_by_node_stays_connected() {
             cluster.wait_until("the node with its new backend", || {
                 cluster.status(n)["backend"] == name && cluster.status(n)["ready"] == true
             });
-            for (pings, pair) in pings.iter().zip(pairs) {
+            for pings in &pings {
                 pings.go_on(&cluster);
-                let gap = pings.longest_gap();
-                assert!(
-                    gap <= GAP,
-                    "{pair:?}: {gap:?} while node {n} changes to {backend}"
-                );
+                pings.assert_gap(GAP, &format!("while node {n} changes to {backend}"));
             }
         }
         if backend == HOST_GW {
@@ -697,8 +752,14 @@ fn what_flannel_has_left_is_taken_over_and_what_others_have_stays() {
     cluster.start(1);
     cluster.wait_until("the peer, and nothing of the vanished one", || {
         let state = cluster.state(1);
+        let gone = ["be:ef:00:00:00:09", "198.18.9.0"];
         state.iter().any(|line| line.starts_with("198.18.2.0/24"))
-            && !state.iter().any(|line| line.contains("be:ef:00:00:00:09"))
+            && !state
+                .iter()
+                .any(|line| gone.iter().any(|gone| line.contains(gone)))
+            && cluster
+                .shown(1, "ip", "-4 route show 198.18.9.0/24")
+                .is_empty()
     });
     let routes = cluster.shown(1, "ip", "-4 route show");
     for foreign in ["198.18.50.0/24", "198.18.51.0/24"] {
@@ -747,13 +808,13 @@ fn network_that_gains_a_family_keeps_its_subnets_and_the_traffic_of_the_other() 
         let ping = ["-n", "-q", "-c1", "-W1", base];
         cluster.lab.run(Member::Node(1), "ping", &ping).is_ok()
     });
-    let gap = pings.longest_gap();
-    assert!(gap < Duration::from_secs(2), "{gap:?}");
+    pings.assert_gap(Duration::from_secs(2), "while nodes gain a family");
 }
 
 #[test]
 fn second_daemon_on_the_same_vxlan_device_is_refused_by_name_and_the_first_unharmed() {
     let cluster = Cluster::new(2, V4, VXLAN);
+    cluster.await_entries(1);
     let before = cluster.state(1);
     for place in ["auto", "user"] {
         let env = cluster.lab.dir().join("other.env");

@@ -39,18 +39,20 @@ fn peer_of_another_backend_is_named_with_both_wherever_one_looks() {
     for (n, other, ours, theirs) in [(1, 2, "udp", "vxlan"), (2, 1, "vxlan", "udp")] {
         let why =
             format!("it uses the {theirs} backend and this node {ours}: there is no way to it");
-        let status = cluster.status(n);
-        assert!(status["refused"].to_string().contains(&why), "{status:#}");
-        assert!(status["peers"][0]["transport"].is_null(), "{status:#}");
-        assert!(cluster.log(n).contains(&why), "{}", cluster.log(n));
+        cluster.wait_until("word of it in the status", || {
+            let status = cluster.status(n);
+            status["refused"].to_string().contains(&why)
+                && status["peers"][0]["transport"].is_null()
+        });
+        cluster.wait_until("word of it in the log", || cluster.log(n).contains(&why));
         let (from, to) = (format!("198.18.{n}.2"), format!("198.18.{other}.2"));
-        let explained = said(&cluster, n, &["explain", &from, &to]);
-        assert!(explained.contains(&why), "{explained}");
-        let found = said(&cluster, n, &["doctor"]);
-        assert!(
-            found.contains("not_served") && found.contains("one backend"),
-            "{found}"
-        );
+        cluster.wait_until("word of it in an explanation", || {
+            said(&cluster, n, &["explain", &from, &to]).contains(&why)
+        });
+        cluster.wait_until("word of it in an examination", || {
+            let found = said(&cluster, n, &["doctor"]);
+            found.contains("not_served") && found.contains("one backend")
+        });
         assert!(!cluster.pings(n, &to));
     }
     // Until both use one.

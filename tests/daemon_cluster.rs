@@ -10,9 +10,10 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use common::{LODEN, lab, pings, spec};
@@ -22,7 +23,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Only a failing test waits this long. Longer than the store waits for the rest of a half-synchronised claim.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Nodes with a pod each, in the subnet 198.18.N.0/24 that the daemon of node N is made to ask for.
 struct Cluster {
@@ -138,19 +139,20 @@ impl Cluster {
     }
 
     /// What `loden status` prints for a node.
-    fn ask(&self, n: u8, args: &[&str]) -> Output {
-        let mut command = Command::new(LODEN);
-        command
-            .arg("status")
-            .args(args)
-            .arg("--subnet-file")
-            .arg(self.file(n, "subnet.env"));
-        command.output().unwrap()
+    fn told(&self, n: u8, args: &[&str]) -> String {
+        let told = wait::until("an answer", LIMIT, &Interrupt::default(), || {
+            let mut command = Command::new(LODEN);
+            command.arg("status").args(args).arg("--subnet-file");
+            let output = command.arg(self.file(n, "subnet.env")).output().unwrap();
+            let answered = output.status.success();
+            Ok(answered.then(|| String::from_utf8(output.stdout).unwrap()))
+        });
+        told.unwrap_or_default()
     }
 
-    /// The JSON of `loden status`; null while there is none.
+    /// The JSON of `loden status`. A daemon that starts, or is busy, is asked again; null if none answers.
     fn status(&self, n: u8) -> Value {
-        serde_json::from_slice(&self.ask(n, &["--json"]).stdout).unwrap_or_default()
+        serde_json::from_str(&self.told(n, &["--json"])).unwrap_or_default()
     }
 
     /// Packets that node `n` took in from the other nodes since its tunnel was opened.
@@ -263,8 +265,12 @@ fn a_restart_under_traffic_keeps_the_subnet_and_the_flow_goes_on_without_loss_wh
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let lost = restart_under_flow(&mut cluster, signal);
         println!("{signal}: {lost} packets lost");
-        cluster.wait_until("the new daemon to be ready", || {
-            cluster.daemon(2).log().contains("ready")
+        cluster.wait_until("the new daemon to be ready, and to know its peer", || {
+            let is_ready = cluster.daemon(2).log().contains("written: ready");
+            let peers = cluster.status(2)["datapath"]["peers"]
+                .as_array()
+                .map(Vec::len);
+            is_ready && peers == Some(1)
         });
         assert_eq!(cluster.subnet(2), "198.18.2.1/24");
         assert_eq!(cluster.answered(cluster.flow(), 50), 50);
@@ -315,8 +321,10 @@ fn traffic_resumes_without_a_restart_after_the_underlay_or_the_device_was_away()
         assert!(!pings(&cluster.lab, Member::Pod(1, 1), (2, 1)));
         cluster.ip(n, "link set eth0 up");
         cluster.wait_for_traffic();
+        let reopened = || cluster.status(n)["reopened"].as_u64().unwrap();
+        let before = reopened();
         cluster.ip(n, "link del flannel0");
-        cluster.wait_until("the device", || cluster.status(n)["reopened"] == 1);
+        cluster.wait_until("the device", || reopened() > before);
         cluster.wait_for_traffic();
     }
     cluster.end();
@@ -401,11 +409,14 @@ fn synchronise(one: &Path, other: &Path) {
                 if name.as_encoded_bytes().starts_with(b".") {
                     continue;
                 }
-                // Whatever vanishes meanwhile is copied, or not, the next time.
-                let Ok(content) = fs::read(entry.path()) else {
-                    continue;
-                };
-                let Ok(changed) = entry.metadata().and_then(|meta| meta.modified()) else {
+                // Whatever vanishes meanwhile is copied, or not, the next time; and of what is replaced meanwhile, the time
+                // belongs to the content.
+                let read = fs::File::open(entry.path()).and_then(|mut file| {
+                    let mut content = Vec::new();
+                    file.read_to_end(&mut content)?;
+                    Ok((content, file.metadata()?.modified()?))
+                });
+                let Ok((content, changed)) = read else {
                     continue;
                 };
                 let target = to.join(part).join(&name);
@@ -493,6 +504,9 @@ fn first_drop_from_a_stranger_is_logged_once_with_its_remedy_and_every_reason_is
         stranger.send_to(&packet, "192.0.2.2:8285").unwrap();
     }
     cluster.wait_until("the drops", || drops() == before + 20);
+    cluster.wait_until("word of them", || {
+        cluster.daemon(2).log().contains("192.0.2.77")
+    });
     let log = cluster.daemon(2).log();
     assert_eq!(log.matches("192.0.2.77").count(), 1, "{log}");
     let status = cluster.status(2);
@@ -500,7 +514,7 @@ fn first_drop_from_a_stranger_is_logged_once_with_its_remedy_and_every_reason_is
     let unknown = unknown();
     let remedy = unknown["remedy"].as_str().unwrap();
     assert!(log.contains(remedy), "{remedy}: {log}");
-    let text = String::from_utf8(cluster.ask(2, &[]).stdout).unwrap();
+    let text = cluster.told(2, &[]);
     for reason in all {
         let name = reason["reason"].as_str().unwrap();
         assert!(text.contains(name), "{name}: {text}");

@@ -16,11 +16,12 @@ use loden::addr::Mtu;
 use loden::backend::kernel::{Change, Kernel, LinkChange, PROTOCOL_BOOT, Route};
 use loden::backend::reconcile::{Desired, Outcome, reconcile};
 use loden::iface::{Family, Selector, Stack, Wanted, choose};
+use loden::lab::{Interrupt, wait};
 use loden::netlink::Netlink;
 use ns::Ns;
 
 /// Only a failing test waits this long.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -50,9 +51,26 @@ fn links_addresses_and_default_routes_are_read_as_iproute2_shows_them() {
     ns.ip("-6 route add default via 2001:db8::fe");
     ns.ip("route add default dev eth0 table 77");
     ns.ip("route add unreachable default metric 1");
-    let snapshot = ns.block_on(|| async { Netlink::connect().unwrap().snapshot().await.unwrap() });
-
-    let shown = ns.json("addr show");
+    // Link-local addresses come, and are verified, in their own time: compared with what was shown before and after.
+    let shown = || {
+        let mut shown = ns.json("addr show");
+        let infos = shown
+            .iter_mut()
+            .filter_map(|link| link["addr_info"].as_array_mut());
+        for info in infos.flatten() {
+            for passing in ["valid_life_time", "preferred_life_time"] {
+                info[passing].take();
+            }
+        }
+        shown
+    };
+    let (snapshot, shown) = wait::until("a moment of rest", LIMIT, &Interrupt::default(), || {
+        let before = shown();
+        let snapshot =
+            ns.block_on(|| async { Netlink::connect().unwrap().snapshot().await.unwrap() });
+        Ok((shown() == before).then_some((snapshot, before)))
+    })
+    .unwrap();
     assert_eq!(snapshot.links.len(), shown.len());
     for (link, shown) in snapshot.links.iter().zip(&shown) {
         assert_eq!(link.name, shown["ifname"].as_str().unwrap());

@@ -13,12 +13,12 @@ mod ns;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::UdpSocket;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::time::Instant;
 
 use etherparse::{SlicedPacket, TransportSlice};
 use loden::bench::process_clock;
@@ -92,9 +92,7 @@ fn called_as_flanneld_it_takes_gos_flags_and_flannels_environment() {
     let mut command = node.command(&flanneld, &["-v=1", "-iface-regex", "^eth"]);
     command.env("FLANNELD_PUBLIC_IP", "203.0.113.7");
     let daemon = node.spawn(command);
-    daemon.wait_for_log("ready");
-    let status = node.path("run/subnet.sock");
-    daemon.wait_until("the status socket", || status.exists());
+    daemon.wait_for_log("written: ready");
     assert_eq!(node.status()["lease"]["public"], "203.0.113.7");
     assert!(daemon.log().contains("DEBUG"), "-v=1 logs more");
     assert_eq!(daemon.stop(), 0);
@@ -145,21 +143,23 @@ fn missing_configuration_is_waited_for_with_one_line_and_a_signal_ends_the_wait(
     assert_eq!(node.env(), "");
     // Whoever asks is told what is waited for.
     for command in ["status", "doctor"] {
-        let asked = Command::new(LODEN)
-            .args([command, "--subnet-file"])
-            .arg(node.path("run/subnet.env"))
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&asked.stderr);
-        let expected = "the daemon runs, and is not ready: no lease yet: waiting for the network configuration: ";
-        assert!(said.contains(expected), "{command}: {said}");
-        assert_eq!(asked.status.code(), Some(1));
+        daemon.wait_until(command, || {
+            let asked = Command::new(LODEN)
+                .args([command, "--subnet-file"])
+                .arg(node.path("run/subnet.env"))
+                .output()
+                .unwrap();
+            assert_eq!(asked.status.code(), Some(1));
+            let said = String::from_utf8_lossy(&asked.stderr);
+            let expected = "the daemon runs, and is not ready: no lease yet: waiting for the network configuration: ";
+            said.contains(expected)
+        });
     }
     let checks = node.preflight(&[], &[]);
     let checks = String::from_utf8_lossy(&checks.stdout);
     assert!(checks.contains("one answers at "), "{checks}");
     node.configure(CONFIG);
-    daemon.wait_for_log("ready");
+    daemon.wait_for_log("written: ready");
     node.status();
     assert_eq!(daemon.log().matches("no network configuration").count(), 1);
     assert_eq!(daemon.stop(), 0);
@@ -214,10 +214,19 @@ fn status_tells_every_reason_for_a_drop_with_its_remedy_and_why_this_interface()
     );
     put("198.18.9.0-24", "no json");
     let daemon = node.start(&["--iface", "eth9", "--iface", "eth0", "--engine", "portable"]);
+    // Ready before the store has listed any, if that takes long.
+    daemon.wait_until("the peer", || {
+        node.status()["peers"] != Value::Array(Vec::new())
+    });
     let status = node.status();
     assert_eq!(status["ready"], true);
     assert_eq!(status["interface"]["name"], "eth0");
-    assert_eq!(status["candidates"].as_array().unwrap().len(), 3);
+    let candidates = status["candidates"].as_array().unwrap().iter();
+    let candidates = candidates.map(|one| one["name"].as_str().unwrap());
+    // The device itself is among them where addresses have changed since it was made.
+    let others = candidates.filter(|&name| name != "flannel0");
+    let all = BTreeSet::from(["lo", "eth0", "far"]);
+    assert_eq!(others.collect::<BTreeSet<_>>(), all);
     assert_eq!(status["datapath"]["engine"], "portable");
     assert_eq!(status["devices"][0]["tx_dropped"], 0);
     let peers = status["peers"].as_array().unwrap();
@@ -236,12 +245,14 @@ fn status_tells_every_reason_for_a_drop_with_its_remedy_and_why_this_interface()
             .all(|drop| !drop["remedy"].as_str().unwrap().is_empty())
     );
 
-    let text = Command::new(LODEN)
-        .args(["status", "--socket"])
-        .arg(node.path("run/subnet.sock"))
-        .output()
-        .unwrap();
-    let text = String::from_utf8(text.stdout).unwrap();
+    let mut text = String::new();
+    daemon.wait_until("an answer at the socket", || {
+        let mut command = Command::new(LODEN);
+        command.args(["status", "--socket"]);
+        let output = command.arg(node.path("run/subnet.sock")).output().unwrap();
+        text = String::from_utf8(output.stdout).unwrap();
+        output.status.success()
+    });
     assert!(
         text.contains("198.18.7.0/24") && text.contains("not lo:"),
         "{text}"
@@ -369,13 +380,7 @@ fn what_a_killed_daemon_leaves_behind_does_not_hinder_the_next() {
     killed.child.wait().unwrap();
     assert!(node.path("run/subnet.sock").exists() && node.path("run/.subnet.env.lock").exists());
     let daemon = node.start(&["--iface", "eth0"]);
-    daemon.wait_until("status to be answered", || {
-        Command::new(LODEN)
-            .args(["status", "--subnet-file"])
-            .arg(node.path("run/subnet.env"))
-            .output()
-            .is_ok_and(|output| output.status.success())
-    });
+    assert_eq!(node.status()["ready"], true);
     assert_eq!(node.env(), env);
     assert_eq!(daemon.stop(), 0);
     node.assert_clean();
@@ -384,13 +389,22 @@ fn what_a_killed_daemon_leaves_behind_does_not_hinder_the_next() {
 #[test]
 fn second_signal_ends_the_daemon_at_once() {
     let node = Node::new(CONFIG);
-    let mut daemon = node.start(&["--iface", "eth0"]);
-    // Both are pending when it runs again, so it gets no time to end by the first.
-    daemon.signal(Signal::SIGSTOP);
-    daemon.signal(Signal::SIGTERM);
-    daemon.signal(Signal::SIGINT);
-    daemon.signal(Signal::SIGCONT);
-    assert!(daemon.exit_status().signal().is_some());
+    // Unless something lets it run in between, both are pending when it runs again, and it gets no time to end by the first.
+    let ends_at_once = || {
+        let mut daemon = node.start(&["--iface", "eth0"]);
+        for signal in [
+            Signal::SIGSTOP,
+            Signal::SIGTERM,
+            Signal::SIGINT,
+            Signal::SIGCONT,
+        ] {
+            daemon.signal(signal);
+        }
+        let status = daemon.exit_status();
+        assert!(status.success() || status.signal().is_some(), "{status}");
+        status.signal().is_some()
+    };
+    assert!((0..10).any(|_| ends_at_once()));
 }
 
 #[test]
@@ -488,12 +502,11 @@ fn idle_daemon_uses_less_than_two_percent_of_a_processor() {
         let daemon = node.start(&["--iface", "eth0", "--engine", engine]);
         let pid = [i32::try_from(daemon.child.id()).unwrap()];
         let used = || process_clock::total(&pid).unwrap();
-        let before = used();
+        let (begun, before) = (Instant::now(), used());
         // Long enough for a look at the store and most of the way to one at the device.
-        let span = Duration::from_secs(6);
         let slept = Command::new("sleep").arg("6").status().unwrap();
         assert!(slept.success());
-        let spent = used() - before;
+        let (spent, span) = (used() - before, begun.elapsed());
         assert!(spent * 50 < span, "{engine}: {spent:?} in {span:?}");
         assert_eq!(daemon.stop(), 0);
     }
@@ -516,8 +529,11 @@ fn verbosity_adds_reasons_and_neither_level_tells_of_others_packets_or_panics() 
             v != "0" && !target.starts_with("loden::")
         });
         assert_eq!(foreign, None, "only our own modules speak");
-        assert!(log.lines().count() >= before);
-        before = log.lines().count();
+        // What comes later depends on how long it ran.
+        let (start, _) = log.split_once("written: ready").unwrap();
+        let reasons = start.matches(" DEBUG ").count() + start.matches(" TRACE ").count();
+        assert!(reasons >= before, "{log}");
+        before = reasons;
     }
 }
 
@@ -572,14 +588,17 @@ fn address_that_changes_moves_the_lease_in_the_local_store_too() {
     node.ns.ip("addr add 198.51.100.5/24 dev eth0");
     node.ns.ip("addr del 192.0.2.1/24 dev eth0");
     daemon.wait_until("the lease to name the new address", || {
-        fs::read_to_string(&lease).unwrap() == r#"{"PublicIP":"198.51.100.5","PublicIPv6":null}"#
+        fs::read_to_string(&lease)
+            .is_ok_and(|text| text == r#"{"PublicIP":"198.51.100.5","PublicIPv6":null}"#)
     });
     daemon.wait_until("the tunnel to follow", || {
         let status = node.status();
         status["ready"] == true && status["bind"] == "198.51.100.5:8285"
     });
     assert_eq!(node.env(), env, "the subnet stays");
-    assert_eq!(node.status()["conflicts"], Value::Array(Vec::new()));
+    daemon.wait_until("calm", || {
+        node.status()["conflicts"] == Value::Array(Vec::new())
+    });
     assert_eq!(daemon.stop(), 0);
     // The next run finds it under the new address.
     let again = node.start(&["--iface", "eth0"]);
@@ -661,15 +680,18 @@ fn source_ports(node: &Node, daemon: &Daemon) -> BTreeSet<u16> {
                 flow.send_to(b"who", "198.18.7.2:9").unwrap();
                 let (udp, inside) = loop {
                     let mut packet = [0; 2048];
-                    let len = wire.read(&mut packet).unwrap();
+                    let len = match wire.read(&mut packet) {
+                        Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                        len => len.unwrap(),
+                    };
                     let sliced = SlicedPacket::from_ip(&packet[..len]).unwrap();
+                    // The daemon probes its peers, too.
                     if let Some(TransportSlice::Udp(udp)) = sliced.transport
                         && udp.destination_port() == 8285
+                        && let Some(TransportSlice::Udp(inside)) =
+                            SlicedPacket::from_ip(udp.payload()).unwrap().transport
+                        && inside.destination_port() == 9
                     {
-                        let inside = SlicedPacket::from_ip(udp.payload()).unwrap().transport;
-                        let Some(TransportSlice::Udp(inside)) = inside else {
-                            unreachable!("{inside:?}");
-                        };
                         break (udp.source_port(), inside.source_port());
                     }
                 };

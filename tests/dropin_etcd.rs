@@ -134,9 +134,9 @@ fn outage_of_etcd_costs_no_packet() {
     }
     assert_eq!(ping.lost(), 0);
     let bytes = iperf.bytes();
-    assert!(bytes.len() >= usize::from(2 * seconds), "{bytes:?}");
-    let is_stalled = bytes.contains(&0);
-    assert!(!(is_alone && is_stalled), "a stall: {bytes:?}");
+    let is_whole = bytes.len() >= usize::from(2 * seconds) && !bytes.contains(&0);
+    assert!(!is_alone || is_whole, "a stall: {bytes:?}");
+    assert!(bytes.iter().any(|&bytes| bytes > 0), "{bytes:?}");
     let complaints = one.log().matches("the store cannot be read").count();
     let minutes = begun.elapsed().as_secs() / 60;
     assert!(
@@ -170,7 +170,7 @@ fn all_keys_deleted_are_registered_again_and_no_packet_is_lost() {
     });
     ping.wait_for_answers(100);
     assert_eq!(ping.lost(), 0);
-    assert!(one.log().contains("registered again"), "{}", one.log());
+    one.wait_for_log("registered again");
     assert_eq!((one.stop(), two.stop()), (0, 0));
 }
 
@@ -195,7 +195,7 @@ fn two_nodes_with_one_public_ip_are_told_by_the_address() {
     // As on cloned machines, where every node has the same address behind its own NAT.
     let two = cluster.start(2, &["-public-ip=198.51.100.1"]);
     one.wait_for_log("public IP 198.51.100.1");
-    assert!(one.log().contains("another daemon"), "{}", one.log());
+    one.wait_for_log("another daemon");
     assert_eq!((one.stop(), two.stop()), (0, 0));
 }
 
@@ -535,13 +535,12 @@ fn health_is_told_in_flannels_words_and_metrics_are_openmetrics() {
     waiting.wait_for_log("no network configuration");
     let get = |path: &str| cluster.http(1, path);
     assert_eq!(get("/healthz"), (200, "flanneld is running".to_owned()));
-    let (code, body) = get("/readyz");
-    assert_eq!(code, 503);
-    assert_eq!(body.lines().next(), Some("flanneld is not ready yet"));
-    assert!(
-        body.contains("waiting for the network configuration: no network configuration at"),
-        "{body}"
-    );
+    waiting.wait_until("the reason", || {
+        let (code, body) = get("/readyz");
+        assert_eq!(code, 503);
+        assert_eq!(body.lines().next(), Some("flanneld is not ready yet"));
+        body.contains("waiting for the network configuration: no network configuration at")
+    });
     assert_eq!(get("/other").0, 404);
     let no_figures = "the daemon has no lease yet, so there are no figures";
     assert_eq!(get("/metrics"), (503, no_figures.to_owned()));

@@ -6,8 +6,8 @@ mod common;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use common::{Etcd, Follower, PREFIX, request, soon, subnets, vxlan_value};
-use loden::store::{AcquireRequest, Cause, LeaseStore, LostTo, StoreEvent};
+use common::{Etcd, Follower, PREFIX, Patient, request, soon, subnets, vxlan_value};
+use loden::store::{AcquireRequest, Cause, LeaseStore as _, LostTo, StoreEvent};
 use nix::sys::signal::Signal;
 
 const CONFIG: &str = r#"{"Network":"198.18.0.0/16"}"#;
@@ -183,7 +183,8 @@ fn a_frozen_server_is_noticed_and_its_return_too() {
         let mut follower = Follower::new(store.watch());
         follower.until("the snapshot", |f| f.snapshots == 1).await;
         etcd.signal(0, Signal::SIGSTOP);
-        let error = soon("an error", store.network_config()).await.unwrap_err();
+        let error = soon("an error", store.0.network_config()).await;
+        let error = error.unwrap_err();
         assert!(error.to_string().contains("no answer within 3s"), "{error}");
         follower.until("the outage", |f| outages(f) == 1).await;
         assert_eq!(follower.keys(), ["198.18.1.0-24"]);
@@ -208,7 +209,7 @@ fn a_frozen_member_is_left_for_another() {
         settings.endpoints = [frozen, alive]
             .map(|n| format!("http://192.0.2.{}:2379", n + 1))
             .join(",");
-        let store = loden::store::EtcdStore::new(settings).unwrap();
+        let store = Patient::new(settings);
         let mut follower = Follower::new(store.watch());
         follower.until("the snapshot", |f| f.snapshots == 1).await;
         etcd.signal(frozen, Signal::SIGSTOP);
@@ -242,7 +243,7 @@ fn a_cluster_that_loses_its_majority_and_gets_it_back_takes_nobody_away() {
         let second = (leader + 1) % 3;
         etcd.kill(second);
         follower.until("the outage", |f| outages(f) > 0).await;
-        let error = store.acquire(request(9)).await.unwrap_err().to_string();
+        let error = store.0.acquire(request(9)).await.unwrap_err().to_string();
         assert!(
             error.contains("has no leader") || error.contains("no answer"),
             "{error}"

@@ -26,9 +26,9 @@ use proptest::prelude::*;
 const CONFIG: &str = r#"{"Network":"198.18.0.0/16","SubnetMin":"198.18.1.0","SubnetMax":"198.18.20.0",
 "EnableNFTables":true,"Backend":{"Type":"udp"}}"#;
 
-/// The time from one look at the device to the next, that for which a deleted lease is held, and as much again for
+/// The time from one look at the device to the next, that for which a deleted lease is held, and several times as much for
 /// slow machines.
-const CONVERGED_WITHIN: Duration = Duration::from_secs(30);
+const CONVERGED_WITHIN: Duration = Duration::from_secs(90);
 
 const OUR_VALUE: &str = r#"{"PublicIP":"198.51.100.1","PublicIPv6":null}"#;
 
@@ -202,8 +202,14 @@ impl World {
         if self.daemon.is_none() {
             let args = ["-ip-masq", "-iptables-resync=5"];
             self.daemon = Some(self.cluster.start(1, &args));
-            self.model.forget();
+            self.watches_anew();
         }
+    }
+
+    /// A daemon is ready before it has seen what the store has, if that takes long.
+    fn watches_anew(&mut self) {
+        self.model.forget();
+        self.settle();
     }
 
     fn own_key(&self) -> String {
@@ -292,7 +298,7 @@ impl World {
                 if running {
                     self.wait_until("another subnet", || self.own_key() != key);
                     self.wait_until("readiness", || self.cluster.status(1)["ready"] == true);
-                    self.model.forget();
+                    self.watches_anew();
                 }
             }
             Event::Outage(forget) => {

@@ -342,8 +342,9 @@ where
         };
         if error != said {
             let complaint = format!("waiting for the {what}: {error}");
-            tracing::warn!("{complaint}");
+            // Whoever has read the line and asks is told the same.
             waits(Some(&complaint));
+            tracing::warn!("{complaint}");
             said = error;
         }
         tokio::time::sleep(ASK_EVERY).await;

@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::common::{LODEN, lab, spec};
 
 /// Only a failing test waits this long.
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// A repair takes less, since it follows a notification and does not wait for the look every ten seconds.
 pub(crate) const REPAIR_LIMIT: Duration = Duration::from_secs(6);
@@ -112,7 +112,10 @@ impl Cluster {
 
     pub(crate) fn configure(&self, backend: &str) {
         let text = format!("{{{},\"Backend\":{backend}}}", self.network);
-        fs::write(self.lab.dir().join("store/config"), text).unwrap();
+        // By rename, so that no daemon reads half of it.
+        let temporary = self.lab.dir().join("config");
+        fs::write(&temporary, text).unwrap();
+        fs::rename(temporary, self.lab.dir().join("store/config")).unwrap();
     }
 
     pub(crate) fn file(&self, n: u8, name: &str) -> PathBuf {
@@ -158,13 +161,17 @@ impl Cluster {
         fs::read_to_string(self.file(n, "log")).unwrap_or_default()
     }
 
+    /// A daemon that starts, or is busy, is asked again; null if none answers.
     pub(crate) fn status(&self, n: u8) -> Value {
-        let mut command = Command::new(LODEN);
-        let output = command
-            .args(["status", "--json", "--subnet-file"])
-            .arg(self.file(n, "subnet.env"))
-            .output();
-        serde_json::from_slice(&output.unwrap().stdout).unwrap_or_default()
+        let answer = wait::until("a status", LIMIT, &Interrupt::default(), || {
+            let mut command = Command::new(LODEN);
+            let output = command
+                .args(["status", "--json", "--subnet-file"])
+                .arg(self.file(n, "subnet.env"))
+                .output();
+            Ok(serde_json::from_slice(&output.unwrap().stdout).ok())
+        });
+        answer.unwrap_or_default()
     }
 
     pub(crate) fn wait_until(&self, what: &str, condition: impl FnMut() -> bool) {
@@ -296,6 +303,18 @@ impl Cluster {
         self.lab.run(Member::Pod(from, 1), "ping", &ping).is_ok()
     }
 
+    /// Waits until a node has entries for all others: until its pod is answered by theirs.
+    pub(crate) fn await_entries(&self, n: u8) {
+        for other in (1..=u8::try_from(self.daemons.len()).unwrap()).filter(|&other| other != n) {
+            if self.network != V6 {
+                self.await_ping(n, &format!("198.18.{other}.2"));
+            }
+            if self.network != V4 {
+                self.await_ping(n, &format!("fd00:18:0:{other}::2"));
+            }
+        }
+    }
+
     pub(crate) fn await_ping(&self, from: u8, to: &str) {
         self.wait_until(&format!("answer from {to} to node {from}"), || {
             self.pings(from, to)
@@ -314,27 +333,25 @@ impl Cluster {
         fs::remove_file(self.lab.dir().join("store/subnets").join(key)).unwrap();
     }
 
+    /// A node's lease. A listing may miss one that is replaced meanwhile.
     pub(crate) fn lease(&self, n: u8) -> String {
         let subnets = self.lab.dir().join("store/subnets");
-        let mut entries = fs::read_dir(subnets)
-            .unwrap()
-            .map(|entry| entry.unwrap().path());
         let prefix = format!("198.18.{n}.0-24");
-        let of_node = |path: &PathBuf| {
-            path.file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .starts_with(&prefix)
+        let look = || {
+            let mut entries = fs::read_dir(&subnets).unwrap().flatten();
+            let of_node = |name: &str| name.starts_with(&prefix);
+            let lease = entries.find(|entry| entry.file_name().to_str().is_some_and(of_node));
+            fs::read_to_string(lease?.path()).ok()
         };
-        fs::read_to_string(entries.find(of_node).unwrap()).unwrap()
+        wait::until("a lease", LIMIT, &Interrupt::default(), || Ok(look())).unwrap()
     }
 }
 
 /// TCP from the pod of node 1 to that of node 2.
 pub(crate) fn transfers(cluster: &Cluster, to: &str) {
     let mut command = Command::new("iperf3");
-    command.args(["-s", "-1", "-B", to]).stdout(Stdio::null());
+    // For as many attempts as it takes.
+    command.args(["-s", "-B", to]).stdout(Stdio::null());
     let server = cluster
         .lab
         .netns(Member::Pod(2, 1))
@@ -388,6 +405,15 @@ impl Pings {
             .map(|pair| pair[1].saturating_sub(pair[0] + 1));
         let longest = gaps.max().unwrap_or(u64::MAX);
         Duration::from_millis(20).saturating_mul(u32::try_from(longest).unwrap_or(u32::MAX))
+    }
+
+    /// The longest gap so far is at most so long: what holds for a machine that does nothing else
+    /// (`LODEN_ALONE`, which `scripts/soak gaps` sets): wherever a process may have to wait for a processor, it does not.
+    pub(crate) fn assert_gap(&self, at_most: Duration, when: &str) {
+        let gap = self.longest_gap();
+        let is_alone = std::env::var_os("LODEN_ALONE").is_some();
+        let to = self.output.display();
+        assert!(!is_alone || gap <= at_most, "{to}: {gap:?} {when}");
     }
 
     /// Waits for answers to what is sent from now on.

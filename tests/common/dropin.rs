@@ -29,7 +29,7 @@ pub(crate) const LODEN: &str = env!("CARGO_BIN_EXE_loden");
 pub(crate) const GOLDEN_VALUE: &str = r#"{"PublicIP":"198.51.100.77","PublicIPv6":null}"#;
 
 /// Only a failing test waits this long.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Nodes 198.51.100.1 and up on a bridge in etcd's namespace, which routes to 192.0.2.1, where etcd is.
 pub(crate) struct Cluster {
@@ -220,9 +220,13 @@ impl Cluster {
         self.gateway(node).network().to_string()
     }
 
+    /// A daemon that starts, or is busy, is asked again; null if none answers.
     pub(crate) fn status(&self, node: u8) -> Value {
-        let output = self.loden(node, &["status", "--json"]);
-        serde_json::from_slice(&output.stdout).unwrap_or_default()
+        let answer = wait::until("a status", LIMIT, &Interrupt::default(), || {
+            let output = self.loden(node, &["status", "--json"]);
+            Ok(serde_json::from_slice(&output.stdout).ok())
+        });
+        answer.unwrap_or_default()
     }
 
     /// What a subcommand that asks a node's daemon prints.

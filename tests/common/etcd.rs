@@ -17,11 +17,14 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use loden::config::NetworkConfig;
 use loden::lab::wait;
 use loden::lab::{Interrupt, NetNs};
 use loden::lease::{Lease, LeaseAttrs, LeaseDelta, LeaseExtension, Subnets};
 use loden::store::etcd::EtcdSettings;
-use loden::store::{AcquireRequest, EtcdStore, Problem, StoreEvent};
+use loden::store::{
+    AcquireRequest, EtcdStore, LeaseStore as _, Problem, RenewError, StoreError, StoreEvent,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
@@ -34,7 +37,7 @@ const PORT: u16 = 2379;
 const HIDDEN: u16 = 2479;
 
 /// How long anything may take before a test fails.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A namespace and the members of one cluster in it, at 192.0.2.1 and up.
 pub(crate) struct Etcd {
@@ -174,7 +177,7 @@ impl Etcd {
     pub(crate) fn await_health(&self) {
         let healthy = wait::until("etcd", PATIENCE, &Interrupt::default(), || {
             // Whoever may do nothing still gets an answer from a majority.
-            let output = self.try_ctl(&["get", "health"]);
+            let output = self.try_ctl(&["get", "health"], "3s");
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             let refused = ["permission denied", "user name is empty"];
             let answered = output.status.success() || refused.iter().any(|r| said.contains(r));
@@ -197,13 +200,14 @@ impl Etcd {
         urls.join(",")
     }
 
-    fn try_ctl(&self, arguments: &[&str]) -> Output {
+    /// With a limit for the command.
+    pub(crate) fn try_ctl(&self, arguments: &[&str], limit: &str) -> Output {
         let mut command = Command::new("etcdctl");
         command
             .env_clear()
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", &self.endpoints_on(self.port)])
-            .args(["--command-timeout", "3s", "--dial-timeout", "1s"])
+            .args(["--command-timeout", limit, "--dial-timeout", limit])
             .args(&self.ctl)
             .args(arguments);
         self.netns.run(|| command.output()).unwrap().unwrap()
@@ -216,6 +220,7 @@ impl Etcd {
             .env_clear()
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", &self.endpoints_on(self.port), "txn"])
+            .args(["--command-timeout", "60s", "--dial-timeout", "60s"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
         let mut child = self.netns.spawn(&mut command).unwrap();
@@ -227,7 +232,7 @@ impl Etcd {
 
     /// Runs etcdctl, a client that shares no code with ours.
     pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
-        let output = self.try_ctl(arguments);
+        let output = self.try_ctl(arguments, "60s");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "etcdctl {arguments:?}: {error}");
         String::from_utf8(output.stdout).unwrap()
@@ -326,14 +331,62 @@ impl Etcd {
         }
     }
 
-    pub(crate) fn store(&self) -> EtcdStore {
-        EtcdStore::new(self.settings()).unwrap()
+    pub(crate) fn store(&self) -> Patient {
+        Patient::new(self.settings())
     }
 
     /// Runs what talks to etcd inside the namespace.
     pub(crate) fn run<T: Send>(&self, work: impl AsyncFnOnce() -> T + Send) -> T {
         run_in(&self.netns, work)
     }
+}
+
+/// A store that asks again when its own patience of three seconds was too short for a server on a busy machine. What it
+/// asks for is the same the second time, if it was done already.
+pub(crate) struct Patient(pub(crate) EtcdStore);
+
+/// How often: for as long as [`PATIENCE`].
+const ASKED: usize = 20;
+
+impl Patient {
+    pub(crate) fn new(settings: EtcdSettings) -> Self {
+        Self(EtcdStore::new(settings).unwrap())
+    }
+
+    pub(crate) async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
+        patiently(is_late, async || self.0.network_config().await).await
+    }
+
+    pub(crate) async fn acquire(&self, request: AcquireRequest) -> Result<Lease, StoreError> {
+        patiently(is_late, async || self.0.acquire(request.clone()).await).await
+    }
+
+    pub(crate) async fn renew(&self, lease: &Lease) -> Result<Lease, RenewError> {
+        let is_late =
+            |error: &RenewError| matches!(error, RenewError::Store(error) if is_late(error));
+        patiently(is_late, async || self.0.renew(lease).await).await
+    }
+
+    pub(crate) fn watch(&self) -> mpsc::Receiver<StoreEvent> {
+        self.0.watch()
+    }
+}
+
+fn is_late(error: &StoreError) -> bool {
+    error.to_string().contains("no answer within")
+}
+
+async fn patiently<T, E>(
+    is_late: impl Fn(&E) -> bool,
+    ask: impl AsyncFn() -> Result<T, E>,
+) -> Result<T, E> {
+    for _ in 1..ASKED {
+        match ask().await {
+            Err(error) if is_late(&error) => {}
+            answer => return answer,
+        }
+    }
+    ask().await
 }
 
 /// Runs what uses sockets inside a namespace: on one thread, which all others are started from.

@@ -23,8 +23,8 @@ use crate::ns::Ns;
 
 pub(crate) const LODEN: &str = env!("CARGO_BIN_EXE_loden");
 
-/// Only a failing test waits this long. Twice what the daemon lets pass before it looks again by itself.
-pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+/// Only a failing test waits this long. Several times what the daemon lets pass before it looks again by itself.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Its own subnets leave room for those that tests give to others.
 pub(crate) const CONFIG: &str =
@@ -101,7 +101,7 @@ impl Node {
     /// Starts a daemon and waits for `subnet.env` to be written by this run, and for the status socket.
     pub(crate) fn start(&self, args: &[&str]) -> Daemon {
         let daemon = self.spawn(self.loden(args));
-        daemon.wait_for_log("ready");
+        daemon.wait_for_log("written: ready");
         daemon.wait_until("the status socket", || {
             self.path("run/subnet.sock").exists()
         });
@@ -147,14 +147,21 @@ impl Node {
     }
 
     pub(crate) fn status(&self) -> Value {
-        let output = Command::new(LODEN)
-            .args(["status", "--json", "--subnet-file"])
-            .arg(self.path("run/subnet.env"))
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{text}");
-        serde_json::from_slice(&output.stdout).unwrap()
+        serde_json::from_str(&self.told(&["status", "--json"])).unwrap()
+    }
+
+    /// What a subcommand that asks the daemon prints. A daemon that is busy says so, and is asked again.
+    pub(crate) fn told(&self, args: &[&str]) -> String {
+        let mut error = String::new();
+        let told = wait::until("an answer", LIMIT, &Interrupt::default(), || {
+            let mut command = Command::new(LODEN);
+            command.args(args).arg("--subnet-file");
+            let output = command.arg(self.path("run/subnet.env")).output().unwrap();
+            error = String::from_utf8_lossy(&output.stderr).into_owned();
+            let answered = output.status.success();
+            Ok(answered.then(|| String::from_utf8(output.stdout).unwrap()))
+        });
+        told.unwrap_or_else(|_| unreachable!("{args:?}: {error}"))
     }
 }
 
