@@ -361,6 +361,12 @@ fn what_the_kernel_could_not_keep_is_counted_and_nothing_is_missing() {
         cluster.start_with(n, &["--probe-port=0"]);
     }
     cluster.await_ping(1, "198.18.2.2");
+    // The datagrams with which the daemons test checksums are over.
+    for n in [1, 2] {
+        cluster.wait_until("right checksums", || {
+            cluster.status(n)["checksums"][0]["finding"] == "right"
+        });
+    }
     // Somebody listens, so that no errors come back.
     let _listener = udp(&cluster, Member::Pod(2, 1), "198.18.2.2:9");
     // What the kernel forwards, counted by itself before a device has it.
